@@ -1,0 +1,159 @@
+"""Find objects in pictures.
+
+    python infer/detect.py --image photo.jpg    # the shipped nano model
+    python infer/detect.py --image a.jpg folder/ --json out.json --out drawn/ --model FOLDER_OR_HUB_ID
+
+Prints a table, writes each picture with its boxes to --out, and with --json all boxes in pixels of the
+original picture. The exit code is 0 only if every picture was processed.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from infer.detector import Detections, Detector, add_model_arguments, load_detector
+from infer.draw import draw_boxes
+from model.image import SUFFIXES, load_image
+from model.weights import write_json
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--image",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="FILE_OR_DIR",
+        help="pictures, or folders of them",
+    )
+    add("--json", type=Path, metavar="FILE", help="write all boxes there")
+    add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
+    add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")
+    add("--score-threshold", type=float, default=0.5, help="drop boxes with a lower score")
+    add("--batch-size", type=int, default=16, help="pictures decoded together")
+    add_model_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """The image files named, those of folders in the order of their names; and a complaint for each path with
+    none.
+    """
+    files, complaints = [], []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            files += inside
+            if not inside:
+                complaints.append(f"{path}: no images in this folder ({' '.join(sorted(SUFFIXES))})")
+        else:
+            files.append(path)
+    return files, complaints
+
+
+def batches(files: list[Path], size: int, complaints: list[str]):
+    """Lists of (file, image) of at most `size`; a file that cannot be read becomes a complaint."""
+    batch = []
+    for file in files:
+        try:
+            batch.append((file, load_image(file)))
+        except ValueError as error:
+            complain(str(error), complaints)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def complain(message: str, complaints: list[str]) -> None:
+    print(f"detect.py: {message}", file=sys.stderr)
+    complaints.append(message)
+
+
+def save_drawing(picture: Image.Image, out: Path, source: Path, taken: set[str]) -> Path:
+    """Write OUT/<name>.png, with a number behind the name if another picture of this run has it."""
+    name, number = source.stem, 2
+    while name in taken:
+        name, number = f"{source.stem}-{number}", number + 1
+    taken.add(name)
+    target, temporary = out / f"{name}.png", out / f".{name}.{os.getpid()}.png"
+    picture.save(temporary)
+    os.replace(temporary, target)
+    return target
+
+
+def entry(file: Path, image: Image.Image, found: Detections, detector: Detector, tokens: bool) -> dict:
+    """One image of the JSON file."""
+    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    detections = [
+        dict(label=detector.classes[c], class_id=c, score=round(score, 4), box=[round(x, 2) for x in box])
+        for c, score, box in rows
+    ]
+    record = dict(image=str(file), width=image.width, height=image.height, detections=detections)
+    return record | (dict(tokens=found.tokens.flatten().tolist()) if tokens else {})
+
+
+def print_table(record: dict, drawn: Path) -> None:
+    print(f"{record['image']}  {record['width']} x {record['height']}  ->  {drawn}")
+    for d in record["detections"]:
+        x0, y0, x1, y1 = d["box"]
+        print(f"  {d['label']:<16}{d['score']:6.2f}   {x0:7.1f} {y0:7.1f} {x1:7.1f} {y1:7.1f}")
+    if not record["detections"]:
+        print("  nothing found")
+
+
+def run(args: argparse.Namespace) -> int:
+    files, complaints = find_images(args.image)
+    for message in complaints:
+        print(f"detect.py: {message}", file=sys.stderr)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist")
+    detector = load_detector(args, args.score_threshold)
+    args.out.mkdir(parents=True, exist_ok=True)
+    records, taken = [], set()
+    bar = None
+    if len(files) > 1:
+        from tqdm import tqdm
+
+        bar = tqdm(total=len(files), unit="image", disable=None)
+    for batch in batches(files, args.batch_size, complaints):
+        found_all = detector([image for _, image in batch])
+        for (file, image), found in zip(batch, found_all, strict=True):
+            record = entry(file, image, found, detector, args.tokens)
+            records.append(record)
+            captions = [f"{d['label']} {d['score']:.2f}" for d in record["detections"]]
+            drawn = save_drawing(
+                draw_boxes(image, found.boxes, captions, found.labels), args.out, file, taken
+            )
+            if bar:
+                bar.clear()
+            print_table(record, drawn)
+        if bar:
+            bar.update(len(batch))
+    if bar:
+        bar.close()
+    if args.json:
+        write_json(records, args.json)
+    return 1 if complaints else 0
+
+
+def main() -> None:
+    try:
+        sys.exit(run(arguments()))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"detect.py: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Boxes on pictures."""
+
+import colorsys
+
+from PIL import Image, ImageDraw, ImageFont
+
+READABLE = (
+    640  # pixels of the longest side up to which a picture is enlarged before drawing: labels need room
+)
+
+
+def class_colour(index: int) -> tuple[int, int, int]:
+    """A colour of its own for every class: hues a golden angle apart, in three brightnesses."""
+    hue, value = index * 0.618034 % 1, (0.95, 0.75, 0.85)[index % 3]
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.85, value))
+
+
+def draw_boxes(image: Image.Image, boxes, captions: list[str], labels) -> Image.Image:
+    """A copy of the image with boxes [n, 4] in its pixels, a caption each, coloured by label. Small images
+    are enlarged.
+    """
+    scale = max(1.0, READABLE / max(image.size))
+    width, height = (round(side * scale) for side in image.size)
+    canvas = image.resize((width, height), Image.Resampling.LANCZOS) if scale > 1 else image.copy()
+    draw = ImageDraw.Draw(canvas)
+    line = max(2, round(max(width, height) / 320))
+    font = ImageFont.load_default(max(12, round(max(width, height) / 45)))
+    for box, label in sorted(zip(boxes, labels, strict=True), key=lambda pair: -_area(pair[0])):
+        draw.rectangle([round(side * scale) for side in box], outline=class_colour(int(label)), width=line)
+    for box, caption, label in zip(
+        boxes, captions, labels, strict=True
+    ):  # captions last: no box may cross one
+        colour = class_colour(int(label))
+        left, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
+        w, h = right - left + 2 * line, bottom - top + 2 * line
+        x = min(max(0, round(box[0] * scale)), max(0, width - w))
+        y = round(box[1] * scale) - h  # above the box, or inside it at the picture's top edge
+        y = y if y >= 0 else min(round(max(box[1], 0) * scale), max(0, height - h))
+        draw.rectangle([x, y, x + w, y + h], fill=colour)
+        dark = sum(c * weight for c, weight in zip(colour, (0.3, 0.59, 0.11), strict=True)) < 140
+        draw.text((x + line - left, y + line - top), caption, font=font, fill="white" if dark else "black")
+    return canvas
+
+
+def _area(box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])

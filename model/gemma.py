@@ -1,0 +1,110 @@
+"""Gemma 1 and 2 decoder.   Axes: B batch, T query, S key, N query heads, K kv heads, H head dim, D width."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import attend, rope_angles, rotate
+from model.cache import KVCache
+from model.config import TextConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), in float32 whatever comes in: a weight of zero is the identity scale."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * (1 + self.weight.float())).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.scale, self.cap = config.query_scale, config.attn_cap
+        self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_proj(x).unflatten(-1, heads), rope)  # [B, T, N, H]
+        k = rotate(self.k_proj(x).unflatten(-1, heads), rope).transpose(1, 2)  # [B, K, T, H]
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        return self.o_proj(attend(q, k, v, mask, self.scale, self.cap).flatten(-2))
+
+
+class MLP(nn.Module):
+    """GeGLU: down(gelu(gate x) * up x), gelu in its tanh form."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.mlp, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp, bias=False)
+        self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        norm = lambda used=True: RMSNorm(config.width, config.norm_eps) if used else nn.Identity()  # noqa: E731
+        post_norms = config.version == 2  # Gemma 1 has none
+        self.pre_attn_norm = norm()
+        self.attn = Attention(config, layer)
+        self.post_attn_norm = norm(post_norms)
+        self.pre_mlp_norm = norm()
+        self.mlp = MLP(config)
+        self.post_mlp_norm = norm(post_norms)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.post_attn_norm(self.attn(self.pre_attn_norm(x), rope, mask, cache))
+        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+
+
+class Gemma(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids [B, T] -> [B, T, D], times sqrt(D), the factor rounded to the weights' dtype as it was in
+        training.
+        """
+        factor = torch.tensor(self.config.width**0.5, dtype=self.embed.weight.dtype)
+        return self.embed(tokens) * factor
+
+    def forward(
+        self, x: Tensor, positions: Tensor, masks: tuple[Tensor, Tensor], cache: KVCache | None = None
+    ) -> Tensor:
+        """Embeddings [B, T, D] -> normalised hidden states [B, T, D].
+
+        positions int [B, T]; masks: bool [B, T, S] for the local and for the global layers. With a cache, x
+        is what follows the cached positions, and S counts those too.
+        """
+        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope, masks[i % 2], cache)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Float32 logits of the ids first..last-1 (default: all) for hidden [..., D]: rows of the tied
+        embedding.
+        """
+        logits = F.linear(hidden, self.embed.weight[first:last]).float()
+        cap = self.config.final_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,34 @@
+"""Image files -> the network's input, pixel for pixel as transformers' SigLIP processor (PIL) makes it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """An upright RGB image (EXIF orientation applied). Raises ValueError that says what is wrong with the
+    file.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def to_tensor(image: Image.Image, size: int) -> Tensor:
+    """PIL image -> float32 [3, size, size] in [-1, 1]: bicubic, squashed to a square."""
+    return pixels_to_tensor(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
+
+
+def pixels_to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
+    scaled = torch.from_numpy(pixels * np.float32(1 / 255))
+    return ((scaled - 0.5) / 0.5).movedim(-1, -3)

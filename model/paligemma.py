@@ -1,0 +1,99 @@
+"""PaliGemma: SigLIP features, projected and put in front of the text, decoded by Gemma.
+
+Axes: B batch, P image tokens, T text tokens, D decoder width. The sequence is [image | prefix | suffix]:
+image and prefix read each other freely, the suffix is causal.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import prefix_lm_mask, window_mask
+from model.cache import KVCache
+from model.config import PaliGemmaConfig
+from model.gemma import Gemma
+from model.siglip import SigLIP
+
+
+class PaliGemma(nn.Module):
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.config = config
+        self.vision = SigLIP(config.vision)
+        self.projector = nn.Linear(config.vision.width, config.text.width)
+        self.decoder = Gemma(config.text)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str, *, dtype=torch.bfloat16, device="cpu", adapter=None, **config_overrides
+    ) -> "PaliGemma":
+        """Load a folder (config.json, *.safetensors), a hub id ("owner/name", "owner/name@revision") or
+        "nano".
+
+        dtype: torch.bfloat16 or torch.float32. config_overrides: fields of the config, e.g. attn_cap=None.
+        Raises ValueError that says what is wrong and what to do; every bad tensor is named.
+        """
+        from model.weights import load_pretrained
+
+        return load_pretrained(cls, source, dtype=dtype, device=device, adapter=adapter, **config_overrides)
+
+    def save_pretrained(self, folder: str, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors in the hub's layout, which transformers loads too."""
+        from model.weights import save_pretrained
+
+        save_pretrained(self, folder, dtype)
+
+    def forward(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
+        """Float32 logits [B, T, vocab] at every text position.
+
+        images float [B, 3, S, S] in [-1, 1]; tokens int64 [B, T], text only, right-padded with config.pad;
+        prefix_len, int or int64 [B]: how many text tokens (bos, prompt, newline) belong to the bidirectional
+        prefix.
+        """
+        return self.decoder.logits(self.hidden(images, tokens, prefix_len))
+
+    def hidden(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
+        """What `forward` makes the logits of: the hidden states [B, T, D] of the text positions."""
+        return self.read(self.encode(images), tokens, prefix_len)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] -> image tokens [B, P, D]. They are not rescaled: only text embeddings are."""
+        return self.projector(self.vision(images.to(self.projector.weight.dtype)))
+
+    def read(
+        self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """Image tokens [B, P, D] and text [B, T] -> hidden states of the text [B, T, D]; an empty cache is
+        filled.
+        """
+        (B, P, _), T = image_tokens.shape, tokens.shape[1]
+        prefix_len = torch.as_tensor(prefix_len, device=tokens.device).expand(B)
+        valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
+        is_suffix = torch.arange(P + T, device=tokens.device) >= P + prefix_len[:, None]
+        positions = valid.cumsum(-1)  # from 1; padding does not count
+        mask = prefix_lm_mask(valid, is_suffix)
+        local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
+        if cache is not None:
+            cache.claim(valid, positions)
+        x = torch.cat((image_tokens, self.decoder.embed_tokens(tokens).to(image_tokens.dtype)), dim=1)
+        return self.decoder(x, positions, (local, mask), cache)[:, P:]
+
+    def prefill(self, images: Tensor, tokens: Tensor, max_new_tokens: int) -> tuple[Tensor, KVCache]:
+        """Read images and right-padded prompts [B, T] once: the last prompt token's hidden state [B, D], and
+        the cache.
+        """
+        image_tokens = self.encode(images)
+        lengths = (tokens != self.config.pad).sum(-1)
+        slots = image_tokens.shape[1] + tokens.shape[1] + max_new_tokens
+        cache = KVCache(self.config.text, len(tokens), slots, image_tokens.dtype, image_tokens.device)
+        hidden = self.read(image_tokens, tokens, lengths, cache)
+        return hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1], cache
+
+    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Append one token [B] to every sequence of the cache: its hidden state [B, D]."""
+        valid = tokens.new_ones(len(tokens), 1, dtype=torch.bool)
+        positions = cache.positions[:, : cache.length].amax(-1, keepdim=True) + 1
+        cache.claim(valid, positions)
+        seen = slice(0, cache.length)
+        mask = cache.valid[:, None, seen]  # [B, 1, S]
+        local = window_mask(mask, positions, cache.positions[:, seen], valid, self.config.text.sliding_window)
+        return self.decoder(self.decoder.embed_tokens(tokens[:, None]), positions, (local, mask), cache)[:, 0]

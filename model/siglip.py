@@ -1,0 +1,70 @@
+"""SigLIP vision encoder (So400m shape): patches -> transformer -> one feature per patch. Arrays: facts of
+arXiv 2303.15343.
+
+Axes: B batch, P patches, N heads, H head dim, D width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import attend
+from model.config import VisionConfig
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=None, scale=q.shape[-1] ** -0.5)
+        return self.out_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp)
+        self.fc2 = nn.Linear(config.mlp, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class SigLIP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(
+            config.channels, config.width, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(config.tokens, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in [-1, 1] -> features [B, P, D], patches row by row from the top left."""
+        x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [B, P, D]
+        x = x + self.position_embedding.weight
+        for block in self.layers:
+            x = block(x)
+        return self.norm(x)

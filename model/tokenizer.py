@@ -1,0 +1,72 @@
+"""Gemma's sentencepiece tokenizer with PaliGemma's location and segmentation tokens.
+
+Official tokenizer.model files hold 1,024 <locNNNN> and 128 <segNNN> pieces after the text; where they are
+missing (Gemma's own file, nano's), they follow the last piece in that order. All ids are read from the
+pieces.
+"""
+
+import re
+from pathlib import Path
+
+import sentencepiece
+
+LOCS, SEGS = 1024, 128
+_SPECIAL = re.compile(r"(<loc\d{4}>|<seg\d{3}>)")
+
+
+class Tokenizer:
+    """Attributes: bos, eos, pad, loc0, seg0, unused0 (first ids of their ranges), size (ids in all, <image>
+    excluded).
+    """
+
+    def __init__(self, source: str | Path):
+        """source: a tokenizer.model file or a checkpoint folder. Raises ValueError if it is missing or no
+        Gemma model.
+        """
+        file = Path(source) / "tokenizer.model" if Path(source).is_dir() else Path(source)
+        if not file.exists():
+            raise ValueError(f"{file} is missing: copy the checkpoint's tokenizer.model there")
+        try:
+            self._sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{file} is not a sentencepiece model: {error}") from error
+        self.bos, self.eos, self.pad = (self._id(piece, file) for piece in ("<bos>", "<eos>", "<pad>"))
+        self.newline, self.unused0 = self._id("\n", file), self._id("<unused0>", file)
+        inside = self._sp.piece_to_id("<loc0000>") != self._sp.unk_id()
+        self.loc0 = self._id("<loc0000>", file) if inside else len(self._sp)
+        self.seg0 = self._id("<seg000>", file) if inside else self.loc0 + LOCS
+        self.size = len(self._sp) + (0 if inside else LOCS + SEGS)
+
+    def _id(self, piece: str, file: Path) -> int:
+        if self._sp.id_to_piece(self._sp.piece_to_id(piece)) != piece:
+            raise ValueError(f"{file} has no piece {piece!r}: not a Gemma tokenizer")
+        return self._sp.piece_to_id(piece)
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids, without bos and eos. <locNNNN> and <segNNN> become their own ids."""
+        ids = []
+        for part in _SPECIAL.split(text):
+            if match := re.fullmatch(r"<(loc|seg)(\d+)>", part):
+                first, size = (self.loc0, LOCS) if match[1] == "loc" else (self.seg0, SEGS)
+                if int(match[2]) < size:
+                    ids.append(first + int(match[2]))
+                    continue
+            ids += self._sp.encode(part)
+        return ids
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """bos, the prompt, and the newline that ends every prefix, tokenised on its own as in training."""
+        return [self.bos, *self.encode(prompt), self.newline]
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text; special location and segmentation ids come back as <locNNNN> and <segNNN>."""
+        parts, run = [], []
+        for i in [*ids, None]:
+            if i is not None and not self.loc0 <= i < self.seg0 + SEGS and i < len(self._sp):
+                run.append(i)
+                continue
+            parts.append(self._sp.decode(run))
+            run = []
+            if i is not None and i < self.size:
+                parts.append(f"<loc{i - self.loc0:04d}>" if i < self.seg0 else f"<seg{i - self.seg0:03d}>")
+        return "".join(parts)

@@ -1,0 +1,84 @@
+"""Training state on disk: safetensors and JSON only, complete or not there at all.
+
+A checkpoint is a folder OUT/step-000500 that holds an ordinary PaliGemma checkpoint in float32 (so every
+program can load it) and `optimizer.safetensors`, `trainer.json` beside it.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+
+from model import PaliGemma
+from model.weights import read_json, write_json
+
+
+def _flat_state(optimizers: list[Optimizer], names: dict) -> dict[str, torch.Tensor]:
+    """{"parameter name/state name": tensor} of all optimizers."""
+    return {
+        f"{names[parameter]}/{key}": torch.as_tensor(value)
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def save_checkpoint(
+    out: Path,
+    step: int,
+    model: PaliGemma,
+    trained: nn.Module,
+    optimizers: list[Optimizer],
+    tokenizer: Path,
+    keep: int,
+) -> None:
+    """Write OUT/step-..., then delete all but the newest `keep`. trained: the module whose parameters are
+    optimized.
+    """
+    final, partial = out / f"step-{step:07d}", out / f".step-{step:07d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial, torch.float32)
+    shutil.copy(tokenizer, partial / "tokenizer.model")
+    names = {parameter: name for name, parameter in trained.named_parameters()}
+    own = set(model.parameters())
+    extra = {f"module/{name}": p.detach() for name, p in trained.named_parameters() if p not in own}
+    save_file({**_flat_state(optimizers, names), **extra}, partial / "optimizer.safetensors")
+    write_json({"step": step}, partial / "trainer.json")
+    for file in partial.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in sorted(out.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def newest(out: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    return max(out.glob("step-*"), default=None)
+
+
+def load_trainer_state(folder: Path, trained: nn.Module, optimizers: list[Optimizer]) -> int:
+    """Restore optimizers and the parameters that are not the model's; returns the steps done."""
+    stored = load_file(folder / "optimizer.safetensors")
+    parameters = dict(trained.named_parameters())
+    for name, parameter in parameters.items():
+        if f"module/{name}" in stored:
+            parameter.data.copy_(stored.pop(f"module/{name}"))
+    owner = {
+        id(p): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    for key, value in stored.items():
+        name, _, entry = key.rpartition("/")
+        parameter = parameters[name]
+        device = "cpu" if entry == "step" else parameter.device
+        owner[id(parameter)].state[parameter][entry] = value.to(device)
+    return read_json(folder / "trainer.json")["step"]

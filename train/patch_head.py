@@ -1,0 +1,73 @@
+"""A throw-away detection head on the image tokens: what stands in for SigLIP's pre-training when nano is
+made.
+
+An official checkpoint's encoder has seen billions of captioned images before it meets a box. Nano's has seen
+nothing, and a decoder that reads noise learns little; so each image token is also asked directly which class
+lies under its patch, and where that object's box is. Dense and easy to learn; dropped after training.
+
+Axes: B batch, P image tokens, C classes + 1 (the last is background), D decoder width.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.scenes import Scene
+
+MIN_COVER = 0.2  # share of a patch that an object must own to be its label
+
+
+def patch_targets(scene: Scene, patch: int, background: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int64 [P] and boxes float32 [P, 4] (x0, y0, x1, y1 as fractions of the image) of the object
+    owning most.
+    """
+    side = scene.owner.shape[0] // patch
+    tiles = scene.owner.reshape(side, patch, side, patch)
+    ids = np.arange(len(scene.labels))
+    cover = (
+        (tiles[..., None] == ids).mean((1, 3)).reshape(side * side, -1)
+        if len(ids)
+        else np.zeros((side**2, 1))
+    )
+    best = cover.argmax(1)
+    seen = cover[np.arange(len(cover)), best] >= MIN_COVER
+    labels = np.full(side * side, background, np.int64)
+    boxes = np.zeros((side * side, 4), np.float32)
+    labels[seen] = scene.labels[best[seen]]
+    boxes[seen] = scene.boxes[best[seen]] / scene.owner.shape[0]
+    return labels, boxes
+
+
+class PatchHead(nn.Module):
+    def __init__(self, width: int, classes: int, tokens: int, hidden: int = 256):
+        super().__init__()
+        self.body = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU())
+        self.label, self.box = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4)
+        side = round(tokens**0.5)
+        y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        centres = (torch.stack((x, y), -1).reshape(-1, 2) + 0.5) / side
+        self.register_buffer("centres", centres.repeat(1, 2), persistent=False)  # [P, 4]
+
+    def forward(self, image_tokens: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
+        """Image tokens [B, P, D], labels [B, P], boxes [B, P, 4] -> loss: cross-entropy, and L1 and IoU of
+        the boxes.
+        """
+        x = self.body(image_tokens)
+        class_loss = F.cross_entropy(self.label(x).float().flatten(0, 1), labels.flatten())
+        guess = self.box(x).float() * 0.25 + self.centres  # a box starts at its patch
+        seen = (labels != self.label.out_features - 1).float()
+        per_patch = 5 * (guess - boxes).abs().sum(-1) + 1 - _giou(guess, boxes)
+        return class_loss + 0.5 * (per_patch * seen).sum() / seen.sum().clamp(min=1)
+
+
+def _giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU [...] of paired boxes [..., 4] (arXiv 1902.09630)."""
+
+    def area(lo, hi):
+        return (hi - lo).clamp(min=0).prod(-1)
+
+    shared = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
+    hull = area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])).clamp(min=1e-6)
+    union = (area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - shared).clamp(min=1e-6)
+    return shared / union - (hull - union) / hull
