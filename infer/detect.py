@@ -44,9 +44,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """The image files named, those of folders in the order of their names; and a complaint for each path with
-    none.
-    """
+    """The image files, those of a folder sorted by name; and a complaint for each folder without any."""
     files, complaints = [], []
     for path in paths:
         if path.is_dir():

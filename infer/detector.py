@@ -20,8 +20,9 @@ SMALL = 1 << 30  # bytes of weights up to which float32 is the faster choice on 
 
 @dataclass
 class Detections:
-    """Of one image, best first: boxes float64 [n, 4] (x0, y0, x1, y1 in its pixels), scores [n], labels int64
-    [n]; `tokens` are the raw ids [G, 5] that the model wrote.
+    """Of one image, best first.
+
+    boxes float64 [n, 4], x0, y0, x1, y1 in its pixels; scores [n]; labels int64 [n]; tokens [G, 5], raw ids.
     """
 
     boxes: np.ndarray
@@ -41,9 +42,7 @@ class Detector:
         min_size: float = 0.0,
         noise_feedback: bool = True,
     ):
-        """groups: boxes decoded an image (default: the checkpoint's); min_size: shortest side of a box in
-        pixels.
-        """
+        """groups: boxes decoded an image, None for the checkpoint's; min_size: shortest side in pixels."""
         self.model, self.language = model, ClosedSet.of(model.config, tokenizer)
         self.groups, self.noise_feedback = groups, noise_feedback
         self.score_threshold, self.nms_iou, self.min_size = score_threshold, nms_iou, min_size

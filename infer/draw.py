@@ -16,9 +16,7 @@ def class_colour(index: int) -> tuple[int, int, int]:
 
 
 def draw_boxes(image: Image.Image, boxes, captions: list[str], labels) -> Image.Image:
-    """A copy of the image with boxes [n, 4] in its pixels, a caption each, coloured by label. Small images
-    are enlarged.
-    """
+    """A copy with boxes [n, 4] and a caption each, coloured by label; small images are enlarged."""
     scale = max(1.0, READABLE / max(image.size))
     width, height = (round(side * scale) for side in image.size)
     canvas = image.resize((width, height), Image.Resampling.LANCZOS) if scale > 1 else image.copy()

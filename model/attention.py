@@ -50,8 +50,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None = None
 ) -> Tensor:
-    """Softmax attention with grouped heads and soft capping: q [B, T, N, H], k and v [B, K, S, H] -> [B, T,
-    N, H].
+    """Softmax attention: q [B, T, N, H], k and v [B, K, S, H] -> [B, T, N, H].
 
     Query heads j*N/K ... share kv head j. They are folded into the query axis, so keys and values are never
     repeated. mask: bool [B, T, S], True where reading is allowed, or None. cap: scores become cap *

@@ -10,9 +10,7 @@ BINS = 1024
 
 
 def boxes_to_locs(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
-    """Pixel boxes [n, 4] -> int64 [n, 4] in 0..1023 as y0, x0, y1, x1. A box at the edge gets bin 1023, never
-    1024.
-    """
+    """Pixel boxes [n, 4] -> int64 [n, 4], y0, x0, y1, x1 in 0..1023: the edge itself gets bin 1023."""
     scale = np.array([width, height, width, height], dtype=np.float64)
     bins = np.round(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * BINS / scale)
     return bins.clip(0, BINS - 1).astype(np.int64)[:, [1, 0, 3, 2]]

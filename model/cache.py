@@ -10,11 +10,9 @@ from model.config import TextConfig
 
 
 class KVCache:
-    """Room for `slots` positions of every layer. Slots fill from the left; `valid` says which hold a real
-    token.
+    """Room for `slots` positions of every layer, filled from the left.
 
-    Rows of a batch may have different lengths: padding fills a slot but is invalid and does not count as a
-    position.
+    Rows of a batch may have different lengths: padding fills a slot, but is not `valid` and has no position.
     """
 
     def __init__(self, config: TextConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device):
@@ -26,9 +24,7 @@ class KVCache:
         self.length = 0  # slots in use
 
     def claim(self, valid: Tensor, positions: Tensor) -> None:
-        """Take the next T slots for tokens with valid, positions [B, T]; every layer then writes its
-        `update`.
-        """
+        """Take the next T slots for tokens with valid and positions [B, T]; `update` then fills them."""
         start, self.length = self.length, self.length + valid.shape[1]
         if self.length > self.valid.shape[1]:
             raise ValueError(f"the cache has {self.valid.shape[1]} slots, {self.length} are needed")
@@ -36,9 +32,7 @@ class KVCache:
         self.positions[:, start : self.length] = positions
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, K, T, H] into the slots claimed last; returns all keys and values so far [B, K, S,
-        H].
-        """
+        """Write k, v [B, K, T, H] into the claimed slots; returns all so far, [B, K, S, H]."""
         claimed = slice(self.length - k.shape[2], self.length)
         self.keys[layer, :, :, claimed] = k
         self.values[layer, :, :, claimed] = v

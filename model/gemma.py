@@ -82,9 +82,7 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids [B, T] -> [B, T, D], times sqrt(D), the factor rounded to the weights' dtype as it was in
-        training.
-        """
+        """Ids [B, T] -> [B, T, D] * sqrt(D), the factor rounded to the weights' dtype as in training."""
         factor = torch.tensor(self.config.width**0.5, dtype=self.embed.weight.dtype)
         return self.embed(tokens) * factor
 
@@ -102,9 +100,7 @@ class Gemma(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """Float32 logits of the ids first..last-1 (default: all) for hidden [..., D]: rows of the tied
-        embedding.
-        """
+        """Hidden [..., D] -> float32 logits of the ids first..last-1 (default: all): the head is tied."""
         logits = F.linear(hidden, self.embed.weight[first:last]).float()
         cap = self.config.final_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap

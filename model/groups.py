@@ -51,9 +51,10 @@ class ClosedSet:
 
 @dataclass
 class Answer:
-    """What was decoded: tokens int64 [B, G, 5] as fed back; locs int64 [B, G, 4] in 0..1023 (y0, x0, y1, x1);
-    labels int64 [B, G], the best real class; scores float32 [B, G], its probability; noise [B, G], that of
-    noise.
+    """What was decoded.
+
+    tokens int64 [B, G, 5] as fed back; locs int64 [B, G, 4], y0, x0, y1, x1 in 0..1023; labels int64 [B, G],
+    the best real class; scores float32 [B, G], its probability; noise [B, G], that of noise.
     """
 
     tokens: Tensor

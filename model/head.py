@@ -11,8 +11,6 @@ from model.gemma import Gemma
 
 
 def choose(decoder: Gemma, hidden: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """The likeliest of the ids first..last-1 for hidden [B, D]: ids [B], and probabilities of all of them [B,
-    last-first].
-    """
+    """Hidden [B, D] -> the likeliest of the ids first..last-1 [B], and all their probabilities."""
     probabilities = torch.softmax(decoder.logits(hidden, first, last), dim=-1)
     return first + probabilities.argmax(-1), probabilities

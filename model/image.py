@@ -11,9 +11,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An upright RGB image (EXIF orientation applied). Raises ValueError that says what is wrong with the
-    file.
-    """
+    """An upright RGB image, EXIF orientation applied. Raises ValueError that names the file and the fault."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

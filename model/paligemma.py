@@ -7,6 +7,7 @@ image and prefix read each other freely, the suffix is causal.
 import torch
 from torch import Tensor, nn
 
+from model import weights
 from model.attention import prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
@@ -26,21 +27,18 @@ class PaliGemma(nn.Module):
     def from_pretrained(
         cls, source: str, *, dtype=torch.bfloat16, device="cpu", adapter=None, **config_overrides
     ) -> "PaliGemma":
-        """Load a folder (config.json, *.safetensors), a hub id ("owner/name", "owner/name@revision") or
-        "nano".
+        """Load a folder, a hub id ("owner/name" or "owner/name@revision"), or the shipped "nano".
 
         dtype: torch.bfloat16 or torch.float32. config_overrides: fields of the config, e.g. attn_cap=None.
         Raises ValueError that says what is wrong and what to do; every bad tensor is named.
         """
-        from model.weights import load_pretrained
-
-        return load_pretrained(cls, source, dtype=dtype, device=device, adapter=adapter, **config_overrides)
+        return weights.load_pretrained(
+            cls, source, dtype=dtype, device=device, adapter=adapter, **config_overrides
+        )
 
     def save_pretrained(self, folder: str, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors in the hub's layout, which transformers loads too."""
-        from model.weights import save_pretrained
-
-        save_pretrained(self, folder, dtype)
+        weights.save_pretrained(self, folder, dtype)
 
     def forward(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
         """Float32 logits [B, T, vocab] at every text position.
@@ -62,9 +60,7 @@ class PaliGemma(nn.Module):
     def read(
         self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor, cache: KVCache | None = None
     ) -> Tensor:
-        """Image tokens [B, P, D] and text [B, T] -> hidden states of the text [B, T, D]; an empty cache is
-        filled.
-        """
+        """Image tokens [B, P, D], text [B, T] -> states of the text [B, T, D]; fills an empty cache."""
         (B, P, _), T = image_tokens.shape, tokens.shape[1]
         prefix_len = torch.as_tensor(prefix_len, device=tokens.device).expand(B)
         valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
@@ -78,9 +74,7 @@ class PaliGemma(nn.Module):
         return self.decoder(x, positions, (local, mask), cache)[:, P:]
 
     def prefill(self, images: Tensor, tokens: Tensor, max_new_tokens: int) -> tuple[Tensor, KVCache]:
-        """Read images and right-padded prompts [B, T] once: the last prompt token's hidden state [B, D], and
-        the cache.
-        """
+        """Read images and right-padded prompts [B, T] -> state at each prompt's end [B, D], cache."""
         image_tokens = self.encode(images)
         lengths = (tokens != self.config.pad).sum(-1)
         slots = image_tokens.shape[1] + tokens.shape[1] + max_new_tokens

@@ -1,5 +1,4 @@
-"""SigLIP vision encoder (So400m shape): patches -> transformer -> one feature per patch. Arrays: facts of
-arXiv 2303.15343.
+"""SigLIP vision encoder (arXiv 2303.15343): patches -> transformer -> one feature per patch.
 
 Axes: B batch, P patches, N heads, H head dim, D width.
 """

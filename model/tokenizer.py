@@ -15,14 +15,10 @@ _SPECIAL = re.compile(r"(<loc\d{4}>|<seg\d{3}>)")
 
 
 class Tokenizer:
-    """Attributes: bos, eos, pad, loc0, seg0, unused0 (first ids of their ranges), size (ids in all, <image>
-    excluded).
-    """
+    """Text <-> ids. loc0, seg0, unused0: first ids of their ranges; size: ids in all, without <image>."""
 
     def __init__(self, source: str | Path):
-        """source: a tokenizer.model file or a checkpoint folder. Raises ValueError if it is missing or no
-        Gemma model.
-        """
+        """source: a tokenizer.model file or its folder. Raises ValueError if it is missing or not Gemma's."""
         file = Path(source) / "tokenizer.model" if Path(source).is_dir() else Path(source)
         if not file.exists():
             raise ValueError(f"{file} is missing: copy the checkpoint's tokenizer.model there")

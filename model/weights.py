@@ -49,9 +49,7 @@ def official_name(name: str, version: int) -> str:
 
 
 def short_name(name: str) -> str:
-    """What the names of all generations have in common: no leading `model.`, no inner `vision_model.` or
-    `model.`.
-    """
+    """What the names of all generations have in common: no `model.`, no `vision_model.`."""
     name = name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
     return name.replace("language_model.model.", "language_model.").replace(
         "language_model.lm_head", "lm_head"
@@ -59,9 +57,7 @@ def short_name(name: str) -> str:
 
 
 def resolve(source: str) -> Path:
-    """The folder of a source; downloads a hub id's config, weights and tokenizer. Raises ValueError that says
-    what to do.
-    """
+    """The folder of a source; a hub id's files are downloaded. Raises ValueError that says what to do."""
     if source == "nano":
         return NANO
     if Path(source).is_dir():

@@ -36,9 +36,7 @@ def save_checkpoint(
     tokenizer: Path,
     keep: int,
 ) -> None:
-    """Write OUT/step-..., then delete all but the newest `keep`. trained: the module whose parameters are
-    optimized.
-    """
+    """Write OUT/step-..., then delete all but the newest `keep`. trained: all that is optimized."""
     final, partial = out / f"step-{step:07d}", out / f".step-{step:07d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,6 +1,4 @@
-"""Training samples. A sample is a dict of tensors; sample i is the same in every run, whatever the worker or
-the rank.
-"""
+"""Training samples: dicts of tensors. Sample i is the same in every run, on every worker and rank."""
 
 import numpy as np
 import torch
@@ -27,9 +25,7 @@ class PracticeScenes(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """image uint8 [S, S, 3]; tokens, inputs int64 [T] and weights [T] of the answer; patch targets
-        (patch_head.py).
-        """
+        """image uint8 [S, S, 3]; tokens, inputs int64 [T] and weights [T]; patch_labels, patch_boxes."""
         if index >= self.length:
             raise IndexError(index)
         seed = self.first + index
@@ -45,9 +41,7 @@ class PracticeScenes(Dataset):
 
 
 def network_input(image: Tensor) -> Tensor:
-    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in [-1, 1]; done by the training process, bytes travel
-    cheaper.
-    """
+    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in [-1, 1], after the workers: bytes travel cheaper."""
     return (
         pixels_to_tensor(image.numpy()) if image.device.type == "cpu" else image.movedim(-1, -3) / 127.5 - 1
     )

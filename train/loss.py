@@ -10,8 +10,7 @@ from model.groups import GROUP, ClosedSet
 def closed_set_loss(
     decoder: Gemma, hidden: Tensor, tokens: Tensor, weights: Tensor, language: ClosedSet
 ) -> Tensor:
-    """Cross-entropy over the ids allowed at each position, weighted mean. Axes: B batch, T = 5 G + 1, D
-    width.
+    """Cross-entropy over the ids allowed at each position, weighted mean. Axes: B batch, T = 5 G + 1.
 
     hidden [B, T, D]: the states that predict tokens int64 [B, T]; weights [B, T]. eos is the only id allowed
     at its position, so there is nothing to learn there.

@@ -68,9 +68,7 @@ def train_tokenizer(file: Path, seed: int = 0) -> None:
 
 
 def nano_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
-    """Like the 3B in everything but size. The window of 64 is shorter than the sequence of 130, so that it is
-    in use.
-    """
+    """The 3B in all but size; the window of 64 is shorter than the sequence of 130, so that it is in use."""
     return PaliGemmaConfig(
         VisionConfig(image_size=128, patch_size=16, width=192, layers=6, heads=6, mlp=768),
         TextConfig(

@@ -1,5 +1,4 @@
-"""A throw-away detection head on the image tokens: what stands in for SigLIP's pre-training when nano is
-made.
+"""A throw-away detection head on the image tokens: nano's stand-in for SigLIP's pre-training.
 
 An official checkpoint's encoder has seen billions of captioned images before it meets a box. Nano's has seen
 nothing, and a decoder that reads noise learns little; so each image token is also asked directly which class
@@ -19,9 +18,7 @@ MIN_COVER = 0.2  # share of a patch that an object must own to be its label
 
 
 def patch_targets(scene: Scene, patch: int, background: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels int64 [P] and boxes float32 [P, 4] (x0, y0, x1, y1 as fractions of the image) of the object
-    owning most.
-    """
+    """Of the object that owns most of a patch: labels int64 [P], boxes float32 [P, 4] as fractions."""
     side = scene.owner.shape[0] // patch
     tiles = scene.owner.reshape(side, patch, side, patch)
     ids = np.arange(len(scene.labels))
@@ -50,9 +47,7 @@ class PatchHead(nn.Module):
         self.register_buffer("centres", centres.repeat(1, 2), persistent=False)  # [P, 4]
 
     def forward(self, image_tokens: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
-        """Image tokens [B, P, D], labels [B, P], boxes [B, P, 4] -> loss: cross-entropy, and L1 and IoU of
-        the boxes.
-        """
+        """Image tokens [B, P, D], labels [B, P], boxes [B, P, 4] -> cross-entropy + L1 and GIoU of boxes."""
         x = self.body(image_tokens)
         class_loss = F.cross_entropy(self.label(x).float().flatten(0, 1), labels.flatten())
         guess = self.box(x).float() * 0.25 + self.centres  # a box starts at its patch

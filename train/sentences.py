@@ -29,9 +29,7 @@ def counted(name: str, count: int) -> str:
 
 
 def random_sentences(rng: np.random.Generator) -> list[str]:
-    """One of each kind, with random words: prompts and answers of detection, captions, questions,
-    segmentation.
-    """
+    """Prompts and answers of every task with random words: one sentence of each kind."""
     a, b, c = rng.choice(COCO_CLASSES, 3)
     colour, size, place = (str(rng.choice(words)) for words in (COLOURS, SIZES, PLACES))
     relation, count, other = str(rng.choice(RELATIONS)), int(rng.integers(1, 13)), int(rng.integers(1, 13))

@@ -19,9 +19,7 @@ DISGUISE = 0.7  # share of noise groups whose class token, as an input, is a ran
 
 @dataclass
 class Target:
-    """One image's answer, T = 5 G + 1 tokens: `tokens` are the labels, `inputs` what is fed, `weights` of the
-    loss.
-    """
+    """One image's answer of T = 5 G + 1 tokens: the labels, what is fed, and the weights of the loss."""
 
     tokens: np.ndarray  # int64 [T]
     inputs: np.ndarray  # int64 [T]
@@ -31,8 +29,7 @@ class Target:
 def noise_boxes(
     rng: np.random.Generator, real: np.ndarray, count: int, width: float, height: float, grid: float = 0
 ) -> np.ndarray:
-    """Boxes [count, 4] that hold no object: half of them near a real box [n, 4] and of its size, half
-    anywhere.
+    """Boxes [count, 4] that hold no object: half of them near a real one and like it, half anywhere.
 
     grid: round to multiples of so many pixels. Real boxes on whole pixels would otherwise differ from noise
     by arithmetic.
@@ -66,9 +63,7 @@ def closed_set_target(
     language: ClosedSet,
     grid: float = 0,
 ) -> Target:
-    """Pixel boxes [n, 4] (x0, y0, x1, y1) and labels [n] -> the training target; more than G objects are
-    sampled down.
-    """
+    """Pixel boxes [n, 4] and labels [n] -> target; of more than G objects, G are drawn."""
     order = rng.permutation(len(boxes))[: language.groups]
     real, labels = np.asarray(boxes, np.float64).reshape(-1, 4)[order], np.asarray(labels)[order]
     n, missing = len(real), language.groups - len(real)
