@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from model.config_json import config_from_json, config_to_json
 
@@ -146,6 +147,15 @@ def _open_shards(folder: Path) -> dict:
     return stored
 
 
+class _NoInit(TorchFunctionMode):
+    """Skips torch.nn.init: on the meta device it sets nothing, but importing what it needs takes a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def load_pretrained(cls, source, *, dtype, device, adapter, **config_overrides):
     """See PaliGemma.from_pretrained."""
     if dtype not in (torch.bfloat16, torch.float32):
@@ -154,7 +164,7 @@ def load_pretrained(cls, source, *, dtype, device, adapter, **config_overrides):
     if adapter is not None:
         raise ValueError("adapters cannot be loaded yet: merge it into the weights first")
     folder = resolve(source)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         model = cls(load_config(source).override(**config_overrides))
     stored = _open_shards(folder)
     _assign(model, stored, f"{folder} does not fit its config.json", dtype, device)
