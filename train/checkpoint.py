@@ -17,14 +17,20 @@ from model import PaliGemma
 from model.weights import read_json, write_json
 
 
-def _flat_state(optimizers: list[Optimizer], names: dict) -> dict[str, torch.Tensor]:
+def _names(optimizer: Optimizer, trained: nn.Module) -> list[str]:
+    """The names of an optimizer's parameters, in its own order."""
+    names = {parameter: name for name, parameter in trained.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _flat_state(optimizers: list[Optimizer], trained: nn.Module) -> dict[str, torch.Tensor]:
     """{"parameter name/state name": tensor} of all optimizers."""
-    return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value)
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    flat = {}
+    for optimizer in optimizers:
+        names = _names(optimizer, trained)
+        for index, state in optimizer.state_dict()["state"].items():
+            flat |= {f"{names[index]}/{key}": torch.as_tensor(value) for key, value in state.items()}
+    return flat
 
 
 def save_checkpoint(
@@ -42,10 +48,9 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     model.save_pretrained(partial, torch.float32)
     shutil.copy(tokenizer, partial / "tokenizer.model")
-    names = {parameter: name for name, parameter in trained.named_parameters()}
     own = set(model.parameters())
     extra = {f"module/{name}": p.detach() for name, p in trained.named_parameters() if p not in own}
-    save_file({**_flat_state(optimizers, names), **extra}, partial / "optimizer.safetensors")
+    save_file({**_flat_state(optimizers, trained), **extra}, partial / "optimizer.safetensors")
     write_json({"step": step}, partial / "trainer.json")
     for file in partial.iterdir():
         with open(file, "rb") as handle:
@@ -64,19 +69,13 @@ def newest(out: Path) -> Path | None:
 def load_trainer_state(folder: Path, trained: nn.Module, optimizers: list[Optimizer]) -> int:
     """Restore optimizers and the parameters that are not the model's; returns the steps done."""
     stored = load_file(folder / "optimizer.safetensors")
-    parameters = dict(trained.named_parameters())
-    for name, parameter in parameters.items():
+    for name, parameter in trained.named_parameters():
         if f"module/{name}" in stored:
             parameter.data.copy_(stored.pop(f"module/{name}"))
-    owner = {
-        id(p): optimizer
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    for key, value in stored.items():
-        name, _, entry = key.rpartition("/")
-        parameter = parameters[name]
-        device = "cpu" if entry == "step" else parameter.device
-        owner[id(parameter)].state[parameter][entry] = value.to(device)
+    for optimizer in optimizers:
+        state = {}
+        for index, name in enumerate(_names(optimizer, trained)):
+            keys = [key for key in stored if key.rpartition("/")[0] == name]
+            state[index] = {key.rpartition("/")[2]: stored[key] for key in keys}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return read_json(folder / "trainer.json")["step"]
