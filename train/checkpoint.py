@@ -39,7 +39,7 @@ def save_checkpoint(
     model: PaliGemma,
     trained: nn.Module,
     optimizers: list[Optimizer],
-    tokenizer: Path,
+    tokenizer: bytes,
     keep: int,
 ) -> None:
     """Write OUT/step-..., then delete all but the newest `keep`. trained: all that is optimized."""
@@ -47,7 +47,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial, torch.float32)
-    shutil.copy(tokenizer, partial / "tokenizer.model")
+    (partial / "tokenizer.model").write_bytes(tokenizer)
     own = set(model.parameters())
     extra = {f"module/{name}": p.detach() for name, p in trained.named_parameters() if p not in own}
     save_file({**_flat_state(optimizers, trained), **extra}, partial / "optimizer.safetensors")

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -155,8 +154,10 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, or choose another --out")
     source = str(checkpoint or args.model)
     model = PaliGemma.from_pretrained(source, dtype=torch.float32, device=device).train()
-    tokenizer_file = resolve(source) / "tokenizer.model"
-    language = ClosedSet.of(model.config, Tokenizer(tokenizer_file))
+    language = ClosedSet.of(model.config, Tokenizer(resolve(source)))
+    tokenizer = (
+        resolve(source) / "tokenizer.model"
+    ).read_bytes()  # a checkpoint is deleted some day
     objective = Objective(model, language, args.patch_weight).to(device)
     optimizers = make_optimizers(objective, args)
     first_step = load_trainer_state(checkpoint, objective, optimizers) if checkpoint else 0
@@ -212,11 +213,11 @@ def train(args: argparse.Namespace) -> None:
             started = now
             total.zero_()
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(args.out, done, model, objective, optimizers, tokenizer_file, args.keep)
+            save_checkpoint(args.out, done, model, objective, optimizers, tokenizer, args.keep)
     bar.close()
     if rank == 0:
         model.save_pretrained(args.out / "final", torch.bfloat16)
-        shutil.copy(tokenizer_file, args.out / "final" / "tokenizer.model")
+        (args.out / "final" / "tokenizer.model").write_bytes(tokenizer)
         print(f"trained checkpoint: {args.out / 'final'}")
     if world > 1:
         dist.destroy_process_group()
