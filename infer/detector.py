@@ -82,7 +82,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--nms-iou",
         type=float,
-        default=0.7,
+        default=0.5,
         help="of two boxes of a class that overlap more, the better stays; 1: off",
     )
     add("--min-size", type=float, default=0.0, help="drop boxes with a side shorter than this, in pixels")

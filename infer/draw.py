@@ -4,9 +4,7 @@ import colorsys
 
 from PIL import Image, ImageDraw, ImageFont
 
-READABLE = (
-    640  # pixels of the longest side up to which a picture is enlarged before drawing: labels need room
-)
+READABLE = 640  # pixels: pictures with a shorter longest side are enlarged, for labels need room
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
@@ -25,9 +23,7 @@ def draw_boxes(image: Image.Image, boxes, captions: list[str], labels) -> Image.
     font = ImageFont.load_default(max(12, round(max(width, height) / 45)))
     for box, label in sorted(zip(boxes, labels, strict=True), key=lambda pair: -_area(pair[0])):
         draw.rectangle([round(side * scale) for side in box], outline=class_colour(int(label)), width=line)
-    for box, caption, label in zip(
-        boxes, captions, labels, strict=True
-    ):  # captions last: no box may cross one
+    for box, caption, label in zip(boxes, captions, labels, strict=True):  # last: no box may cross a caption
         colour = class_colour(int(label))
         left, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
         w, h = right - left + 2 * line, bottom - top + 2 * line

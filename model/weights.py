@@ -8,7 +8,6 @@ never holds two copies.
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -57,13 +56,14 @@ def short_name(name: str) -> str:
     )
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str | Path) -> Path:
     """The folder of a source; a hub id's files are downloaded. Raises ValueError that says what to do."""
+    source = str(source)
     if source == "nano":
         return NANO
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", source):
         raise ValueError(
             f"no folder {source!r}; give a folder, a hub id such as google/paligemma2-3b-pt-448, or 'nano'"
         )
@@ -71,8 +71,8 @@ def resolve(source: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     repo, _, revision = source.partition("@")
@@ -88,7 +88,11 @@ def resolve(source: str) -> Path:
         raise ValueError(
             f"{source!r} is neither a folder here nor a repository on the hub (private: log in)"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"{repo} has no revision {revision!r}: its hub page lists branches and tags"
+        ) from error
+    except HfHubHTTPError.__bases__ as error:  # the HTTP library's errors, whichever it is, and OSError
         raise ValueError(
             f"{source!r} is no folder here, and the hub could not be reached: {error}"
         ) from error
@@ -220,8 +224,10 @@ def save_pretrained(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
         official_name(name, version): tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        file = Path(temporary) / "model.safetensors"
-        save_file(tensors, file, metadata={"format": "pt"})
-        os.replace(file, folder / "model.safetensors")
+    temporary = folder / f".model.safetensors.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / "model.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
     write_json(config_to_json(model.config, str(dtype).removeprefix("torch.")), folder / "config.json")

@@ -1,9 +1,9 @@
 """Hub sources without a network: what is asked for, and how each failure reads."""
 
+import importlib
 import os
 from pathlib import Path
 
-import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
@@ -13,6 +13,7 @@ from model.tokenizer import Tokenizer
 from model.weights import NANO, load_config, resolve
 from train.nano import train_tokenizer
 
+http = importlib.import_module(errors.Response.__module__.partition(".")[0])  # httpx, or what follows it
 REPO = "google/paligemma2-3b-pt-224"
 FILES = [  # of an official repository, and what others put beside them
     "config.json",
@@ -22,15 +23,15 @@ FILES = [  # of an official repository, and what others put beside them
     "tokenizer.model",
 ]
 OTHERS = [
-    "README.md", ".gitattributes", "tokenizer.json", "preprocessor_config.json", "special_tokens_map.json",
-    "pytorch_model.bin", "modeling_paligemma.py", "added_tokens.json", "training_args.bin", "flax_model.msgpack",
+    "README.md", ".gitattributes", "tokenizer.json", "preprocessor_config.json", "added_tokens.json",
+    "pytorch_model.bin", "training_args.bin", "flax_model.msgpack", "modeling_paligemma.py",
 ]  # fmt: skip
 
 
 def http_error(kind, status: int, message: str):
     """An error as huggingface_hub raises it after an answer of the server."""
-    request = httpx2.Request("GET", f"https://huggingface.co/api/models/{REPO}")
-    return kind(message, response=httpx2.Response(status, request=request))
+    request = http.Request("GET", f"https://huggingface.co/api/models/{REPO}")
+    return kind(message, response=http.Response(status, request=request))
 
 
 @pytest.fixture
@@ -38,7 +39,8 @@ def hub(monkeypatch, tmp_path):
     """snapshot_download notes how it is called, then raises hub.error or returns hub.folder."""
 
     class Hub:
-        calls, error, folder = [], None, tmp_path / "snapshot"
+        def __init__(self):
+            self.calls, self.error, self.folder = [], None, tmp_path / "snapshot"
 
         def snapshot_download(self, *args, **kwargs):
             self.calls.append((args, kwargs))
@@ -47,7 +49,6 @@ def hub(monkeypatch, tmp_path):
             return str(self.folder)
 
     hub = Hub()
-    hub.calls = []
     hub.folder.mkdir()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
     return hub
@@ -148,9 +149,9 @@ def test_revision_not_found(hub):
         errors.OfflineModeIsEnabled("offline mode is enabled"),
         http_error(errors.HfHubHTTPError, 503, "Service Unavailable"),
         ConnectionResetError("Connection reset by peer"),
-        httpx2.ConnectError("Name or service not known"),
-        httpx2.ProxyError("Proxy Authentication Required"),
-        httpx2.ReadTimeout("The read operation timed out"),
+        http.ConnectError("Name or service not known"),
+        http.ProxyError("Proxy Authentication Required"),
+        http.ReadTimeout("The read operation timed out"),
         OSError(28, "No space left on device"),
     ],
     ids=lambda error: type(error).__name__,
@@ -175,13 +176,13 @@ def test_offline_for_real(monkeypatch, tmp_path):
     "source",
     [
         "runs",
-        "./runs/nano",
+        "./runs",
         "../runs",
+        "./runs/nano",
         "runs/nano/final",
         "/runs/nano",
         "~/nano",
         "C:\\runs\\nano",
-        "",
         "a b/c",
     ],
 )

@@ -42,9 +42,9 @@ class PracticeScenes(Dataset):
 
 def network_input(image: Tensor) -> Tensor:
     """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in [-1, 1], after the workers: bytes travel cheaper."""
-    return (
-        pixels_to_tensor(image.numpy()) if image.device.type == "cpu" else image.movedim(-1, -3) / 127.5 - 1
-    )
+    if image.device.type == "cpu":
+        return pixels_to_tensor(image.numpy())
+    return image.movedim(-1, -3) / 127.5 - 1
 
 
 class StepSampler:

@@ -29,14 +29,8 @@ _INLINE = "strong em b i u s sub sup code".split()
 
 def special_pieces() -> list[str]:
     """Gemma's ids 4 to 216: <mask> ... unused, turns, runs of newlines and of spaces, HTML tags."""
-    pieces = [
-        "<mask>",
-        "<2mass>",
-        "[@BOS@]",
-        *(f"<unused{i}>" for i in range(99)),
-        "<start_of_turn>",
-        "<end_of_turn>",
-    ]
+    pieces = ["<mask>", "<2mass>", "[@BOS@]"] + [f"<unused{i}>" for i in range(99)]
+    pieces += ["<start_of_turn>", "<end_of_turn>"]
     pieces += ["\n" * n for n in range(1, 32)] + ["▁" * n for n in range(2, 32)]
     for tags in (*_TAGS, _INLINE):
         pieces += [f"<{tag}>" for tag in tags] + [f"</{tag}>" for tag in tags]
@@ -68,7 +62,7 @@ def train_tokenizer(file: Path, seed: int = 0) -> None:
 
 
 def nano_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
-    """The 3B in all but size; the window of 64 is shorter than the sequence of 130, so that it is in use."""
+    """The 3B in all but size; the window of 112 is shorter than the sequence of 130, so that it is in use."""
     return PaliGemmaConfig(
         VisionConfig(image_size=128, patch_size=16, width=192, layers=6, heads=6, mlp=768),
         TextConfig(
@@ -82,7 +76,7 @@ def nano_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
             query_scale=40**-0.5,
             attn_cap=50.0,
             final_cap=30.0,
-            sliding_window=64,
+            sliding_window=112,
             vocab_size=64 * math.ceil((tokenizer.size + 1) / 64),
             max_positions=512,
         ),
@@ -108,10 +102,8 @@ def initialise(model: PaliGemma, tokenizer: Tokenizer, seed: int = 0) -> None:
             nn.init.normal_(module.weight, std=fan_in**-0.5, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for (
-        tower,
-        layers,
-    ) in depth.items():  # the last matrix of each branch starts small: the residual stream stays calm
+    # The last matrix of each branch starts small: the residual stream stays calm.
+    for tower, layers in depth.items():
         for name, weight in tower.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
                 weight.data *= (2 * layers) ** -0.5

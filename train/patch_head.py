@@ -22,11 +22,9 @@ def patch_targets(scene: Scene, patch: int, background: int) -> tuple[np.ndarray
     side = scene.owner.shape[0] // patch
     tiles = scene.owner.reshape(side, patch, side, patch)
     ids = np.arange(len(scene.labels))
-    cover = (
-        (tiles[..., None] == ids).mean((1, 3)).reshape(side * side, -1)
-        if len(ids)
-        else np.zeros((side**2, 1))
-    )
+    cover = np.zeros((side * side, 1))
+    if len(ids):
+        cover = (tiles[..., None] == ids).mean((1, 3)).reshape(side * side, -1)
     best = cover.argmax(1)
     seen = cover[np.arange(len(cover)), best] >= MIN_COVER
     labels = np.full(side * side, background, np.int64)

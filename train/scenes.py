@@ -43,13 +43,13 @@ class Split:
 
     stream: int  # second word of the random seed: no two sets share a scene
     counts: tuple[float, ...]  # relative frequency of 1, 2, 3 ... objects
-    sides: tuple[float, float] = (20, 80)
+    sides: tuple[float, float] = (26, 80)
     held_out_sources: bool = False
     held_out_textures: bool = True
     crowding: float = 0.1  # chance that an object is put next to an earlier one
 
 
-USUAL = (8, 16, 18, 17, 14, 10, 6, 4, 3, 2, 1, 1)
+USUAL = (10, 20, 22, 18, 12, 8, 4, 2, 1, 1, 1, 1)
 SPLITS = {
     "train": Split(0, USUAL, held_out_textures=False),
     "same": Split(1, USUAL),

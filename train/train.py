@@ -155,9 +155,7 @@ def train(args: argparse.Namespace) -> None:
     source = str(checkpoint or args.model)
     model = PaliGemma.from_pretrained(source, dtype=torch.float32, device=device).train()
     language = ClosedSet.of(model.config, Tokenizer(resolve(source)))
-    tokenizer = (
-        resolve(source) / "tokenizer.model"
-    ).read_bytes()  # a checkpoint is deleted some day
+    tokenizer = (resolve(source) / "tokenizer.model").read_bytes()  # now: a checkpoint is deleted some day
     objective = Objective(model, language, args.patch_weight).to(device)
     optimizers = make_optimizers(objective, args)
     first_step = load_trainer_state(checkpoint, objective, optimizers) if checkpoint else 0
