@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from infer.detector import Detections, Detector, add_model_arguments, load_detector
+from infer.detector import Detections, Detector, add_model_arguments, check_json, load_detector
 from infer.draw import draw_boxes
 from model.image import SUFFIXES, load_image
 from model.weights import write_json
@@ -77,13 +77,13 @@ def complain(message: str, complaints: list[str]) -> None:
     complaints.append(message)
 
 
-def save_drawing(picture: Image.Image, out: Path, source: Path, taken: set[str]) -> Path:
-    """Write OUT/<name>.png, with a number behind the name if another picture of this run has it."""
-    name, number = source.stem, 2
-    while name in taken:
-        name, number = f"{source.stem}-{number}", number + 1
-    taken.add(name)
-    target, temporary = out / f"{name}.png", out / f".{name}.{os.getpid()}.png"
+def save_drawing(picture: Image.Image, out: Path, source: Path, taken: set[Path]) -> Path:
+    """Write OUT/<name>.png, with a number behind the name if a picture of this run, in or out, has it."""
+    target, number = out / f"{source.stem}.png", 2
+    while target.resolve() in taken:
+        target, number = out / f"{source.stem}-{number}.png", number + 1
+    taken.add(target.resolve())
+    temporary = out / f".{os.getpid()}.png"
     picture.save(temporary)
     os.replace(temporary, target)
     return target
@@ -115,11 +115,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"detect.py: {message}", file=sys.stderr)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist")
+    check_json(args.json)
     detector = load_detector(args, args.score_threshold)
     args.out.mkdir(parents=True, exist_ok=True)
-    records, taken = [], set()
+    records, taken = [], {file.resolve() for file in files}
     bar = None
     if len(files) > 1:
         from tqdm import tqdm

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,6 +94,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="feed the noise token back where it is likeliest (--no-...: the best class instead)",
     )
     add("--seed", type=int, default=0, help="of torch's random numbers; greedy decoding draws none")
+
+
+def check_json(file: Path | None) -> None:
+    """Raise ValueError, before the work, if --json FILE cannot be written after it."""
+    if file and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f"--json {file}: {'is a folder' if file.is_dir() else 'its folder does not exist'}")
 
 
 def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector:

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from infer.detector import Detector, add_model_arguments, load_detector
+from infer.detector import Detector, add_model_arguments, check_json, load_detector
 from model.image import load_image
 from model.weights import write_json
 
@@ -159,6 +159,7 @@ def arguments(argv=None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.count < 1:
         raise ValueError("--batch-size and --count must be at least 1")
+    check_json(args.json)
     detector = load_detector(args, args.score_threshold)
     figures = {}
     if args.data:

@@ -1,5 +1,6 @@
 """Image files -> the network's input, pixel for pixel as transformers' SigLIP processor (PIL) makes it."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ def load_image(path: str | Path) -> Image.Image:
     """An upright RGB image, EXIF orientation applied. Raises ValueError that names the file and the fault."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow's own conversion cuts all above 255 off
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            return image.convert("RGB")
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import sentencepiece
 
 LOCS, SEGS = 1024, 128
-_SPECIAL = re.compile(r"(<loc\d{4}>|<seg\d{3}>)")
+# Exactly the pieces that exist: any other <loc...> is text, and cutting it out would change its tokens.
+_SPECIAL = re.compile(
+    r"(<loc0[0-9]{3}>|<loc10[01][0-9]>|<loc102[0-3]>|<seg0[0-9]{2}>|<seg1[01][0-9]>|<seg12[0-7]>)"
+)
 
 
 class Tokenizer:
@@ -42,12 +45,10 @@ class Tokenizer:
         """Text -> ids, without bos and eos. <locNNNN> and <segNNN> become their own ids."""
         ids = []
         for part in _SPECIAL.split(text):
-            if match := re.fullmatch(r"<(loc|seg)(\d+)>", part):
-                first, size = (self.loc0, LOCS) if match[1] == "loc" else (self.seg0, SEGS)
-                if int(match[2]) < size:
-                    ids.append(first + int(match[2]))
-                    continue
-            ids += self._sp.encode(part)
+            if _SPECIAL.fullmatch(part):
+                ids.append((self.loc0 if part[1] == "l" else self.seg0) + int(part[4:-1]))
+            else:
+                ids += self._sp.encode(part)
         return ids
 
     def encode_prompt(self, prompt: str) -> list[int]:

@@ -220,6 +220,7 @@ def test_optimizers(muon, tiny):
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
     data = PracticeScenes(language, 64, 16, 0, 4)
     batch = next(iter(DataLoader(data, batch_size=4)))
+    batch["total"] = batch["weights"][:, :-1].sum()
     loss, logged = objective(network_input(batch["image"]), batch, patch_only=False)
     assert loss > logged > 0
     loss.backward()

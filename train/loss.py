@@ -10,7 +10,7 @@ from model.groups import GROUP, ClosedSet
 def closed_set_loss(
     decoder: Gemma, hidden: Tensor, tokens: Tensor, weights: Tensor, language: ClosedSet
 ) -> Tensor:
-    """Cross-entropy over the ids allowed at each position, weighted mean. Axes: B batch, T = 5 G + 1.
+    """Cross-entropy over the ids allowed at each position, weighted sum. Axes: B batch, T = 5 G + 1.
 
     hidden [B, T, D]: the states that predict tokens int64 [B, T]; weights [B, T]. eos is the only id allowed
     at its position, so there is nothing to learn there.
@@ -25,4 +25,4 @@ def closed_set_loss(
         # 0-weight labels may be of any kind: a noise box's coordinates are ids of the same range
         losses = F.cross_entropy(logits, (labels - first).flatten(), reduction="none")
         total = total + (losses * weight.flatten()).sum()
-    return total / weights[:, :-1].sum()
+    return total

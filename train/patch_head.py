@@ -45,13 +45,14 @@ class PatchHead(nn.Module):
         self.register_buffer("centres", centres.repeat(1, 2), persistent=False)  # [P, 4]
 
     def forward(self, image_tokens: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
-        """Image tokens [B, P, D], labels [B, P], boxes [B, P, 4] -> cross-entropy + L1 and GIoU of boxes."""
+        """Image tokens [B, P, D], labels [B, P], boxes [B, P, 4] -> cross-entropy + L1 and GIoU of boxes, a
+        mean over all patches: equal parts of a batch have losses whose mean is that of the batch."""
         x = self.body(image_tokens)
         class_loss = F.cross_entropy(self.label(x).float().flatten(0, 1), labels.flatten())
         guess = self.box(x).float() * 0.25 + self.centres  # a box starts at its patch
         seen = (labels != self.label.out_features - 1).float()
         per_patch = 5 * (guess - boxes).abs().sum(-1) + 1 - _giou(guess, boxes)
-        return class_loss + 0.5 * (per_patch * seen).sum() / seen.sum().clamp(min=1)
+        return class_loss + (per_patch * seen).mean()
 
 
 def _giou(a: Tensor, b: Tensor) -> Tensor:

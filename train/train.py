@@ -105,6 +105,7 @@ class Objective(nn.Module):
         text = torch.cat((prompt, batch["inputs"][:, :-1]), dim=1)
         hidden = self.model.read(image_tokens, text, prompt.shape[1])[:, prompt.shape[1] - 1 :]
         loss = closed_set_loss(self.model.decoder, hidden, batch["tokens"], batch["weights"], self.language)
+        loss = loss / batch["total"]
         return loss + self.patch_weight * patch_loss, loss.detach()
 
 
@@ -180,12 +181,15 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     metrics = (args.out / "metrics.jsonl").open("a") if rank == 0 else None  # noqa: SIM115
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank > 0, mininterval=2)
-    total, started = torch.zeros((), device=device), time.monotonic()
+    total, logged_step, started = torch.zeros((), device=device), first_step, time.monotonic()
     for step, batch in enumerate(loader, start=first_step):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor(step, args)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        batch["total"] = batch["weights"][:, :-1].sum() / world  # of the whole batch, so that ranks' means
+        if world > 1:  # add up to what one process would have
+            dist.all_reduce(batch["total"])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             loss, logged = compute(network_input(batch["image"]), batch, patch_only=step < args.patch_steps)
         loss.backward()
@@ -199,16 +203,16 @@ def train(args: argparse.Namespace) -> None:
         done = step + 1
         if rank == 0 and done % args.log_every == 0:
             now = time.monotonic()
-            rate = args.log_every * args.batch_size / (now - started)
+            rate = (done - logged_step) * args.batch_size / (now - started)
             line = dict(
                 step=done,
-                loss=round(total.item() / args.log_every, 4),
+                loss=round(total.item() / (done - logged_step), 4),
                 lr=optimizers[-1].param_groups[0]["lr"],
             )
             metrics.write(json.dumps(line | dict(samples_per_s=round(rate, 1))) + "\n")
             metrics.flush()
             bar.set_postfix(loss=line["loss"], samples_s=round(rate))
-            started = now
+            logged_step, started = done, now
             total.zero_()
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, model, objective, optimizers, tokenizer, args.keep)
