@@ -75,6 +75,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that choose and load a model, and those of decoding, for every detection program."""
     add = parser.add_argument
     add("--model", default="nano", help="a folder, a hub id (owner/name or owner/name@revision), or nano")
+    add("--adapter", metavar="PATH_OR_ID", help="a LoRA adapter for it, as PEFT or train.py writes them")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 for small models on a CPU")
     add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")
@@ -119,7 +120,8 @@ def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector:
     dtype = DTYPES.get(args.dtype) or (torch.float32 if small_cpu else torch.bfloat16)
     overrides = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    model = PaliGemma.from_pretrained(str(folder), dtype=dtype, device=device, **overrides)
+    source = dict(dtype=dtype, device=device, adapter=args.adapter)
+    model = PaliGemma.from_pretrained(str(folder), **source, **overrides)
     if args.groups is not None and args.groups < 1:
         raise ValueError(f"--groups {args.groups}: at least one box must be decoded")
     return Detector(

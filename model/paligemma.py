@@ -7,7 +7,7 @@ image and prefix read each other freely, the suffix is causal.
 import torch
 from torch import Tensor, nn
 
-from model import weights
+from model import lora, weights
 from model.attention import prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
@@ -29,16 +29,28 @@ class PaliGemma(nn.Module):
     ) -> "PaliGemma":
         """Load a folder, a hub id ("owner/name" or "owner/name@revision"), or the shipped "nano".
 
-        dtype: torch.bfloat16 or torch.float32. config_overrides: fields of the config, e.g. attn_cap=None.
-        Raises ValueError that says what is wrong and what to do; every bad tensor is named.
+        dtype: torch.bfloat16 or torch.float32; adapter: a LoRA adapter's folder or hub id. config_overrides:
+        fields of the config, e.g. attn_cap=None. Raises ValueError that says what is wrong and what to do;
+        every bad tensor is named.
         """
-        return weights.load_pretrained(
-            cls, source, dtype=dtype, device=device, adapter=adapter, **config_overrides
-        )
+        if adapter is not None:
+            config_overrides = lora.detection_overrides(adapter) | config_overrides
+        model = weights.load_pretrained(cls, source, dtype=dtype, device=device, **config_overrides)
+        if adapter is not None:
+            lora.load_adapter(model, adapter)
+        return model
 
-    def save_pretrained(self, folder: str, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors in the hub's layout, which transformers loads too."""
-        weights.save_pretrained(self, folder, dtype)
+    def save_pretrained(self, folder: str, dtype: torch.dtype | None = None, **sharding) -> None:
+        """Write config.json and *.safetensors in the hub's layout, which transformers loads too.
+
+        dtype: the weights' own if None; max_shard_bytes: 5 GB a file unless told. Adapters must have been
+        folded into the weights before (lora.fold).
+        """
+        if lora.lora_layers(self):
+            raise ValueError(
+                "the model has an adapter: lora.fold(model) merges it, lora.save_adapter saves it"
+            )
+        weights.save_pretrained(self, folder, dtype, **sharding)
 
     def forward(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
         """Float32 logits [B, T, vocab] at every text position.

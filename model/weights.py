@@ -76,7 +76,14 @@ def resolve(source: str | Path) -> Path:
     )
 
     repo, _, revision = source.partition("@")
-    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    wanted = [
+        "config.json",
+        "adapter_config.json",
+        "detection.json",
+        "*.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+    ]
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     except GatedRepoError as error:
@@ -160,13 +167,11 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_pretrained(cls, source, *, dtype, device, adapter, **config_overrides):
+def load_pretrained(cls, source, *, dtype, device, **config_overrides):
     """See PaliGemma.from_pretrained."""
     if dtype not in (torch.bfloat16, torch.float32):
         why = " (its range is too small for Gemma's activations)" if dtype == torch.float16 else ""
         raise ValueError(f"dtype {dtype} is not supported{why}: use torch.bfloat16 or torch.float32")
-    if adapter is not None:
-        raise ValueError("adapters cannot be loaded yet: merge it into the weights first")
     folder = resolve(source)
     with torch.device("meta"), _NoInit():
         model = cls(load_config(source).override(**config_overrides))
@@ -217,20 +222,44 @@ def write_json(value: dict, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file to a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_pretrained(
+    model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+) -> None:
     """See PaliGemma.save_pretrained."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.projector.weight.dtype
-    version = model.config.text.version
-    tensors = {
-        official_name(name, version): tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    temporary = folder / f".model.safetensors.{os.getpid()}"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / "model.safetensors")
-    finally:
-        temporary.unlink(missing_ok=True)
+    shards, size = [[]], 0
+    for name, tensor in model.state_dict().items():
+        nbytes = tensor.numel() * dtype.itemsize
+        if size and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((official_name(name, model.config.text.version), tensor))
+        size += nbytes
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    for file, shard in zip(files, shards):
+        save_tensors({name: x.detach().to("cpu", dtype).contiguous() for name, x in shard}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    if len(shards) > 1:
+        total = sum(x.numel() for shard in shards for _, x in shard) * dtype.itemsize
+        weight_map = {name: file for file, shard in zip(files, shards) for name, _ in shard}
+        write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, index)
     write_json(config_to_json(model.config, str(dtype).removeprefix("torch.")), folder / "config.json")
+    # Weights that were here before would be taken for these ones.
+    for old in folder.glob("model*.safetensors"):
+        if old.name not in files:
+            old.unlink()
+    if len(shards) == 1:
+        index.unlink(missing_ok=True)
