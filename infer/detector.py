@@ -11,9 +11,9 @@ from PIL import Image
 from model import PaliGemma
 from model.boxes import areas, locs_to_boxes, nms
 from model.groups import ClosedSet, decode_groups
+from model.hub import resolve
 from model.image import to_tensor
 from model.tokenizer import Tokenizer
-from model.weights import resolve
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SMALL = 1 << 30  # bytes of weights up to which float32 is the faster choice on a CPU

@@ -1,30 +1,50 @@
 """COCO mean average precision of a detector.
 
     python infer/evaluate.py    # nano on the three held-out practice sets
-    python infer/evaluate.py --model SRC --data instances.json --images DIR
+    python infer/evaluate.py --model SRC --data instances.json --images DIR --out runs/eval
+    torchrun --nproc_per_node=8 infer/evaluate.py ...    # the images are shared out
 
-Figures are pycocotools' own (AP over IoU 0.50 to 0.95, 100 boxes an image). Beside them: AP when the class is
-ignored, and how far a score is from the share of right boxes (expected calibration error, ten bins).
+Figures are pycocotools' own (AP and AR over IoU 0.50 to 0.95, 100 boxes an image), over all images, those
+without objects too. Beside them: AP when the class is ignored, and how far a score is from the share of right
+boxes (expected calibration error, ten bins).
+
+--out keeps what report.py needs, and makes a run that was stopped go on from where it was:
+
+    settings.json           what the predictions were made from
+    predictions-RANK.jsonl  {"image_id", "results"}, a line as soon as an image is done
+    results.json            all of them, as COCO's server takes them
+    figures.json            what is printed, and the table behind the calibration error
+
+Without --data, each practice set has such a folder in it, with the drawn scenes in scenes/.
 """
 
 import argparse
 import contextlib
 import io
+import json
+import os
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from infer.detector import Detector, add_model_arguments, check_json, load_detector
+from model.hub import resolve
 from model.image import load_image
-from model.weights import write_json
+from model.weights import read_json, write_json
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor", "crowded": "crowded scenes"}
-FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # the first six of pycocotools
+FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # in pycocotools' order
+FIGURES += ("AR1", "AR10", "AR100", "AR small", "AR medium", "AR large")
+NO_MATTER = ("out", "json", "sets", "data", "images", "device", "batch_size")  # for what an image's boxes are
 BINS = 10  # of scores, for calibration
 
 
@@ -52,25 +72,62 @@ def category_ids(coco: COCO, classes: tuple[str, ...], file: Path) -> list[int]:
     return [by_name.get(name, -1) for name in classes]
 
 
+def recorded(out: Path) -> dict[int, list[dict]]:
+    """{image id: its results} of every predictions-*.jsonl in a folder, but for a half-written last line."""
+    known = {}
+    for file in sorted(out.glob("predictions-*.jsonl")):
+        *lines, _ = file.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                known[row["image_id"]] = row["results"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}, line {number}, is no prediction: remove the file") from error
+    return known
+
+
+def open_log(file: Path) -> TextIO:
+    """A file to append lines to; a last line without its end is cut off."""
+    log = file.open("a", encoding="utf-8")
+    log.truncate(file.read_bytes().rfind(b"\n") + 1)
+    return log
+
+
 def predict(
-    detector: Detector, coco: COCO, images: Path, ids: list[int], batch_size: int, title: str
+    detector: Detector,
+    coco: COCO,
+    images: Path,
+    ids: list[int],
+    batch_size: int,
+    title: str,
+    out: Path | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> list[dict]:
-    """Results in COCO's format for every image of the set."""
-    results = []
-    records = sorted(coco.dataset["images"], key=lambda record: record["id"])
-    bar = tqdm(total=len(records), desc=title, unit="image", leave=False)
-    for start in range(0, len(records), batch_size):
-        batch = records[start : start + batch_size]
-        found_all = detector([load_image(images / record["file_name"]) for record in batch])
-        for record, found in zip(batch, found_all, strict=True):
-            for (x0, y0, x1, y1), score, label in zip(
-                *(a.tolist() for a in (found.boxes, found.scores, found.labels))
-            ):
-                box = [x0, y0, x1 - x0, y1 - y0]
-                results.append(dict(image_id=record["id"], category_id=ids[label], bbox=box, score=score))
-        bar.update(len(batch))
-    bar.close()
-    return results
+    """Results in COCO's format for every image of the set; of several processes, for this one's share.
+
+    With out, a folder: the results of an image are written there as they come, and an image whose results
+    are there, whichever process wrote them, is not decoded again.
+    """
+    known = recorded(out) if out else {}
+    share = sorted(coco.dataset["images"], key=lambda record: record["id"])[rank::world]
+    todo = [record for record in share if record["id"] not in known]
+    log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
+    bar = tqdm(total=len(todo), desc=title, unit="image", leave=False, disable=rank > 0)
+    with log as lines, bar:
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            found_all = detector([load_image(images / record["file_name"]) for record in batch])
+            for record, found in zip(batch, found_all, strict=True):
+                rows = zip(*(column.tolist() for column in (found.boxes, found.scores, found.labels)))
+                results = known[record["id"]] = []
+                for (x0, y0, x1, y1), score, label in rows:
+                    box = [x0, y0, x1 - x0, y1 - y0]
+                    results.append(dict(image_id=record["id"], category_id=ids[label], bbox=box, score=score))
+                if lines:
+                    print(json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True)
+            bar.update(len(batch))
+    return [result for record in share for result in known[record["id"]]]
 
 
 def run_cocoeval(coco: COCO, results: list[dict], use_classes: bool = True) -> COCOeval:
@@ -78,9 +135,7 @@ def run_cocoeval(coco: COCO, results: list[dict], use_classes: bool = True) -> C
     with contextlib.redirect_stdout(io.StringIO()):
         if not results:  # loadRes cannot take an empty list
             detected = COCO()
-            detected.dataset = dict(
-                images=coco.dataset["images"], categories=coco.dataset["categories"], annotations=[]
-            )
+            detected.dataset = coco.dataset | dict(annotations=[])
             detected.createIndex()
         else:
             detected = coco.loadRes([dict(result) for result in results])
@@ -92,52 +147,105 @@ def run_cocoeval(coco: COCO, results: list[dict], use_classes: bool = True) -> C
     return evaluation
 
 
+def judged(evaluation: COCOeval) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every box: score, right at IoU 0.5, image id, each [n]. Boxes in crowds count as neither."""
+    first_area = [e for e in evaluation.evalImgs if e and e["aRng"] == evaluation.params.areaRng[0]]
+    rows = [
+        (score, match > 0, e["image_id"])
+        for e in first_area
+        for score, match, ignored in zip(e["dtScores"], e["dtMatches"][0], e["dtIgnore"][0])
+        if not ignored
+    ]
+    scores, right, images = zip(*rows) if rows else ((), (), ())
+    return np.array(scores, float), np.array(right, bool), np.array(images)
+
+
 def calibration(evaluation: COCOeval) -> tuple[float, list[dict]]:
     """Expected calibration error of the scores (a box is right at IoU 0.5), and its table by score."""
-    first_area = [e for e in evaluation.evalImgs if e and e["aRng"] == evaluation.params.areaRng[0]]
-    scores = np.array([score for e in first_area for score in e["dtScores"]])
-    right = np.array([match > 0 for e in first_area for match in e["dtMatches"][0]])
+    scores, right, _ = judged(evaluation)
     if not len(scores):
         return 0.0, []
     of_bin = np.minimum((scores * BINS).astype(int), BINS - 1)
     table = []
     for b in np.unique(of_bin).tolist():
         inside = of_bin == b
-        table.append(
-            dict(
-                bin=f"{b / BINS:.1f}-{(b + 1) / BINS:.1f}",
-                boxes=int(inside.sum()),
-                mean_score=round(float(scores[inside].mean()), 4),
-                right=round(float(right[inside].mean()), 4),
-            )
-        )
+        means = {
+            name: round(float(x[inside].mean()), 4) for name, x in (("mean_score", scores), ("right", right))
+        }
+        table.append(dict(bin=f"{b / BINS:.1f}-{(b + 1) / BINS:.1f}", boxes=int(inside.sum())) | means)
     error = sum(row["boxes"] * abs(row["mean_score"] - row["right"]) for row in table) / len(scores)
     return float(error), table
 
 
-def evaluate(detector: Detector, data: Path, images: Path, batch_size: int, title: str) -> dict:
-    """All figures of one set. Raises ValueError if the file, a class or an image is not what it should be."""
+def process() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(value) -> list:
+    """This value of every process, by rank; waits for all of them."""
+    values = [value] * process()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def evaluate(
+    detector: Detector, data: Path, images: Path, batch_size: int, title: str, out: Path | None = None
+) -> dict:
+    """All figures of one set, in the first process; nothing in the others of torchrun.
+
+    Raises ValueError if the file, a class, an image or what out holds is not what it should be.
+    """
     coco = read_coco(data)
     ids = category_ids(coco, detector.classes, data)
-    results = predict(detector, coco, images, ids, batch_size, title)
+    shares = gathered(predict(detector, coco, images, ids, batch_size, title, out, *process()))
+    if process()[0] > 0:
+        return {}
+    results = sorted((result for share in shares for result in share), key=lambda r: r["image_id"])
     # Boxes of a class that the set does not have count only when classes are ignored.
-    evaluation = run_cocoeval(coco, [r for r in results if r["category_id"] != -1])
+    of_set = [result for result in results if result["category_id"] != -1]
+    evaluation = run_cocoeval(coco, of_set)
     any_class = run_cocoeval(coco, results, use_classes=False)
     error, table = calibration(evaluation)
-    figures = {name: round(float(value), 4) for name, value in zip(FIGURES, evaluation.stats, strict=False)}
-    figures |= {
-        "AR100": round(float(evaluation.stats[8]), 4),
-        "AP any class": round(float(any_class.stats[0]), 4),
-    }
-    return figures | {"calibration error": round(error, 4), "images": len(coco.imgs), "calibration": table}
+    figures = {name: round(float(value), 4) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
+    figures["AP any class"] = round(float(any_class.stats[0]), 4)
+    figures |= {"calibration error": round(error, 4), "images": len(coco.imgs), "calibration": table}
+    if out:
+        (out / "results.json").write_text(json.dumps(of_set), encoding="utf-8")
+        write_json(figures, out / "figures.json")
+    return figures
+
+
+def file_stamps(source: str | None) -> dict | None:
+    """What tells a checkpoint from one that was later written to the same folder."""
+    if source is None:
+        return None
+    files = [file.resolve() for file in sorted(resolve(source).glob("*.safetensors"))]
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def remember(out: Path, settings: dict) -> None:
+    """Write out/settings.json; ValueError if the folder holds predictions that were made with others."""
+    file, settings = out / "settings.json", json.loads(json.dumps(settings, default=str))
+    old = read_json(file) if file.exists() else {}
+    changed = sorted(key for key in old | settings if old.get(key) != settings.get(key))
+    begun = [path for path in (*out.glob("predictions-*.jsonl"), *out.glob("scenes")) if path.stat().st_size]
+    if changed and begun:
+        raise ValueError(
+            f"{out} holds predictions of other settings ({', '.join(changed)}): "
+            "choose another --out, or remove the folder"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(settings, file)
 
 
 def report(name: str, figures: dict) -> None:
     print(f"mAP {figures['AP']:.3f} ({name})")
     shown = [key for key in figures if key not in ("AP", "images", "calibration")]
-    print(
-        "   " + "   ".join(f"{key} {figures[key]:.3f}" if figures[key] >= 0 else f"{key} -" for key in shown)
-    )
+    texts = [f"{key} {figures[key]:.3f}" if figures[key] >= 0 else f"{key} -" for key in shown]
+    for row in (texts[:5], texts[5:11], texts[11:]):  # precision, recall, ours
+        print("   " + "   ".join(row))
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -152,36 +260,55 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--score-threshold", type=float, default=0.0)
     add("--batch-size", type=int, default=32)
     add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of predictions and figures; goes on with what is there",
+    )
     add_model_arguments(parser)
     return parser.parse_args(argv)
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: meet the other processes, and take this one's GPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
+        if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.count < 1:
         raise ValueError("--batch-size and --count must be at least 1")
     check_json(args.json)
+    join_processes(args)
     detector = load_detector(args, args.score_threshold)
+    settings = {name: value for name, value in vars(args).items() if name not in NO_MATTER}
+    settings |= {f"{name} files": file_stamps(settings.get(name)) for name in ("model", "adapter")}
     figures = {}
-    if args.data:
-        name = args.data.stem
-        figures[name] = evaluate(
-            detector, args.data, args.images or args.data.parent / "images", args.batch_size, name
-        )
-        report(name, figures[name])
-    else:
-        from train.scenes import write_coco
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.out or Path(gathered(temporary)[0])
+        for split in [None] if args.data else args.sets:
+            name, out = (HELD_OUT[split], folder / split) if split else (args.data.stem, folder)
+            data = out / "scenes" / "instances.json" if split else args.data
+            images = (args.data and args.images) or data.parent / "images"
+            where = {  # inside the folder, it may move
+                key: path.relative_to(out) if split else path.resolve()
+                for key, path in (("data", data), ("images", images))
+            }
+            changed = None if split else data.stat().st_mtime_ns
+            remember(out, settings | dict(name=name, data_changed=changed) | where)
+            gathered(None)  # every process has looked before one goes on
+            if split and process()[0] == 0 and not data.exists():
+                from train.scenes import write_coco
 
-        size = detector.model.config.vision.image_size
-        with tempfile.TemporaryDirectory() as folder:
-            for split in args.sets:
-                out = Path(folder) / split
-                write_coco(out, args.count, split, size)
-                name = HELD_OUT[split]
-                figures[name] = evaluate(
-                    detector, out / "instances.json", out / "images", args.batch_size, name
-                )
-                report(name, figures[name])
-    if args.json:
+                write_coco(data.parent, args.count, split, detector.model.config.vision.image_size)
+            gathered(None)  # the scenes are drawn
+            if of_set := evaluate(detector, data, images, args.batch_size, name, out):
+                report(name, of_set)
+                figures[name] = of_set
+    if args.json and figures:
         write_json(figures, args.json)
 
 
@@ -190,6 +317,9 @@ def main() -> None:
         run(arguments())
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {str(error).splitlines()[0]}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
-"""Boxes: pixels <-> location tokens, areas, overlaps, suppression.
+"""Boxes: pixels <-> location tokens, areas, overlaps, suppression, boxes in text.
 
 A box is x0, y0, x1, y1 in pixels from the top left; a location quadruple is y0, x0, y1, x1 in 1/1024 of the
 image's sides.
 """
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 BINS = 1024
+_LOC = r"<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>"
+_OBJECT = re.compile(rf"((?:{_LOC}\s*){{4}})((?:<seg[0-9]{{3}}>\s*)*)([^;<>]*)")
 
 
 def boxes_to_locs(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
@@ -44,3 +50,40 @@ def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: fl
         if all(labels[i] != labels[j] or overlaps[i, j] <= threshold for j in kept):
             kept.append(int(i))
     return np.array(kept, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class ParsedBox:
+    """An object of a text answer."""
+
+    locs: tuple[int, ...]  # y0, x0, y1, x1 in 0..1023
+    seg: tuple[int, ...]  # the 16 codes of its mask in 0..127, or nothing
+    label: str  # "" where the answer has none
+
+
+def parse_answer(text: str) -> list[ParsedBox]:
+    """The objects of "<loc0000><loc0000><loc0512><loc1023> traffic light ; <loc...", in order.
+
+    Answers are imperfect: anything around four locations is passed over, fewer than four are dropped, and so
+    are the codes of an unfinished mask. Boxes may be turned inside out.
+    """
+    found = []
+    for locs, seg, label in _OBJECT.findall(text):
+        codes = tuple(int(code) for code in re.findall("[0-9]{3}", seg))
+        whole = len(codes) == 16 and max(codes) < 128
+        quadruple = tuple(int(loc) for loc in re.findall("[0-9]{4}", locs))
+        found.append(ParsedBox(quadruple, codes if whole else (), label.strip()))
+    return found
+
+
+def format_answer(boxes: np.ndarray, labels: Sequence[str], width: float, height: float) -> str:
+    """Pixel boxes [n, 4] and n labels -> the text that parse_answer reads. Never writes <loc1024>.
+
+    Raises ValueError for a label with one of ; < > in it, which would end it.
+    """
+    parts = []
+    for locs, label in zip(boxes_to_locs(boxes, width, height).tolist(), labels, strict=True):
+        if re.search("[;<>]", label):
+            raise ValueError(f"label {label!r} cannot be written into an answer: it has one of ; < > in it")
+        parts.append(("".join(f"<loc{loc:04d}>" for loc in locs) + f" {label}").rstrip())
+    return " ; ".join(parts)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from model.weights import official_name, read_json, resolve, save_tensors, short_name, write_json
+from model.hub import resolve
+from model.weights import official_name, read_json, save_tensors, short_name, write_json
 
 DECODER = r"decoder\.layers\.\d+\.(attn|mlp)\.\w+_proj"
 TARGETS = {  # regular expressions for full paths of modules, such as decoder.layers.0.attn.q_proj
@@ -238,17 +239,21 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         if p.requires_grad and id(p) not in own:
             path, _, leaf = name.rpartition(".")
             tensors[f"{PREFIX}{_runtime_path(path, version)}.{leaf}"] = p
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
-    """Write PEFT's two files, and the classes. base: what the adapter belongs to, a hub id or a folder."""
+def save_adapter(
+    model: nn.Module, folder: str | Path, base: str = "", tensors: dict[str, Tensor] | None = None
+) -> None:
+    """Write PEFT's two files, and the classes. base: what the adapter belongs to, a hub id or a folder;
+    tensors: adapter_tensors(model), if they are not simply the model's (sharded ones, put together)."""
     folder, version, layers = Path(folder), model.config.text.version, lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layers to save")
     first = next(iter(layers.values()))
     paths = {_short_path(name, version): layer for name, layer in layers.items()}
-    tensors = adapter_tensors(model)
+    tensors = adapter_tensors(model) if tensors is None else tensors
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     whole = {
         short_name(name.removeprefix(PREFIX)).rpartition(".")[0] for name in tensors if ".lora_" not in name
     }

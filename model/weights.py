@@ -7,7 +7,6 @@ never holds two copies.
 
 import json
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -17,8 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model.config_json import config_from_json, config_to_json
-
-NANO = Path(__file__).parent / "nano"
+from model.hub import resolve
 
 # our name -> official name (transformers up to 4.51), longest prefix first
 _NAMES = {
@@ -56,55 +54,6 @@ def short_name(name: str) -> str:
     )
 
 
-def resolve(source: str | Path) -> Path:
-    """The folder of a source; a hub id's files are downloaded. Raises ValueError that says what to do."""
-    source = str(source)
-    if source == "nano":
-        return NANO
-    if Path(source).is_dir():
-        return Path(source)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", source):
-        raise ValueError(
-            f"no folder {source!r}; give a folder, a hub id such as google/paligemma2-3b-pt-448, or 'nano'"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repo, _, revision = source.partition("@")
-    wanted = [
-        "config.json",
-        "adapter_config.json",
-        "detection.json",
-        "*.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.model",
-    ]
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{repo} is gated: accept its licence on its hub page, then run `hf auth login`; "
-            "or download it yourself and give the folder"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{source!r} is neither a folder here nor a repository on the hub (private: log in)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(
-            f"{repo} has no revision {revision!r}: its hub page lists branches and tags"
-        ) from error
-    except HfHubHTTPError.__bases__ as error:  # the HTTP library's errors, whichever it is, and OSError
-        raise ValueError(
-            f"{source!r} is no folder here, and the hub could not be reached: {error}"
-        ) from error
-
-
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError in words if it is missing or not one."""
     try:
@@ -118,9 +67,9 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def load_config(source: str):
-    """The PaliGemmaConfig of a source."""
-    path = resolve(source) / "config.json"
+def load_config(source: str | Path):
+    """The PaliGemmaConfig of a source. Of a hub id, nothing but the small files is downloaded."""
+    path = resolve(source, weights=False) / "config.json"
     try:
         return config_from_json(read_json(path))
     except (TypeError, ValueError) as error:
@@ -174,7 +123,7 @@ def load_pretrained(cls, source, *, dtype, device, **config_overrides):
         raise ValueError(f"dtype {dtype} is not supported{why}: use torch.bfloat16 or torch.float32")
     folder = resolve(source)
     with torch.device("meta"), _NoInit():
-        model = cls(load_config(source).override(**config_overrides))
+        model = cls(load_config(folder).override(**config_overrides))
     stored = _open_shards(folder)
     _assign(model, stored, f"{folder} does not fit its config.json", dtype, device)
     return model.eval()
@@ -233,14 +182,18 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+    model: nn.Module,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """See PaliGemma.save_pretrained."""
+    """See PaliGemma.save_pretrained. state: the tensors by our names, if they are not the model's own."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.projector.weight.dtype
     shards, size = [[]], 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (state or model.state_dict()).items():
         nbytes = tensor.numel() * dtype.itemsize
         if size and size + nbytes > max_shard_bytes:
             shards.append([])

@@ -13,7 +13,7 @@ from model.config import COCO_CLASSES, VARIANTS, TextConfig
 from model.gemma import Gemma
 from model.groups import ClosedSet, decode_groups
 from model.tokenizer import Tokenizer
-from train.loss import closed_set_loss
+from train.loss import allowed_loss
 from train.nano import nano_config, train_tokenizer
 from train.scenes import make_scene
 from train.targets import DISGUISE, MAX_NOISE_IOU, NOISE_WEIGHT, closed_set_target
@@ -217,7 +217,7 @@ def test_loss(final_cap):
     )
     hidden = torch.randn(3, 5 * G + 1, 32, generator=torch.Generator().manual_seed(1))
     ours, slow = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    loss = closed_set_loss(decoder, ours, tokens, weights, LANGUAGE) / weights[:, :-1].sum()
+    loss = allowed_loss(decoder, ours, tokens, weights, LANGUAGE) / weights[:, :-1].sum()
     reference = slow_loss(decoder, slow, tokens, weights)
     assert loss.dtype == torch.float32 and abs(loss.item() - reference.item()) < 1e-5
     loss.backward(), reference.backward()
@@ -234,7 +234,7 @@ def test_loss_in_bfloat16():
     tokens, weights = torch.tensor(target.tokens)[None], torch.tensor(target.weights)[None]
     hidden = torch.randn(1, 5 * G + 1, 32, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = closed_set_loss(decoder, hidden, tokens, weights, LANGUAGE) / weights[:, :-1].sum()
+        loss = allowed_loss(decoder, hidden, tokens, weights, LANGUAGE) / weights[:, :-1].sum()
     assert loss.dtype == torch.float32
     assert abs(loss.item() - slow_loss(decoder, hidden, tokens, weights).item()) < 0.02
 

@@ -9,8 +9,9 @@ import pytest
 from huggingface_hub import errors
 
 from model import PaliGemma
+from model.hub import NANO, resolve
 from model.tokenizer import Tokenizer
-from model.weights import NANO, load_config, resolve
+from model.weights import load_config
 from train.nano import train_tokenizer
 
 http = importlib.import_module(errors.Response.__module__.partition(".")[0])  # httpx, or what follows it

@@ -27,7 +27,7 @@ from model.groups import ClosedSet
 from model.image import to_tensor
 from model.tokenizer import Tokenizer
 from train import checkpoint, nano
-from train.data import PracticeScenes, StepSampler, network_input
+from train.data import PracticeScenes, StepSampler, collate, network_input
 from train.patch_head import MIN_COVER, patch_targets
 from train.scenes import Scene, make_scene
 
@@ -96,32 +96,34 @@ def test_samples_are_the_same_whatever_the_worker(tiny):
     """Drawn here, or by one of two workers; by number, not by order."""
 
     def samples(workers, first=5):
-        data = PracticeScenes(language_of(tiny), 64, 16, first, 12)
-        batches = DataLoader(data, batch_size=2, num_workers=workers)
+        data, sampler = PracticeScenes(language_of(tiny), 64, 16, first), StepSampler(None, range(6), 2)
+        batches = DataLoader(data, batch_sampler=sampler, num_workers=workers)
         return [{name: x[i] for name, x in batch.items()} for batch in batches for i in (0, 1)]
 
     here = samples(0)
     assert len(here) == 12 and all(same(a, b) for a, b in zip(here, samples(2), strict=True))
     assert all(same(a, b) for a, b in zip(here[2:], samples(0, first=7), strict=False))
-    assert len({sample["tokens"].numpy().tobytes() for sample in here}) == 12
+    assert len({sample["text"].numpy().tobytes() for sample in here}) == 12
 
 
 def test_sample(tiny):
     """A scene with its answer and its helper targets, as bytes and numbers of the right size."""
-    data = PracticeScenes(language_of(tiny), 64, 16, 3, 2)
-    sample, scene = data[1], make_scene(4, 64)
-    assert len(data) == 2 and (sample["image"].numpy() == scene.image).all()
+    language = language_of(tiny)
+    sample, scene = PracticeScenes(language, 64, 16, 3)[9, 1], make_scene(4, 64)
+    text, prompt = len(language.prompt) + 60, len(language.prompt)
+    assert (sample["image"].numpy() == scene.image).all()
     assert {name: (tuple(t.shape), t.dtype) for name, t in sample.items()} == {
         "image": ((64, 64, 3), torch.uint8),
-        "tokens": ((61,), torch.int64),
-        "inputs": ((61,), torch.int64),
-        "weights": ((61,), torch.float32),
+        "text": ((text,), torch.int64),
+        "labels": ((text,), torch.int64),
+        "weights": ((text,), torch.float32),
+        "prefix_len": ((), torch.int64),
         "patch_labels": ((16,), torch.int64),
         "patch_boxes": ((16, 4), torch.float32),
     }
-    assert (sample["weights"][:60].view(12, 5)[:, 0] == 1).sum() == len(scene.labels)
-    with pytest.raises(IndexError):
-        data[2]
+    assert (sample["weights"][prompt - 1 : -1].view(12, 5)[:, 0] == 1).sum() == len(scene.labels)
+    assert tuple(sample["text"][:prompt]) == language.prompt and sample["prefix_len"] == prompt
+    assert sample["labels"][-1] == language.eos and (sample["weights"][: prompt - 1] == 0).all()
 
 
 def test_training_sees_what_detection_sees():
@@ -131,17 +133,31 @@ def test_training_sees_what_detection_sees():
     assert torch.allclose(ours[0], to_tensor(Image.fromarray(pixels), 128), atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_sampler(world):
-    """The processes share every batch, and each sample is taken once, in a resumed run too."""
-    ranks = [list(StepSampler(0, 5, 8, rank, world)) for rank in range(world)]
+def test_sampler(world, accumulate):
+    """The processes and micro-batches share every batch, each sample is taken once, after a resume too."""
+    parts = [list(StepSampler(None, range(5), 8, rank, world, accumulate)) for rank in range(world)]
     for step in range(5):
-        dealt = sorted(index for rank in ranks for index in rank[step])
-        assert dealt == list(range(8 * step, 8 * step + 8))
-        assert {len(rank[step]) for rank in ranks} == {8 // world}
+        now = slice(step * accumulate, (step + 1) * accumulate)
+        dealt = sorted(key for rank in parts for part in rank[now] for key in part)
+        assert dealt == [(i, i) for i in range(8 * step, 8 * step + 8)]
+        assert {len(part) for rank in parts for part in rank[now]} == {8 // world // accumulate}
     for rank in range(world):
-        later = StepSampler(3, 5, 8, rank, world)
-        assert list(later) == ranks[rank][3:] and len(later) == 2
+        later = StepSampler(None, range(3, 5), 8, rank, world, accumulate)
+        assert list(later) == parts[rank][3 * accumulate :] and len(later) == 2 * accumulate
+
+
+def test_epochs():
+    """Each epoch takes every item once, in an order of its own, that only the seed decides."""
+    keys = [key for part in StepSampler(6, range(9), 4, seed=1) for key in part]
+    assert [draw for draw, _ in keys] == list(range(36))
+    epochs = [tuple(item for _, item in keys[i : i + 6]) for i in range(0, 36, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs) and len(set(epochs)) > 3
+    assert [key for part in StepSampler(6, range(2, 9), 4, seed=1) for key in part] == keys[8:]
+    assert [key for part in StepSampler(6, range(9), 4, seed=2) for key in part] != keys
+    with pytest.raises(ValueError, match="--batch-size 6"):
+        StepSampler(None, range(9), 6, world=2, accumulate=2)
 
 
 # The helper head's targets ----------------------------------------------------------------------------------
@@ -200,7 +216,7 @@ def test_optimizers(muon, tiny):
     """Each parameter belongs to one optimizer and moves; the matrices of the layers are Muon's."""
     model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
     language = language_of(tiny)
-    objective = train.Objective(model, language, patch_weight=1.0)
+    objective = train.Objective(model, language, patch_weight=1.0).train()
     args = train.arguments(
         ["--model", "x", "--out", "x", "--device", "cpu", "--lr", "1e-3", "--muon-lr", str(muon)]
     )
@@ -218,10 +234,8 @@ def test_optimizers(muon, tiny):
         assert not any("embed" in name or "norm" in name or name.endswith("bias") for name in of_muon)
 
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
-    data = PracticeScenes(language, 64, 16, 0, 4)
-    batch = next(iter(DataLoader(data, batch_size=4)))
-    batch["total"] = batch["weights"][:, :-1].sum()
-    loss, logged = objective(network_input(batch["image"]), batch, patch_only=False)
+    batch = collate([PracticeScenes(language, 64, 16)[i, i] for i in range(4)])
+    loss, logged = objective(batch | {"total": batch["weights"].sum()})
     assert loss > logged > 0
     loss.backward()
     for optimizer in optimizers:
@@ -267,7 +281,13 @@ def test_what_a_run_leaves(tiny, tmp_path, capsys):
     """Whole checkpoints, the newest few, that any program loads; the result in bfloat16; no pickle."""
     out = tmp_path / "run"
     run(tiny, out, "--save-every 3 --keep 2")
-    assert sorted(path.name for path in out.iterdir()) == ["final", "metrics.jsonl", "step-0000006", LAST]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "final",
+        "metrics.jsonl",
+        "run.json",
+        "step-0000006",
+        LAST,
+    ]
     model_files = ["config.json", "model.safetensors", "tokenizer.model"]
     assert sorted(path.name for path in (out / "final").iterdir()) == model_files
     assert sorted(path.name for path in (out / LAST).iterdir()) == sorted(
@@ -305,12 +325,14 @@ def kill_at(monkeypatch, step):
 )
 def test_killed_and_resumed(options, tiny, tmp_path, monkeypatch):
     """A run that goes on from a checkpoint ends with the weights of one that never stopped, bit for bit."""
+    start = shutil.copytree(tiny, tmp_path / "start")
     run(tiny, tmp_path / "straight", options)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 6)
-        run(tiny, tmp_path / "killed", f"--save-every 3 {options}")
+        run(start, tmp_path / "killed", f"--save-every 3 {options}")
     assert sorted(path.name for path in (tmp_path / "killed").glob("step*")) == ["step-0000003"]
-    run("none", tmp_path / "killed", f"--save-every 3 {options}", "--resume")
+    shutil.rmtree(start)  # the checkpoint has all that is needed
+    run(start, tmp_path / "killed", f"--save-every 3 {options}", "--resume")
     for file in ("model.safetensors", "optimizer.safetensors"):
         a, b = (load_file(tmp_path / name / LAST / file) for name in ("straight", "killed"))
         assert same(a, b), file
@@ -340,7 +362,7 @@ def test_killed_while_saving(tiny, tmp_path, monkeypatch):
     assert checkpoint.newest(tmp_path / "run").name == "step-0000003"
     run(tiny, tmp_path / "run", "--save-every 3", "--resume")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "final", "metrics.jsonl", "step-0000006", LAST
+        "final", "metrics.jsonl", "run.json", "step-0000006", LAST
     ]  # fmt: skip
 
 

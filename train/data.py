@@ -1,43 +1,156 @@
-"""Training samples: dicts of tensors. Sample i is the same in every run, on every worker and rank."""
+"""Training samples: which data set a file is, who takes which sample, and how samples become a batch.
+
+A sample is asked for by (draw, item): its number in the whole run, and its number in the data. All that is
+random about it comes from `draw`, so it is the same in every run, on every worker and rank.
+"""
+
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from model import PaliGemma
 from model.groups import ClosedSet
 from model.image import pixels_to_tensor
+from model.tokenizer import Tokenizer
+from train.coco import CocoDetections, CocoIndex, closed_set_sample
+from train.jsonl import JsonlPairs, is_jsonl
 from train.patch_head import patch_targets
 from train.scenes import make_scene
 from train.targets import closed_set_target
 
 
 class PracticeScenes(Dataset):
-    """Scenes drawn as they are asked for, `length` of them from number `first`: no sample is seen twice."""
+    """Scenes drawn as they are asked for: endless, the item is the scene's number from `first` on."""
+
+    def __init__(self, language: ClosedSet, size: int, patch: int, first: int = 0, split: str = "train"):
+        self.language, self.size, self.patch = language, size, patch
+        self.first, self.split = first, split
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """closed_set_sample's tensors, and patch_labels int64 [P], patch_boxes float32 [P, 4]."""
+        seed, size = self.first + key[1], self.size
+        scene = make_scene(seed, size, self.split)
+        rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
+        target = closed_set_target(rng, scene.boxes, scene.labels, size, size, self.language, grid=1)
+        labels, boxes = patch_targets(scene, self.patch, background=len(self.language.classes))
+        sample = closed_set_sample(scene.image, target, self.language)
+        return sample | dict(patch_labels=torch.tensor(labels), patch_boxes=torch.tensor(boxes))
+
+    def name(self, item: int) -> str:
+        return f"practice scene {self.first + item} ({self.split})"
+
+
+@lru_cache(1)
+def read_coco_index(file: Path, images: Path) -> CocoIndex:
+    return CocoIndex.read(file, images)
+
+
+def classes_for(file: Path, images: Path | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes that a model trained on a COCO file should have: its own if they hold all the file's, or
+    else the file's. They change what the model's class tokens mean, so this comes before it is loaded."""
+    if is_jsonl(file):
+        return known
+    names = read_coco_index(file, images or file.parent / "images").classes
+    return known if set(names) <= set(known) else tuple(names)
+
+
+def open_data(
+    file: Path,
+    images: Path | None,
+    model: PaliGemma,
+    tokenizer: Tokenizer,
+    seed: int,
+    augment: bool,
+    allow_outside: bool = False,
+) -> Dataset:
+    """The data set of a COCO instances file or of JSONL lines, told apart by content.
+
+    images: folder of the pictures, by default images/ beside the file. Raises ValueError in words if the
+    data is empty or does not fit the model.
+    """
+    images, size = images or file.parent / "images", model.config.vision.image_size
+    if is_jsonl(file):
+        data = JsonlPairs(file, images, tokenizer, size, seed, augment, allow_outside)
+        longest = data.longest()
+    else:
+        index, language = read_coco_index(file, images), ClosedSet.of(model.config, tokenizer)
+        labels = [language.classes.index(name) for name in index.classes]
+        data = CocoDetections(index, images, language, labels, size, seed=seed, augment=augment)
+        longest = len(language.prompt) + 5 * language.groups
+    if not len(data):
+        raise ValueError(f"{file} has no samples")
+    check_length(longest, model)
+    return data
+
+
+def check_length(text: int, model: PaliGemma) -> None:
+    """Raise ValueError if image and text need more positions than the checkpoint has."""
+    need, have = model.config.vision.tokens + text, model.config.text.max_positions
+    if need > have:
+        raise ValueError(
+            f"{need} positions needed ({text} of text), the checkpoint has {have}: shorten the text, or take "
+            "a checkpoint of a smaller image size"
+        )
+
+
+class StepSampler:
+    """The (draw, item) pairs of one rank, a list for each micro-batch.
+
+    Step s of the run takes draws s * batch ... of all ranks together, dealt to micro-batches and ranks in
+    turn: what a step sees does not depend on how many share it. Data of `items` samples is shuffled anew in
+    every epoch; endless data (None) is taken in order.
+    """
 
     def __init__(
-        self, language: ClosedSet, size: int, patch: int, first: int, length: int, split: str = "train"
+        self,
+        items: int | None,
+        steps: range,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        seed: int = 0,
     ):
-        self.language, self.size, self.patch = language, size, patch
-        self.first, self.length, self.split = first, length, split
+        if batch % (world * accumulate):
+            raise ValueError(
+                f"--batch-size {batch} is not a multiple of {world} processes x {accumulate} --accumulate"
+            )
+        self.items, self.steps, self.batch, self.seed = items, steps, batch, seed
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self._order: tuple[int, np.ndarray | None] = (-1, None)  # epoch, its permutation
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.steps) * self.accumulate
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """image uint8 [S, S, 3]; tokens, inputs int64 [T] and weights [T]; patch_labels, patch_boxes."""
-        if index >= self.length:
-            raise IndexError(index)
-        seed = self.first + index
-        scene = make_scene(seed, self.size, self.split)
-        rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
-        target = closed_set_target(
-            rng, scene.boxes, scene.labels, self.size, self.size, self.language, grid=1
-        )
-        patch_labels, patch_boxes = patch_targets(scene, self.patch, background=len(self.language.classes))
-        arrays = dict(image=scene.image, tokens=target.tokens, inputs=target.inputs, weights=target.weights)
-        arrays |= dict(patch_labels=patch_labels, patch_boxes=patch_boxes)
-        return {name: torch.tensor(array) for name, array in arrays.items()}
+    def __iter__(self):
+        micro = self.batch // self.accumulate
+        for start in range(self.steps.start * self.batch, self.steps.stop * self.batch, micro):
+            yield [(draw, self.item(draw)) for draw in range(start + self.rank, start + micro, self.world)]
+
+    def item(self, draw: int) -> int:
+        if self.items is None:
+            return draw
+        epoch, place = divmod(draw, self.items)
+        if epoch != self._order[0]:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.items)
+        return int(self._order[1][place])
+
+
+def collate(samples: list[dict[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
+    """Stacked samples; texts are padded on the right to the longest."""
+    batch = {}
+    for name in samples[0]:
+        column = [sample[name] for sample in samples]
+        if name in ("text", "labels", "weights"):
+            fill = pad if name == "text" else 0
+            batch[name] = torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill)
+        else:
+            batch[name] = torch.stack(column)
+    return batch
 
 
 def network_input(image: Tensor) -> Tensor:
@@ -45,17 +158,3 @@ def network_input(image: Tensor) -> Tensor:
     if image.device.type == "cpu":
         return pixels_to_tensor(image.numpy())
     return image.movedim(-1, -3) / 127.5 - 1
-
-
-class StepSampler:
-    """Indices of one rank: step s takes samples s*batch ... of the whole data, dealt to the ranks in turn."""
-
-    def __init__(self, first_step: int, steps: int, batch: int, rank: int = 0, world: int = 1):
-        self.first_step, self.steps, self.batch, self.rank, self.world = first_step, steps, batch, rank, world
-
-    def __len__(self) -> int:
-        return self.steps - self.first_step
-
-    def __iter__(self):
-        for step in range(self.first_step, self.steps):
-            yield list(range(step * self.batch + self.rank, (step + 1) * self.batch, self.world))

@@ -1,28 +1,42 @@
-"""Losses over the supervised positions only: no logits of positions or ids that cannot be right."""
+"""Losses over the supervised positions only: no logits of positions, or of ids, that cannot be right.
+
+Axes: B batch, T text positions, n supervised positions. hidden [B, T, D]; labels int64 [B, T]: the token that
+follows each position; weights float32 [B, T], 0 where nothing is taught. Both losses are weighted sums: the
+caller divides by the weights of the whole batch, of which it may hold a part.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model.gemma import Gemma
-from model.groups import GROUP, ClosedSet
+from model.groups import ClosedSet
+
+CHUNK = 256  # positions whose full-vocabulary logits are in memory together: 263 MB for the official sizes
 
 
-def closed_set_loss(
-    decoder: Gemma, hidden: Tensor, tokens: Tensor, weights: Tensor, language: ClosedSet
+def allowed_loss(
+    decoder: Gemma, hidden: Tensor, labels: Tensor, weights: Tensor, language: ClosedSet
 ) -> Tensor:
-    """Cross-entropy over the ids allowed at each position, weighted sum. Axes: B batch, T = 5 G + 1.
-
-    hidden [B, T, D]: the states that predict tokens int64 [B, T]; weights [B, T]. eos is the only id allowed
-    at its position, so there is nothing to learn there.
-    """
-    total = 0.0
-    for columns in (slice(0, 4), slice(4, 5)):  # coordinates, classes
-        first, last = language.allowed(columns.start)
-        states, labels, weight = (
-            x[:, :-1].unflatten(1, (-1, GROUP))[:, :, columns] for x in (hidden, tokens, weights)
-        )
-        logits = decoder.logits(states, first, last).flatten(0, -2)
-        # 0-weight labels may be of any kind: a noise box's coordinates are ids of the same range
-        losses = F.cross_entropy(logits, (labels - first).flatten(), reduction="none")
-        total = total + (losses * weight.flatten()).sum()
+    """Closed-set: cross-entropy over the ids allowed at each position. The eos after the last group is the
+    only id allowed there, so it has nothing to teach."""
+    total = weights.new_zeros(())
+    for position in (0, 4):  # of a group: coordinates, then the class
+        first, last = language.allowed(position)
+        chosen = (weights > 0) & (labels >= first) & (labels < last)
+        logits = decoder.logits(hidden[chosen], first, last)
+        losses = F.cross_entropy(logits, labels[chosen] - first, reduction="none")
+        total = total + (losses * weights[chosen]).sum()  # autocast would round a matmul
     return total
+
+
+def vocabulary_loss(decoder: Gemma, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy over the whole vocabulary, by chunks of positions, recomputed for the gradient."""
+    chosen = weights > 0
+    parts = zip(hidden[chosen].split(CHUNK), labels[chosen].split(CHUNK), weights[chosen].split(CHUNK))
+    losses = (checkpoint(_chunk, decoder, *part, use_reentrant=False) for part in parts)
+    return sum(losses, weights.new_zeros(()))
+
+
+def _chunk(decoder: Gemma, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    return (F.cross_entropy(decoder.logits(hidden), labels, reduction="none") * weights).sum()

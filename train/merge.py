@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from model import PaliGemma
+from model.hub import resolve
 from model.lora import fold
-from model.weights import resolve
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -1,110 +1,82 @@
-"""Train a PaliGemma to detect. One program for one process and for many:
+"""Train a PaliGemma to detect, or on any prefixes and suffixes. One program for one process and for many:
 
-    python train/train.py --model runs/nano-init --out runs/nano --steps 10000
+    python train/train.py --model nano --data instances.json --out runs/mine --steps 2000 --lora
     torchrun --nproc_per_node=8 train/train.py ...                                     # one node, 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 train/train.py ...  # two nodes
 
-Every sample is a fresh practice scene. A run that was killed goes on from its last checkpoint with --resume.
-OUT/metrics.jsonl has a line every --log-every steps; OUT/final is the trained checkpoint in bfloat16.
+--data is a COCO file or JSONL; without it every sample is a fresh practice scene. A run that was killed goes
+on with --resume, to the same weights as if nothing had happened. OUT/metrics.jsonl has a line every
+--log-every steps; OUT/final is the result: a checkpoint in bfloat16, or the adapter.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import os
+import resource
+import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import PaliGemma
+from model import PaliGemma, lora
 from model.groups import ClosedSet
+from model.hub import resolve
 from model.tokenizer import Tokenizer
-from model.weights import resolve
-from train.checkpoint import load_trainer_state, newest, save_checkpoint
-from train.data import PracticeScenes, StepSampler, network_input
-from train.loss import closed_set_loss
+from model.weights import load_config, read_json, write_json
+from train.arguments import SAME_RUN, arguments, as_json
+from train.checkpoint import load_trainer_state, newest, save_checkpoint, save_model
+from train.data import PracticeScenes, StepSampler, classes_for, collate, network_input, open_data
+from train.loss import allowed_loss, vocabulary_loss
 from train.patch_head import PatchHead
-
-
-def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--model", required=True, help="what to start from: a folder, a hub id, or nano")
-    add("--out", type=Path, required=True, help="folder of this run: checkpoints, metrics, result")
-    add("--steps", type=int, default=10_000)
-    add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, default=1e-5)
-    add("--min-lr", type=float, default=1e-6, help="where the cosine ends")
-    add(
-        "--muon-lr",
-        type=float,
-        default=0,
-        help="train the hidden matrices with Muon at this rate; 0: AdamW for all",
-    )
-    add("--warmup", type=int, default=100, help="steps of linear warm-up")
-    add("--weight-decay", type=float, default=0.0)
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add(
-        "--patch-weight",
-        type=float,
-        default=0.0,
-        help="weight of the helper loss on image tokens (patch_head.py)",
-    )
-    add("--patch-steps", type=int, default=0, help="steps at the start with the helper loss alone")
-    add("--first-scene", type=int, default=0, help="number of the first practice scene")
-    add("--seed", type=int, default=0)
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add("--save-every", type=int, default=500)
-    add("--keep", type=int, default=2, help="checkpoints kept")
-    add("--log-every", type=int, default=20)
-    add("--workers", type=int, default=2, help="processes that draw scenes, for each training process")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="bfloat16 autocast over float32 weights",
-    )
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile (needs a C++ compiler)",
-    )
-    return parser.parse_args(argv)
+from train.plan import print_plan
+from train.validate import Validation
 
 
 class Objective(nn.Module):
     """The loss of a batch: the model's, and that of the helper head on its image tokens."""
 
-    def __init__(self, model: PaliGemma, language: ClosedSet, patch_weight: float):
+    def __init__(
+        self, model: PaliGemma, language: ClosedSet | None, patch_weight: float = 0.0, parts: int = 1
+    ):
+        """language: the loss is over the ids that it allows; None: over the whole vocabulary. parts:
+        micro-batches a step."""
         super().__init__()
-        self.model, self.language, self.patch_weight = model, language, patch_weight
+        self.model, self.language, self.patch_weight, self.parts = model, language, patch_weight, parts
         config = model.config
-        self.patch_head = (
+        head = (
             PatchHead(config.text.width, len(config.classes), config.vision.tokens) if patch_weight else None
         )
-        self.register_buffer("prompt", torch.tensor(language.prompt), persistent=False)
+        self.patch_head = head
 
-    def forward(self, images: Tensor, batch: dict[str, Tensor], patch_only: bool) -> tuple[Tensor, Tensor]:
-        """images [B, 3, S, S] -> (what to minimise, the closed-set loss for the log)."""
-        image_tokens = self.model.encode(images)
+    def forward(self, batch: dict[str, Tensor], patch_only: bool = False) -> tuple[Tensor, Tensor]:
+        """A micro-batch -> (what to minimise, the model's own loss for the log). batch["total"]: the weights
+        of the whole batch, by which each part is divided, so that the parts add up to its mean."""
+        image_tokens = self.model.encode(network_input(batch["image"]))
         patch_loss = image_tokens.new_zeros(())
         if self.patch_head is not None:
-            patch_loss = self.patch_head(image_tokens, batch["patch_labels"], batch["patch_boxes"])
+            patch_loss = (
+                self.patch_head(image_tokens, batch["patch_labels"], batch["patch_boxes"]) / self.parts
+            )
         if patch_only:
             return patch_loss, patch_loss.detach()
-        prompt = self.prompt.expand(len(images), -1)
-        text = torch.cat((prompt, batch["inputs"][:, :-1]), dim=1)
-        hidden = self.model.read(image_tokens, text, prompt.shape[1])[:, prompt.shape[1] - 1 :]
-        loss = closed_set_loss(self.model.decoder, hidden, batch["tokens"], batch["weights"], self.language)
+        hidden = self.model.read(image_tokens, batch["text"], batch["prefix_len"])
+        supervised = hidden, batch["labels"], batch["weights"]
+        if self.language is not None:
+            loss = allowed_loss(self.model.decoder, *supervised, self.language)
+        else:
+            loss = vocabulary_loss(self.model.decoder, *supervised)
         loss = loss / batch["total"]
         return loss + self.patch_weight * patch_loss, loss.detach()
 
@@ -114,17 +86,15 @@ def make_optimizers(objective: nn.Module, args: argparse.Namespace) -> list[torc
     named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in named if p.ndim != 2 or "embed" in name]
-    fused = dict(fused=True) if args.device != "cpu" else {}
     groups = [dict(params=rest, weight_decay=0.0)]
     optimizers = []
     if args.muon_lr:
-        muon = torch.optim.Muon(
-            matrices, lr=args.muon_lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
+        options = dict(lr=args.muon_lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(torch.optim.Muon(matrices, **options))
     else:
         groups.append(dict(params=matrices, weight_decay=args.weight_decay))
-    optimizers.append(torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), **fused))
+    groups = [group for group in groups if group["params"]]
+    optimizers.append(torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=args.device != "cpu"))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -140,96 +110,246 @@ def lr_factor(step: int, args: argparse.Namespace) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def train(args: argparse.Namespace) -> None:
+def distribute(objective: Objective, args: argparse.Namespace) -> nn.Module:
+    """The objective as it is called: compiled, and its gradients shared between the processes."""
+    model = objective.model
+    blocks = [*model.vision.layers, *model.decoder.layers]
+    if args.recompute:
+        for block in blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if args.compile:  # all but the loss, which picks a different number of positions in every batch
+        model.encode = torch.compile(model.encode, dynamic=False)
+        model.read = torch.compile(model.read, dynamic=False)
+    if args.shard:
+        compute = torch.bfloat16 if args.amp and args.dtype == "float32" else None
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        for block in blocks:
+            fully_shard(block, mp_policy=policy)
+        return fully_shard(objective, mp_policy=policy)
+    if dist.is_initialized():
+        return DistributedDataParallel(objective, find_unused_parameters=args.patch_steps > 0)
+    return objective
+
+
+def train(args: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = args.device.startswith("cuda")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device)
-    if world > 1:
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda and world > 1 else args.device)
+    if cuda:
+        torch.cuda.set_device(device)
+    if args.dry_run:
+        return print_plan(args, world)
+    if world > 1 or args.shard:
         dist.init_process_group("nccl" if cuda else "gloo")
-    if args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
-    torch.manual_seed(args.seed)
 
-    checkpoint = newest(args.out)
-    if checkpoint and not args.resume:
+    # What to go on from.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    found = newest(args.out)
+    if found and not (args.resume or restarted):
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, or choose another --out")
-    source = str(checkpoint or args.model)
-    model = PaliGemma.from_pretrained(source, dtype=torch.float32, device=device).train()
-    language = ClosedSet.of(model.config, Tokenizer(resolve(source)))
-    tokenizer = (resolve(source) / "tokenizer.model").read_bytes()  # now: a checkpoint is deleted some day
-    objective = Objective(model, language, args.patch_weight).to(device)
-    optimizers = make_optimizers(objective, args)
-    first_step = load_trainer_state(checkpoint, objective, optimizers) if checkpoint else 0
+    if found:
+        before = read_json(args.out / "run.json")
+        changed = [name for name in SAME_RUN if before.get(name) != as_json(args)[name]]
+        if changed:
+            told = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
+            raise ValueError(f"{args.out} is a run with {told}: it cannot go on with other values")
 
-    vision = model.config.vision
-    length = args.steps * args.batch_size
-    data = PracticeScenes(language, vision.image_size, vision.patch_size, args.first_scene, length)
-    sampler = StepSampler(first_step, args.steps, args.batch_size, rank, world)
+    # Model, data, optimizers.
+    torch.manual_seed(args.seed)  # of adapters and the helper head
+    base = found if found and not args.lora else resolve(args.model)
+    tokenizer, tokenizer_file = Tokenizer(base), (base / "tokenizer.model").read_bytes()
+    known = load_config(str(base)).classes
+    overrides = dict(classes=classes_for(args.data, args.images, known)) if args.data else {}
+    options = dict(dtype=getattr(torch, args.dtype), device=device) | overrides
+    model = PaliGemma.from_pretrained(str(base), adapter=found if args.lora else None, **options)
+    if args.lora and not found:
+        lora_options = dict(rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
+        lora.add_lora(model, args.lora_targets, rslora=args.rslora, **lora_options)
+    elif args.freeze_vision and not args.lora:
+        model.vision.requires_grad_(False)
+    if tokenizer.size > model.config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} ids, {args.model} {model.config.text.vocab_size}"
+        )
+    language = ClosedSet.of(model.config, tokenizer)
+    if args.data:
+        options = args.seed, args.augment, args.allow_outside
+        data = open_data(args.data, args.images, model, tokenizer, *options)
+    else:
+        vision = model.config.vision
+        data = PracticeScenes(language, vision.image_size, vision.patch_size, args.first_scene)
+    closed_set = hasattr(data, "language")
+    if args.patch_weight and args.data:
+        raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
+    allowed = language if closed_set and args.loss == "allowed" else None
+    objective = Objective(model, allowed, args.patch_weight, args.accumulate).to(device).train()
+    compute = distribute(objective, args)
+    optimizers = make_optimizers(objective, args)
+    trainer = load_trainer_state(found, objective, optimizers) if found else {"step": 0}
+    trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    say = print if rank == 0 else lambda *_: None
+    say(f"{trainable:,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    first_step, micro = trainer["step"], args.accumulate
+    items = len(data) if args.data else None
+    steps = range(first_step, max(first_step, args.steps))
+    sampler = StepSampler(items, steps, args.batch_size, rank, world, micro, args.seed)
+    padded = functools.partial(collate, pad=model.config.pad)
+    prefetch = dict(prefetch_factor=4) if args.workers else {}
     loader = DataLoader(
-        data,
-        batch_sampler=sampler,
-        num_workers=args.workers,
-        pin_memory=cuda,
-        prefetch_factor=4 if args.workers else None,
+        data, batch_sampler=sampler, collate_fn=padded, num_workers=args.workers, pin_memory=cuda, **prefetch
     )
-    compute = objective
-    if args.compile:
-        compute = torch.compile(compute, dynamic=False)
-    if world > 1:
-        compute = DistributedDataParallel(compute, find_unused_parameters=args.patch_steps > 0)
+    validation = Validation(args, model, objective, tokenizer, device) if args.val_every else None
+
+    def save() -> None:
+        save_checkpoint(
+            args.out, trainer, model, objective, optimizers, args.model, tokenizer_file, args.keep
+        )
 
     args.out.mkdir(parents=True, exist_ok=True)
-    metrics = (args.out / "metrics.jsonl").open("a") if rank == 0 else None  # noqa: SIM115
-    bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank > 0, mininterval=2)
-    total, logged_step, started = torch.zeros((), device=device), first_step, time.monotonic()
-    for step, batch in enumerate(loader, start=first_step):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor(step, args)
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        batch["total"] = batch["weights"][:, :-1].sum() / world  # of the whole batch, so that ranks' means
-        if world > 1:  # add up to what one process would have
-            dist.all_reduce(batch["total"])
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            loss, logged = compute(network_input(batch["image"]), batch, patch_only=step < args.patch_steps)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), args.clip, error_if_nonfinite=True)
+    if rank == 0:
+        write_json(as_json(args), args.out / "run.json")
+    log = Log(args, first_step, world, device) if rank == 0 else None
+    stopping = stop_on_signals()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp and args.dtype == "float32")
+    keys, batches = iter(sampler), iter(loader)
+    loss_sum = torch.zeros((), device=device)
+    for step in steps:
+        # Every step derives its random numbers (dropout) from its own number: there is no state to save.
+        torch.manual_seed(hash((args.seed, step, rank)) % 2**63)
+        factor = lr_factor(step, args)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak_lr"] * factor
+        parts = [next(batches) for _ in range(micro)]
+        names = [data.name(item) for _ in parts for _, item in next(keys)]
+        parts = [{name: x.to(device, non_blocking=True) for name, x in part.items()} for part in parts]
+        sums = torch.stack(
+            (sum(part["weights"].sum() for part in parts), loss_sum.new_tensor(stopping["now"]))
+        )
+        if world > 1:  # one message: what losses are divided by, and whether any process was told to stop
+            dist.all_reduce(sums)
+        total, stop = sums[0] / world, sums[1] > 0
+
+        for i, part in enumerate(parts):
+            last = i == micro - 1
+            with autocast, exchange(compute, last, args):
+                loss, logged = compute(part | {"total": total}, patch_only=step < args.patch_steps)
+                loss.backward()
+            loss_sum += logged
+        norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.isfinite(norm):
+            save()
+            raise ValueError(
+                f"step {step + 1}: the loss or its gradient is not finite; the weights before it are saved. "
+                f"Its samples on process {rank}: {', '.join(names)}"
+            )
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        total += logged
-        bar.update()
-        done = step + 1
-        if rank == 0 and done % args.log_every == 0:
-            now = time.monotonic()
-            rate = (done - logged_step) * args.batch_size / (now - started)
-            line = dict(
-                step=done,
-                loss=round(total.item() / (done - logged_step), 4),
-                lr=optimizers[-1].param_groups[0]["lr"],
-            )
-            metrics.write(json.dumps(line | dict(samples_per_s=round(rate, 1))) + "\n")
-            metrics.flush()
-            bar.set_postfix(loss=line["loss"], samples_s=round(rate))
-            logged_step, started = done, now
-            total.zero_()
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(args.out, done, model, objective, optimizers, tokenizer, args.keep)
-    bar.close()
-    if rank == 0:
-        model.save_pretrained(args.out / "final", torch.bfloat16)
-        (args.out / "final" / "tokenizer.model").write_bytes(tokenizer)
-        print(f"trained checkpoint: {args.out / 'final'}")
-    if world > 1:
-        dist.destroy_process_group()
+        done = trainer["step"] = step + 1
+        if done % args.log_every == 0:
+            if world > 1:
+                dist.all_reduce(loss_sum)
+            if log:
+                log.line(done, loss_sum.item() / world, lr=optimizers[-1].param_groups[0]["lr"])
+            loss_sum.zero_()
+        if log:
+            log.bar.update()
+        if validation and (done % args.val_every == 0 or done == args.steps):
+            figures = validation.run()
+            score = figures.get("val_mAP", -figures["val_loss"])
+            if score > trainer.get("best", {}).get("score", -math.inf):
+                trainer["best"] = dict(step=done, score=score)
+            if log:
+                log.write(dict(step=done, **figures))
+        best_now = trainer.get("best", {}).get("step") == done
+        if done % args.save_every == 0 or done == args.steps or best_now or stop:
+            save()
+        if stop and done < args.steps:
+            say(f"\nstopped after step {done}; --resume goes on")
+            return 128 + signal.SIGTERM
+    if log:
+        log.bar.close()
+    save_model(model, args.out / "final", args.model, tokenizer_file, torch.bfloat16)
+    say(f"trained {'adapter' if args.lora else 'checkpoint'}: {args.out / 'final'}")
+    return 0
+
+
+def exchange(compute: nn.Module, last: bool, args: argparse.Namespace):
+    """Gradients travel between processes once a step, with its last micro-batch."""
+    if args.shard:
+        compute.set_requires_gradient_sync(last)
+    elif isinstance(compute, DistributedDataParallel) and not last:
+        return compute.no_sync()
+    return contextlib.nullcontext()
+
+
+def stop_on_signals() -> dict[str, bool]:
+    """SIGTERM and SIGINT are heard at the end of a step; a second SIGINT ends the program at once."""
+    stopping = {"now": False}
+
+    def handler(number, _frame):
+        stopping["now"] = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return stopping
+
+
+class Log:
+    """The progress bar, OUT/metrics.jsonl, and TensorBoard where it is installed."""
+
+    def __init__(self, args: argparse.Namespace, first_step: int, world: int, device: torch.device):
+        path = args.out / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        self.file = path.open("a")
+        self.bar = tqdm(total=args.steps, initial=first_step, unit="step", mininterval=2)
+        self.step, self.time, self.batch, self.device = first_step, time.monotonic(), args.batch_size, device
+        self.board = None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.out)
+
+    def line(self, step: int, loss_sum: float, lr: float) -> None:
+        """loss_sum: over the steps since the last line."""
+        now, count = time.monotonic(), step - self.step
+        rate = count * self.batch / (now - self.time)
+        figures = dict(step=step, loss=round(loss_sum / count, 4), lr=lr, samples_per_s=round(rate, 1))
+        figures["memory_gb"] = round(peak_memory(self.device) / 1e9, 2)
+        self.step, self.time = step, now
+        self.bar.set_postfix(
+            loss=figures["loss"], lr=f"{lr:.1e}", samples_s=round(rate), GB=figures["memory_gb"]
+        )
+        self.write(figures)
+
+    def write(self, figures: dict) -> None:
+        self.file.write(json.dumps(figures) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, figures["step"])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
     try:
-        train(arguments())
-    except (ValueError, FileNotFoundError) as error:
+        sys.exit(train(arguments()))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"train.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,143 @@
+"""COCO instances <-> JSON lines for open-set detection.
+
+    python train/convert.py coco-to-jsonl --data instances.json --out train.jsonl --absent 2
+    python train/convert.py jsonl-to-coco --data train.jsonl --images photos/ --out instances.json
+
+A line asks for classes, {"image": "a.jpg", "prefix": "detect cat ; dog", "suffix": "<loc...> cat"}, and its
+answer is empty where none of them is there. The way back reads the sizes from the images; boxes come back to
+half a location, 1/2048 of the image's side (in the last one, which stands for the edge, to three halves).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from model.boxes import format_answer, locs_to_boxes, parse_answer
+from model.image import load_image
+from train.coco import CocoIndex
+from train.jsonl import answers, read_lines
+
+
+def write(out: Path, parts: Iterable[str]) -> None:
+    """Write to a temporary name, then rename: a reader never sees half a file."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(parts)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def lines_of(
+    rng: np.random.Generator, index: CocoIndex, item: int, absent: int, most: int | None
+) -> Iterator[dict]:
+    """The lines of an image: its classes and `absent` others in random order, at most `most` a line."""
+    boxes, labels = index.objects(item)
+    names = [index.classes[label] for label in labels]
+    others = [name for name in dict.fromkeys(index.classes) if name not in names]
+    asked = [*dict.fromkeys(names), *(others[i] for i in rng.permutation(len(others))[:absent])]
+    asked = [asked[i] for i in rng.permutation(len(asked))]
+    most = most or len(asked) or 1
+    for first in range(0, len(asked), most):
+        chunk = asked[first : first + most]
+        rows = [row for row, name in enumerate(names) if name in chunk]
+        suffix = format_answer(boxes[rows], [names[row] for row in rows], *index.sizes[item].tolist())
+        yield dict(image=index.name(item), prefix="detect " + " ; ".join(chunk), suffix=suffix)
+
+
+def coco_to_jsonl(args: argparse.Namespace) -> str:
+    most = args.classes_per_line
+    if args.absent < 0 or args.seed < 0 or (most is not None and most < 1):
+        raise ValueError("--absent and --seed must be at least 0, --classes-per-line at least 1")
+    index = CocoIndex.read(args.data, most_classes=None)
+    format_answer(np.zeros((len(index.classes), 4)), index.classes, 1, 1)  # refuses a name with ; in it now
+    counts = Counter()
+
+    def lines():
+        for item in range(len(index)):
+            rng = np.random.default_rng([args.seed, item])
+            records = list(lines_of(rng, index, item, args.absent, most))
+            counts.update(lines=len(records), without=not records)
+            yield from (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    write(args.out, lines())
+    return (
+        f"{counts['lines']} lines of {len(index)} images; {counts['without']} images without a line, "
+        f"skipped {index.skipped_crowd} crowd and {index.skipped_degenerate} degenerate boxes"
+    )
+
+
+def jsonl_to_coco(args: argparse.Namespace) -> str:
+    images, objects, counts = {}, [], Counter()
+    for _, record in tqdm(read_lines(args.data, args.images), unit="line", leave=False, disable=None):
+        name, answer = record["image"], answers(record)[0]  # of several right answers, the first
+        if name not in images:
+            width, height = load_image(args.images / name).size
+            images[name] = dict(id=len(images) + 1, file_name=name, width=width, height=height)
+        image, found = images[name], parse_answer(answer)
+        counts["loose"] += answer.count("<loc") - 4 * len(found)
+        for box in found:
+            x0, y0, x1, y1 = locs_to_boxes(box.locs, image["width"], image["height"]).tolist()
+            if not box.label or x1 <= x0 or y1 <= y0:
+                counts["unlabelled" if not box.label else "degenerate"] += 1
+                continue
+            objects.append((box.label, image["id"], [x0, y0, x1 - x0, y1 - y0]))
+    ids = {label: i for i, label in enumerate(sorted({label for label, *_ in objects}), 1)}
+    annotations = [
+        dict(id=i, image_id=image, category_id=ids[label], bbox=box, area=box[2] * box[3], iscrowd=0)
+        for i, (label, image, box) in enumerate(objects, 1)
+    ]
+    categories = [dict(id=i, name=label) for label, i in ids.items()]
+    data = dict(images=list(images.values()), annotations=annotations, categories=categories)
+    write(args.out, [json.dumps(data)])
+    return (
+        f"{len(objects)} boxes of {len(ids)} categories in {len(images)} images; skipped "
+        f"{counts['unlabelled']} boxes without a label, {counts['degenerate']} degenerate ones "
+        f"and {counts['loose']} locations outside of boxes"
+    )
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True)
+    to_jsonl = commands.add_parser("coco-to-jsonl", help="open-set lines from a COCO instances file")
+    to_jsonl.set_defaults(convert=coco_to_jsonl)
+    to_jsonl.add_argument("--absent", type=int, default=0, help="classes asked for that are not there")
+    to_jsonl.add_argument(
+        "--classes-per-line", type=int, metavar="K", help="at most; default: all in one line"
+    )
+    to_jsonl.add_argument("--seed", type=int, default=0, help="of the absent classes and the order")
+    to_coco = commands.add_parser("jsonl-to-coco", help="a COCO instances file from open-set lines")
+    to_coco.set_defaults(convert=jsonl_to_coco)
+    to_coco.add_argument("--images", type=Path, required=True, help="the folder of the images")
+    for command in (to_jsonl, to_coco):
+        command.add_argument("--data", type=Path, required=True, help="the file to read")
+        command.add_argument("--out", type=Path, required=True, help="the file to write")
+        command.add_argument("--force", action="store_true", help="overwrite --out")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = arguments(argv)
+    try:
+        if not args.out.parent.is_dir():
+            raise ValueError(f"{args.out.parent}: no such folder (for --out)")
+        if args.out.exists() and not args.force:
+            raise ValueError(f"{args.out} exists: choose another --out, or overwrite it with --force")
+        print(f"{args.out}: {args.convert(args)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert.py: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Training on pairs of texts about an image, one JSON object a line, as big_vision, Vertex and Roboflow do:
+
+    {"image": "file.jpg", "prefix": "caption en", "suffix": "a cat"}
+
+suffix may be a list of right answers. Other keys are ignored, blank lines skipped.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from model.image import load_image
+from model.tokenizer import Tokenizer
+from train.augment import JITTER, jitter
+from train.coco import answer_sample, square
+from train.targets import Target
+
+KEYS = ("image", "prefix", "suffix")
+HEAD = 1 << 20  # bytes of a first line that are looked at
+
+
+def is_jsonl(path: Path) -> bool:
+    """True for lines of this kind, False for anything else, such as one JSON document; told by content."""
+    with open(path, "rb") as file:
+        line = next((line for line in iter(lambda: file.readline(HEAD), b"") if line.strip()), b"")
+    try:
+        first = json.loads(line)
+    except ValueError:  # the beginning of a document, or a broken line
+        return re.match(rb'\s*\{\s*"(image|prefix|suffix)"', line) is not None
+    return isinstance(first, dict) and any(key in first for key in KEYS)
+
+
+def answers(record: dict) -> list[str]:
+    """The right answers of a line."""
+    return record["suffix"] if isinstance(record["suffix"], list) else [record["suffix"]]
+
+
+def read_lines(file: Path, images: Path, allow_outside: bool = False) -> Iterator[tuple[int, dict]]:
+    """Byte offset and record of every line, checked. Raises ValueError "FILE:LINE: what is wrong".
+
+    images: their folder; an image elsewhere, be it by way of a link, is refused without allow_outside.
+    """
+    root, offset = os.path.realpath(images), 0
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    record = _parse(line)
+                    if not allow_outside and not _inside(root, record["image"]):
+                        raise ValueError(f"image {record['image']!r} lies outside the image folder {images}")
+                except ValueError as error:
+                    raise ValueError(f"{file}:{number}: {error}") from error
+                yield offset, record
+            offset += len(line)
+
+
+def _inside(root: str, name: str) -> bool:
+    return not os.path.isabs(name) and Path(os.path.realpath(os.path.join(root, name))).is_relative_to(root)
+
+
+def _parse(line: bytes) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"not a JSON object: {record!r:.60}")
+    for key in KEYS:
+        if key not in record:
+            raise ValueError(f"no {key!r}")
+        texts = answers(record) if key == "suffix" else [record[key]]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            kind = "text, or a list of texts" if key == "suffix" else "text"
+            raise ValueError(f"{key!r} must be {kind}, not {record[key]!r:.60}")
+    if not record["image"]:
+        raise ValueError("'image' is empty")
+    return record
+
+
+class JsonlPairs(Dataset):
+    """Samples as in train/coco.py: the prompt is the prefix, the answer the suffix and eos. A key is
+    (draw, item): the running number of the sample in the run, and the number of the line."""
+
+    def __init__(
+        self,
+        file: Path,
+        images: Path,
+        tokenizer: Tokenizer,
+        size: int,
+        seed: int = 0,
+        augment: bool = False,
+        allow_outside: bool = False,
+    ):
+        """augment: colours only, since boxes and words like "left" are in the text.
+
+        Raises ValueError "FILE:LINE: what is wrong" for the first bad line, OSError if there is no file.
+        """
+        self.file, self.images, self.tokenizer = file, images, tokenizer
+        self.size, self.seed, self.augment = size, seed, augment
+        offsets, self._longest = [], 0
+        for offset, record in read_lines(file, images, allow_outside):
+            offsets.append(offset)
+            answer = max(len(tokenizer.encode(text)) for text in answers(record))
+            self._longest = max(self._longest, len(tokenizer.encode_prompt(record["prefix"])) + answer)
+        if not offsets:
+            raise ValueError(f"{file} has no lines")
+        self.offsets = torch.tensor(offsets).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def longest(self) -> int:
+        """Most text tokens T of any sample."""
+        return self._longest
+
+    def name(self, item: int) -> str:
+        """The image's name as the line has it."""
+        return self._record(item)["image"]
+
+    def _record(self, item: int) -> dict:
+        with open(self.file, "rb") as file:  # anew: processes would share the position of an open one
+            file.seek(self.offsets[item])
+            return json.loads(file.readline())
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """A sample. Raises ValueError for an image that is unreadable."""
+        draw, item = key
+        rng = np.random.default_rng([self.seed, draw])
+        record = self._record(item)
+        image = load_image(self.images / record["image"])
+        if self.augment and rng.random() < JITTER:
+            image = jitter(rng, image)
+        right = answers(record)
+        suffix = self.tokenizer.encode(right[rng.integers(len(right))])
+        answer = np.array([*suffix, self.tokenizer.eos], np.int64)
+        target = Target(answer, answer, np.ones(len(answer), np.float32))
+        return answer_sample(square(image, self.size), self.tokenizer.encode_prompt(record["prefix"]), target)

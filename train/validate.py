@@ -1,0 +1,110 @@
+"""Validation while training: the loss on held-out samples, and for detectors COCO's mAP on some pictures."""
+
+import argparse
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pycocotools.coco import COCO
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from infer.detector import Detector
+from infer.evaluate import category_ids, predict, read_coco, run_cocoeval
+from model import PaliGemma
+from model.tokenizer import Tokenizer
+from train.coco import CocoDetections
+from train.data import collate, open_data
+from train.scenes import write_coco
+
+BATCH = 16
+
+
+class Validation:
+    """The data is opened once; `run` may be called after any step, by all processes together."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: PaliGemma,
+        objective: nn.Module,
+        tokenizer: Tokenizer,
+        device: torch.device,
+    ):
+        self.model, self.objective, self.device = model, objective, device
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if args.shard:  # every process must run the same layers the same number of times
+            self.rank, self.world = 0, 1
+        self.dtype = dict(dtype=torch.bfloat16, enabled=args.amp and args.dtype == "float32")
+        file, images = args.val, args.val_images
+        if file is None:
+            self._scenes = tempfile.TemporaryDirectory()  # held until the program ends
+            file = Path(self._scenes.name) / "same" / "instances.json"
+            write_coco(file.parent, args.val_count, "same", model.config.vision.image_size)
+        images = images or file.parent / "images"
+        data = open_data(file, images, model, tokenizer, args.seed, augment=False)
+        keys = [(item, item) for item in range(min(args.val_count, len(data)))][self.rank :: self.world]
+        self.loader = DataLoader(
+            Keyed(data, keys), BATCH, collate_fn=lambda samples: collate(samples, model.config.pad)
+        )
+        self.detector = None
+        if isinstance(data, CocoDetections) and not args.shard:
+            self.coco, self.images = first_images(read_coco(file), args.val_count), images
+            self.detector = Detector(model, tokenizer, nms_iou=0.5)
+            self.ids = category_ids(self.coco, self.detector.classes, file)
+
+    @torch.no_grad()
+    def run(self) -> dict[str, float]:
+        """{"val_loss": ..., "val_mAP": ...} of all processes' shares."""
+        self.objective.eval()
+        sums = torch.zeros(2, device=self.device)  # losses, weights
+        for batch in self.loader:
+            batch = {name: x.to(self.device) for name, x in batch.items()}
+            patch_head, self.objective.patch_head = self.objective.patch_head, None  # files know no patches
+            with torch.autocast(self.device.type, **self.dtype):
+                _, loss = self.objective(batch | {"total": torch.ones((), device=self.device)})
+            self.objective.patch_head = patch_head
+            sums += torch.stack((loss, batch["weights"].sum()))
+        if self.world > 1:
+            dist.all_reduce(sums)
+        figures = {"val_loss": round((sums[0] / sums[1]).item(), 4)}
+        if self.detector:
+            figures["val_mAP"] = round(self._mean_average_precision(), 4)
+        self.objective.train()
+        return figures
+
+    def _mean_average_precision(self) -> float:
+        mine = first_images(self.coco, None, self.rank, self.world)
+        results = predict(self.detector, mine, self.images, self.ids, BATCH, "validation")
+        if self.world > 1:
+            shares = [None] * self.world
+            dist.all_gather_object(shares, results)
+            results = [result for share in shares for result in share]
+        return max(0.0, float(run_cocoeval(self.coco, results).stats[0]))
+
+
+class Keyed(Dataset):
+    """A data set that is asked for (draw, item), as a list of such keys."""
+
+    def __init__(self, data, keys: list[tuple[int, int]]):
+        self.data, self.keys = data, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: int):
+        return self.data[self.keys[i]]
+
+
+def first_images(coco: COCO, count: int | None, start: int = 0, step: int = 1) -> COCO:
+    """The set cut down to some of its images, by id."""
+    records = sorted(coco.dataset["images"], key=lambda record: record["id"])[:count][start::step]
+    kept, part = {record["id"] for record in records}, COCO()
+    annotations = [a for a in coco.dataset["annotations"] if a["image_id"] in kept]
+    part.dataset = dict(images=records, annotations=annotations, categories=coco.dataset["categories"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        part.createIndex()
+    return part
