@@ -8,14 +8,7 @@ Figures are pycocotools' own (AP and AR over IoU 0.50 to 0.95, 100 boxes an imag
 without objects too. Beside them: AP when the class is ignored, and how far a score is from the share of right
 boxes (expected calibration error, ten bins).
 
---out keeps what report.py needs, and makes a run that was stopped go on from where it was:
-
-    settings.json           what the predictions were made from
-    predictions-RANK.jsonl  {"image_id", "results"}, a line as soon as an image is done
-    results.json            all of them, as COCO's server takes them
-    figures.json            what is printed, and the table behind the calibration error
-
-Without --data, each practice set has such a folder in it, with the drawn scenes in scenes/.
+--out keeps the predictions for report.py and makes a run that was stopped go on (infer/predictions.py).
 """
 
 import argparse
@@ -27,19 +20,16 @@ import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tqdm import tqdm
 
 from infer.detector import Detector, add_model_arguments, check_json, load_detector
-from model.hub import resolve
-from model.image import load_image
-from model.weights import read_json, write_json
+from infer.predictions import file_stamps, predict, remember
+from model.weights import write_json
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor", "crowded": "crowded scenes"}
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # in pycocotools' order
@@ -53,8 +43,13 @@ def read_coco(file: Path) -> COCO:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(str(file))
-        missing = [key for key in ("images", "annotations", "categories") if key not in coco.dataset]
-    except (OSError, ValueError, AssertionError, KeyError, TypeError) as error:
+            missing = [key for key in ("images", "annotations", "categories") if key not in coco.dataset]
+            for number, record in enumerate(coco.dataset.get("annotations", ()), start=1):
+                record["id"] = number  # pycocotools takes 0 for "no match"
+                record.setdefault("area", record["bbox"][2] * record["bbox"][3])
+                record.setdefault("iscrowd", 0)
+            coco.createIndex()
+    except (OSError, ValueError, AssertionError, LookupError, TypeError) as error:
         raise ValueError(
             f"{file} is not a COCO annotation file: {error or 'its top level is no object'}"
         ) from error
@@ -70,64 +65,6 @@ def category_ids(coco: COCO, classes: tuple[str, ...], file: Path) -> list[int]:
     if unknown:
         raise ValueError(f"{file} has categories that the model was not taught: {', '.join(unknown[:5])}")
     return [by_name.get(name, -1) for name in classes]
-
-
-def recorded(out: Path) -> dict[int, list[dict]]:
-    """{image id: its results} of every predictions-*.jsonl in a folder, but for a half-written last line."""
-    known = {}
-    for file in sorted(out.glob("predictions-*.jsonl")):
-        *lines, _ = file.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                known[row["image_id"]] = row["results"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}, is no prediction: remove the file") from error
-    return known
-
-
-def open_log(file: Path) -> TextIO:
-    """A file to append lines to; a last line without its end is cut off."""
-    log = file.open("a", encoding="utf-8")
-    log.truncate(file.read_bytes().rfind(b"\n") + 1)
-    return log
-
-
-def predict(
-    detector: Detector,
-    coco: COCO,
-    images: Path,
-    ids: list[int],
-    batch_size: int,
-    title: str,
-    out: Path | None = None,
-    rank: int = 0,
-    world: int = 1,
-) -> list[dict]:
-    """Results in COCO's format for every image of the set; of several processes, for this one's share.
-
-    With out, a folder: the results of an image are written there as they come, and an image whose results
-    are there, whichever process wrote them, is not decoded again.
-    """
-    known = recorded(out) if out else {}
-    share = sorted(coco.dataset["images"], key=lambda record: record["id"])[rank::world]
-    todo = [record for record in share if record["id"] not in known]
-    log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
-    bar = tqdm(total=len(todo), desc=title, unit="image", leave=False, disable=rank > 0)
-    with log as lines, bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            found_all = detector([load_image(images / record["file_name"]) for record in batch])
-            for record, found in zip(batch, found_all, strict=True):
-                rows = zip(*(column.tolist() for column in (found.boxes, found.scores, found.labels)))
-                results = known[record["id"]] = []
-                for (x0, y0, x1, y1), score, label in rows:
-                    box = [x0, y0, x1 - x0, y1 - y0]
-                    results.append(dict(image_id=record["id"], category_id=ids[label], bbox=box, score=score))
-                if lines:
-                    print(json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True)
-            bar.update(len(batch))
-    return [result for record in share for result in known[record["id"]]]
 
 
 def run_cocoeval(coco: COCO, results: list[dict], use_classes: bool = True) -> COCOeval:
@@ -215,29 +152,6 @@ def evaluate(
         (out / "results.json").write_text(json.dumps(of_set), encoding="utf-8")
         write_json(figures, out / "figures.json")
     return figures
-
-
-def file_stamps(source: str | None) -> dict | None:
-    """What tells a checkpoint from one that was later written to the same folder."""
-    if source is None:
-        return None
-    files = [file.resolve() for file in sorted(resolve(source).glob("*.safetensors"))]
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-
-
-def remember(out: Path, settings: dict) -> None:
-    """Write out/settings.json; ValueError if the folder holds predictions that were made with others."""
-    file, settings = out / "settings.json", json.loads(json.dumps(settings, default=str))
-    old = read_json(file) if file.exists() else {}
-    changed = sorted(key for key in old | settings if old.get(key) != settings.get(key))
-    begun = [path for path in (*out.glob("predictions-*.jsonl"), *out.glob("scenes")) if path.stat().st_size]
-    if changed and begun:
-        raise ValueError(
-            f"{out} holds predictions of other settings ({', '.join(changed)}): "
-            "choose another --out, or remove the folder"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(settings, file)
 
 
 def report(name: str, figures: dict) -> None:

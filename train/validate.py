@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from infer.detector import Detector
-from infer.evaluate import category_ids, predict, read_coco, run_cocoeval
+from infer.evaluate import category_ids, read_coco, run_cocoeval
+from infer.predictions import predict
 from model import PaliGemma
 from model.tokenizer import Tokenizer
 from train.coco import CocoDetections
