@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from test_train import ROOT, language_of, metrics, run, same, tiny, train, weights  # noqa: F401 - tiny is a fixture
 
 from model import PaliGemma
+from model.config import VARIANTS
+from model.config_json import config_to_json
 from model.gemma import Gemma
 from model.lora import lora_layers
 from train import checkpoint
@@ -215,6 +217,35 @@ def test_dry_run(tiny, scenes, pairs, tmp_path, capsys):  # noqa: F811
         run(tiny, tmp_path / "run", f"{PLAIN} --data {data} --lora --steps 160 --dry-run")
         out = capsys.readouterr().out
         assert words in out and "22 adapters" in out and "GiB" in out
+    assert not (tmp_path / "run").exists()
+
+
+RECIPES = {  # what the dry run must tell
+    "coco_closed_set_lora_10b": ("paligemma2-10b-448", ["402 adapters", "1024 image tokens + 26", "22,179"]),
+    "coco_closed_set_full_3b": ("paligemma2-3b-448", ["92,412", "64 samples"]),
+    "captions_3b": ("paligemma2-3b-224", ["256 samples", "2,213"]),
+    "refcoco_segmentation_3b": ("paligemma2-3b-224", ["10,000", "64 samples"]),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name, tiny, scenes, pairs, tmp_path):  # noqa: F811
+    """Each command for the official weights, dry: their config, a tokenizer, and no weights at all."""
+    variant, words = RECIPES[name]
+    model, coco = tmp_path / "model", tmp_path / "coco"
+    (coco / "annotations").mkdir(parents=True), (coco / "train2017").mkdir(), model.mkdir()
+    shutil.copy(scenes, coco / "annotations" / "instances_train2017.json")
+    shutil.copy(tiny / "tokenizer.model", model)
+    (model / "config.json").write_text(json.dumps(config_to_json(VARIANTS[variant], "bfloat16")))
+    own = dict(MODEL=model, COCO=coco, OUT=tmp_path / "run", DATA=pairs, IMAGES=pairs.parent / "images")
+    own |= dict(LAUNCH=sys.executable)
+    recipe = ROOT / "train" / "recipes" / f"{name}.sh"
+    done = subprocess.run(
+        ["bash", recipe, "--dry-run", "--device", "cpu"],
+        env=ENVIRONMENT | {key: str(value) for key, value in own.items()}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(word in done.stdout for word in words) and "GiB" in done.stdout, done.stdout
     assert not (tmp_path / "run").exists()
 
 
