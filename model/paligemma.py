@@ -7,11 +7,13 @@ image and prefix read each other freely, the suffix is causal.
 import torch
 from torch import Tensor, nn
 
-from model import lora, weights
+from model import weights
+from model.adapter import detection_overrides, load_adapter
 from model.attention import prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
 from model.gemma import Gemma
+from model.lora import lora_layers
 from model.siglip import SigLIP
 
 
@@ -34,10 +36,10 @@ class PaliGemma(nn.Module):
         every bad tensor is named.
         """
         if adapter is not None:
-            config_overrides = lora.detection_overrides(adapter) | config_overrides
+            config_overrides = detection_overrides(adapter) | config_overrides
         model = weights.load_pretrained(cls, source, dtype=dtype, device=device, **config_overrides)
         if adapter is not None:
-            lora.load_adapter(model, adapter)
+            load_adapter(model, adapter)
         return model
 
     def save_pretrained(self, folder: str, dtype: torch.dtype | None = None, **sharding) -> None:
@@ -46,9 +48,9 @@ class PaliGemma(nn.Module):
         dtype: the weights' own if None; max_shard_bytes: 5 GB a file unless told. Adapters must have been
         folded into the weights before (lora.fold).
         """
-        if lora.lora_layers(self):
+        if lora_layers(self):
             raise ValueError(
-                "the model has an adapter: lora.fold(model) merges it, lora.save_adapter saves it"
+                "the model has an adapter: lora.fold(model) merges it, adapter.save_adapter saves it"
             )
         weights.save_pretrained(self, folder, dtype, **sharding)
 

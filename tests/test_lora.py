@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
 from model import PaliGemma
+from model.adapter import load_adapter, save_adapter
 from model.config import VARIANTS
-from model.lora import TARGETS, LoRALinear, add_lora, fold, load_adapter, lora_layers, save_adapter
+from model.lora import TARGETS, LoRALinear, add_lora, fold, lora_layers
 
 PUBLISHED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj"]
 LIMIT = 2e-4

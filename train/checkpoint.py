@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from model import PaliGemma, lora, weights
+from model import PaliGemma, weights
+from model.adapter import adapter_tensors, save_adapter
+from model.lora import lora_layers
 from model.weights import read_json, save_tensors, write_json
 
 
@@ -47,10 +49,10 @@ def save_model(model: PaliGemma, folder: Path, base: str, tokenizer: bytes, dtyp
     """What was trained: the adapter if there is one (base: what it belongs to), or else all weights.
     Every rank calls it; only the first writes."""
     first = int(os.environ.get("RANK", 0)) == 0
-    if lora.lora_layers(model):
-        tensors = {name: whole(tensor) for name, tensor in lora.adapter_tensors(model).items()}
+    if lora_layers(model):
+        tensors = {name: whole(tensor) for name, tensor in adapter_tensors(model).items()}
         if first:
-            lora.save_adapter(model, folder, base, tensors)
+            save_adapter(model, folder, base, tensors)
         return
     state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     if first:
