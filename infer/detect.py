@@ -37,7 +37,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write all boxes there")
     add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")
-    add("--score-threshold", type=float, default=0.5, help="drop boxes with a lower score")
+    add("--score-threshold", type=float, default=0.6, help="drop boxes with a lower score")
     add("--batch-size", type=int, default=16, help="pictures decoded together")
     add_model_arguments(parser)
     return parser.parse_args(argv)

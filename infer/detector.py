@@ -41,7 +41,7 @@ class Detector:
         score_threshold: float = 0.0,
         nms_iou: float = 1.0,
         min_size: float = 0.0,
-        noise_feedback: bool = True,
+        noise_feedback: bool = False,
     ):
         """groups: boxes decoded an image, None for the checkpoint's; min_size: shortest side in pixels."""
         self.model, self.language = model, ClosedSet.of(model.config, tokenizer)
@@ -91,8 +91,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--noise-feedback",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="feed the noise token back where it is likeliest (--no-...: the best class instead)",
+        default=False,
+        help="feed the noise token back where it is likeliest, instead of the best class",
     )
     add("--seed", type=int, default=0, help="of torch's random numbers; greedy decoding draws none")
 

@@ -70,7 +70,7 @@ def decode_groups(
     images: Tensor,
     language: ClosedSet,
     groups: int | None = None,
-    noise_feedback: bool = True,
+    noise_feedback: bool = False,
 ) -> Answer:
     """Greedy closed-set detection of images [B, 3, S, S].
 

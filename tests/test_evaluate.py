@@ -248,7 +248,7 @@ def test_other_settings_are_refused(run_evaluate, data, tmp_path):
     for more, word in (
         (["--min-size", 3], "min_size"),
         (["--groups", 4], "groups"),
-        (["--no-noise-feedback"], "noise_feedback"),
+        (["--noise-feedback"], "noise_feedback"),
         (["--images", tmp_path], "images"),
     ):
         code, printed = run_evaluate(*usual, *more)

@@ -230,7 +230,7 @@ def test_options(run_detect, here):
     assert boxes("--min-size", size)[0] == [found for found in everything if shortest(found) >= size]
     assert {round(found["score"], 2) for found in boxes("--final-cap", 0.01)[0]} <= {0.01}  # 81 ids alike
     assert boxes("--attn-cap", 0.01)[1] != tokens
-    assert boxes("--no-noise-feedback")[1] != boxes("--noise-feedback")[1] == tokens
+    assert boxes("--noise-feedback")[1] != boxes("--no-noise-feedback")[1] == tokens
     assert boxes("--device", "cpu", "--dtype", "float32")[1] == tokens
     assert len(boxes("--dtype", "bfloat16")[1]) == 60
 
