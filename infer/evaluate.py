@@ -29,6 +29,7 @@ from pycocotools.cocoeval import COCOeval
 
 from infer.detector import Detector, add_model_arguments, check_json, load_detector
 from infer.predictions import file_stamps, predict, remember
+from infer.processes import gathered, join, process
 from model.weights import write_json
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor", "crowded": "crowded scenes"}
@@ -114,19 +115,6 @@ def calibration(evaluation: COCOeval) -> tuple[float, list[dict]]:
     return float(error), table
 
 
-def process() -> tuple[int, int]:
-    """Number of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gathered(value) -> list:
-    """This value of every process, by rank; waits for all of them."""
-    values = [value] * process()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
 def evaluate(
     detector: Detector, data: Path, images: Path, batch_size: int, title: str, out: Path | None = None
 ) -> dict:
@@ -187,7 +175,7 @@ def arguments(argv=None) -> argparse.Namespace:
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun: meet the other processes, and take this one's GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
+        join("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
         if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
 

@@ -5,12 +5,14 @@ Tiny checkpoints and pictures that the tests make; every run is a few steps long
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_train import ROOT, language_of, metrics, run, same, tiny, train, weights  # noqa: F401 - tiny is a fixture
+from torch.distributed import HashStore
 
+from infer import processes
 from model import PaliGemma
 from model.config import VARIANTS
 from model.config_json import config_to_json
@@ -399,6 +403,22 @@ def test_sharded(tiny, scenes, tmp_path):  # noqa: F811
     one, two = (weights(tmp_path / name / "step-0000004") for name in ("one", "two"))
     assert apart(one, two) < 1e-4
     assert PaliGemma.from_pretrained(str(tmp_path / "two" / "final")).config.groups == 12
+
+
+def test_processes_of_a_restart_find_each_other():
+    """Whatever the dead processes left in the store, and in whatever order the new ones come."""
+    store, dice, names = HashStore(), random.Random(0), []
+    for _ in range(20):
+        with ThreadPoolExecutor(3) as pool:
+            ranks = dice.sample(range(3), 3)
+            starts = []
+            for rank in ranks:
+                starts.append(pool.submit(processes._name_of_this_start, store, rank, 3))
+                time.sleep(dice.random() * 0.03)
+            found = {start.result(timeout=20) for start in starts}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 20
 
 
 def test_two_nodes_and_a_lost_rank(tiny, scenes, tmp_path):  # noqa: F811

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
+from infer.processes import gathered, join
 from model import PaliGemma, lora
 from model.groups import ClosedSet
 from model.hub import resolve
@@ -137,10 +138,10 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return print_plan(args, world)
     if world > 1 or args.shard:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        join("nccl" if cuda else "gloo")
 
     # What to go on from.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restarted = max(gathered(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0  # nodes may differ
     found = newest(args.out)
     if found and not (args.resume or restarted):
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, or choose another --out")

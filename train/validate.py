@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from infer.detector import Detector
 from infer.evaluate import category_ids, read_coco, run_cocoeval
 from infer.predictions import predict
+from infer.processes import gathered, process
 from model import PaliGemma
 from model.tokenizer import Tokenizer
 from train.coco import CocoDetections
@@ -36,7 +37,7 @@ class Validation:
         device: torch.device,
     ):
         self.model, self.objective, self.device = model, objective, device
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = process()
         if args.shard:  # every process must run the same layers the same number of times
             self.rank, self.world = 0, 1
         self.dtype = dict(dtype=torch.bfloat16, enabled=args.amp and args.dtype == "float32")
@@ -80,10 +81,7 @@ class Validation:
     def _mean_average_precision(self) -> float:
         mine = first_images(self.coco, None, self.rank, self.world)
         results = predict(self.detector, mine, self.images, self.ids, BATCH, "validation")
-        if self.world > 1:
-            shares = [None] * self.world
-            dist.all_gather_object(shares, results)
-            results = [result for share in shares for result in share]
+        results = [result for share in gathered(results) for result in share]
         return max(0.0, float(run_cocoeval(self.coco, results).stats[0]))
 
 

@@ -1,0 +1,52 @@
+"""The processes of torchrun: how they meet, and what they tell each other."""
+
+import hashlib
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+
+POLL = 0.05  # seconds
+
+
+def join(backend: str, timeout: timedelta | None = None) -> None:
+    """Meet the other processes that torchrun started."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(_name_of_this_start(store, rank, world), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:
+    """A name that all processes of this start know, and none of an earlier one did.
+
+    After a restart, torchrun's store still holds what the dead processes wrote there, their addresses among
+    it, and whoever reads those waits forever. The number of restarts is no name: nodes may count differently.
+    So every process writes a word of its own, process 0 collects the words, and all look at the collection
+    until each has found its own word there: then none is of the dead.
+    """
+    word, agreed = uuid.uuid4().hex, set()
+    store.set(f"word/{rank}", word)
+    while True:
+        if rank == 0:
+            store.set("words", " ".join(store.get(f"word/{other}").decode() for other in range(world)))
+        words = store.get("words").decode()
+        if word in words:
+            name = hashlib.sha256(words.encode()).hexdigest()
+            if store.add(f"agreed/{name}", int(name not in agreed)) == world:
+                return name
+            agreed.add(name)
+        time.sleep(POLL)
+
+
+def process() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(value) -> list:
+    """This value of every process, by rank; waits for all of them."""
+    values = [value] * process()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
