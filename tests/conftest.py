@@ -1,0 +1,21 @@
+"""Randomness that a test does not seed itself starts from SEED (environment variable, 0), told in the header."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+SEED = int(os.environ.get("SEED", 0))
+
+
+def pytest_report_header():
+    return f"SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
