@@ -43,10 +43,10 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         y = F.linear(x, self.weight, self.bias)
-        if self._unmerged is not None:
-            return y
-        thin = F.linear(self.dropout(x), self.A.to(x.dtype))
-        return y + F.linear(thin, self.B.to(x.dtype)) * self.scale
+        if self._unmerged is None:
+            thin = F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale
+            y.flatten(0, -2).addmm_(thin.flatten(0, -2).to(y.dtype), self.B.to(y.dtype).T)  # a view of y
+        return y
 
     def merge(self) -> None:
         """Add the product to W: as fast as the plain Linear. Keeps the old W, so that unmerging is exact."""

@@ -97,16 +97,26 @@ def test_vocabulary_loss(final_cap, tiny, monkeypatch):  # noqa: F811
     hidden = torch.randn(2, 9, config.width)
     labels, weights_ = torch.randint(config.vocab_size, (2, 9)), torch.rand(2, 9).round(decimals=1)
     weights_[:, :3] = 0
-    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    ours, theirs, weight = (
+        hidden.clone().requires_grad_(),
+        hidden.clone().requires_grad_(),
+        decoder.embed.weight,
+    )
     want = torch.nn.functional.cross_entropy(
         decoder.logits(theirs).flatten(0, 1), labels.flatten(), reduction="none"
     )
     want = (want * weights_.flatten()).sum()
-    want.backward()
+    (0.5 * want).backward()
+    want_weight, weight.grad = weight.grad, None
     monkeypatch.setattr("train.loss.CHUNK", 5)
     loss = vocabulary_loss(decoder, ours, labels, weights_)
-    loss.backward()
+    (0.5 * loss).backward()
     assert abs(loss.item() - want.item()) < 1e-3 and torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+    assert torch.allclose(weight.grad, want_weight, atol=1e-5) and want_weight.abs().max() > 1e-2
+    weight.requires_grad_(False)  # as under an adapter
+    again = hidden.clone().requires_grad_()
+    (0.5 * vocabulary_loss(decoder, again, labels, weights_)).backward()
+    assert torch.equal(again.grad, ours.grad)
 
 
 def test_no_logits_of_all_positions(tiny, monkeypatch):  # noqa: F811
@@ -123,8 +133,11 @@ def test_no_logits_of_all_positions(tiny, monkeypatch):  # noqa: F811
     weights_ = torch.tensor([[0.0, 1, 0.5, 0, 1]])
     allowed_loss(decoder, torch.randn(1, 5, 48), labels, weights_, language)
     assert sizes == [(1, 1024), (1, 81)]
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr("train.loss.F.linear", lambda h, w: sizes.append((len(h), len(w))) or linear(h, w))
+    monkeypatch.setattr("train.loss.CHUNK", 2)
     vocabulary_loss(decoder, torch.randn(1, 5, 48), labels, weights_)
-    assert sizes[2:] == [(3, decoder.config.vocab_size)]
+    assert sizes[2:] == [(2, decoder.config.vocab_size), (1, decoder.config.vocab_size)]
 
 
 # Runs on files ----------------------------------------------------------------------------------------------
