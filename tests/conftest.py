@@ -1,4 +1,4 @@
-"""Randomness that a test does not seed itself starts from the environment variable SEED, told in the header."""
+"""Randomness that no test seeds itself starts from the environment variable SEED, told in the header."""
 
 import os
 import random
