@@ -100,7 +100,7 @@ def points(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def learning_curve(axes, metrics: list[dict]) -> str:
     (step, loss), rates = points(metrics, "loss"), points(metrics, "lr")
-    width = max(1, len(loss) // 40)
+    width = min(len(loss), max(5, len(loss) // 40))
     smooth = np.convolve(loss, np.ones(width) / width, "valid")
     lines = axes.plot(step, loss, color=RIGHT, alpha=0.35, label="loss")
     lines += axes.plot(step[width - 1 :], smooth, color=RIGHT, linewidth=2, label=f"mean of {width} lines")
