@@ -15,9 +15,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from infer.detector import Detections, Detector, add_model_arguments, check_json, load_detector
+from infer.detector import (
+    Detections,
+    Detector,
+    add_model_arguments,
+    check_json,
+    load_detector,
+    read_ahead,
+)
 from infer.draw import draw_boxes
-from model.image import SUFFIXES, load_image
+from model.image import SUFFIXES
 from model.weights import write_json
 
 
@@ -38,7 +45,6 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")
     add("--score-threshold", type=float, default=0.6, help="drop boxes with a lower score")
-    add("--batch-size", type=int, default=16, help="pictures decoded together")
     add_model_arguments(parser)
     return parser.parse_args(argv)
 
@@ -55,21 +61,6 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
         else:
             files.append(path)
     return files, complaints
-
-
-def batches(files: list[Path], size: int, complaints: list[str]):
-    """Lists of (file, image) of at most `size`; a file that cannot be read becomes a complaint."""
-    batch = []
-    for file in files:
-        try:
-            batch.append((file, load_image(file)))
-        except ValueError as error:
-            complain(str(error), complaints)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def complain(message: str, complaints: list[str]) -> None:
@@ -113,8 +104,6 @@ def run(args: argparse.Namespace) -> int:
     files, complaints = find_images(args.image)
     for message in complaints:
         print(f"detect.py: {message}", file=sys.stderr)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
     check_json(args.json)
     detector = load_detector(args, args.score_threshold)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -124,9 +113,15 @@ def run(args: argparse.Namespace) -> int:
         from tqdm import tqdm
 
         bar = tqdm(total=len(files), unit="image", disable=None)
-    for batch in batches(files, args.batch_size, complaints):
-        found_all = detector([image for _, image in batch])
-        for (file, image), found in zip(batch, found_all, strict=True):
+    for batch in read_ahead(files, args.batch_size or detector.fitting_batch()):
+        images = {}
+        for file, reading in batch:
+            try:
+                images[file] = reading.result()
+            except ValueError as error:
+                complain(str(error), complaints)
+        found_all = detector(list(images.values())) if images else []
+        for (file, image), found in zip(images.items(), found_all, strict=True):
             record = entry(file, image, found, detector, args.tokens)
             records.append(record)
             captions = [f"{d['label']} {d['score']:.2f}" for d in record["detections"]]

@@ -1,8 +1,14 @@
 """Closed-set detection of PIL images: what detect.py and evaluate.py share."""
 
 import argparse
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +16,17 @@ from PIL import Image
 
 from model import PaliGemma
 from model.boxes import areas, locs_to_boxes, nms
-from model.groups import ClosedSet, decode_groups
+from model.decode import EarlyStop, GroupDecoder
+from model.groups import GROUP, ClosedSet
 from model.hub import resolve
-from model.image import to_tensor
+from model.image import load_image, to_tensor
+from model.lora import fold
+from model.repack import can_pack, pack, quantize
 from model.tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+MAX_BATCH = 16, 64  # images, on a CPU and on a GPU
+READERS = 4  # threads that decode image files
 SMALL = 1 << 30  # bytes of weights up to which float32 is the faster choice on a CPU
 
 
@@ -35,37 +46,48 @@ class Detections:
 class Detector:
     def __init__(
         self,
-        model: PaliGemma,
-        tokenizer: Tokenizer,
-        groups: int | None = None,
+        decode: GroupDecoder,
         score_threshold: float = 0.0,
         nms_iou: float = 1.0,
         min_size: float = 0.0,
-        noise_feedback: bool = False,
     ):
-        """groups: boxes decoded an image, None for the checkpoint's; min_size: shortest side in pixels."""
-        self.model, self.language = model, ClosedSet.of(model.config, tokenizer)
-        self.groups, self.noise_feedback = groups, noise_feedback
+        """min_size: shortest side of a box in pixels of its image."""
+        self.decode, self.model = decode, decode.model
         self.score_threshold, self.nms_iou, self.min_size = score_threshold, nms_iou, min_size
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.language.classes
+        return self.decode.language.classes
 
     def __call__(self, images: list[Image.Image]) -> list[Detections]:
         """Detect in a batch of upright RGB images of any sizes."""
         size, device = self.model.config.vision.image_size, self.model.projector.weight.device
-        inputs = torch.stack([to_tensor(image, size) for image in images]).to(device)
-        answer = decode_groups(self.model, inputs, self.language, self.groups, self.noise_feedback)
-        columns = (
-            column.cpu().numpy() for column in (answer.locs, answer.scores, answer.labels, answer.tokens)
-        )
-        return [self._select(image, *row) for image, *row in zip(images, *columns, strict=True)]
+        answer = self.decode(torch.stack([to_tensor(image, size) for image in images]).to(device))
+        columns = answer.locs, answer.scores, answer.labels, answer.tokens, answer.live
+        rows = zip(images, *(column.cpu().numpy() for column in columns), strict=True)
+        return [self._select(*row) for row in rows]
 
-    def _select(self, image, locs, scores, labels, tokens) -> Detections:
+    def fitting_batch(self) -> int:
+        """A batch size that half of the free memory holds; beyond MAX_BATCH nothing is gained."""
+        weight, config = self.model.projector.weight, self.model.config
+        if weight.is_cuda:
+            free = torch.cuda.mem_get_info(weight.device)[0]
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        text, vision = config.text, config.vision
+        T = vision.tokens + len(self.decode.language.prompt)
+        cached = 2 * text.layers * text.kv_heads * text.head_dim * (T + GROUP * self.decode.groups)
+        scores = 3 * max(
+            text.heads * T**2, vision.heads * vision.tokens**2
+        )  # before, under and behind softmax
+        mlp = 3 * max(text.mlp * T, vision.mlp * vision.tokens)
+        image = weight.element_size() * (cached + max(scores, mlp)) + 4 * 3 * vision.image_size**2
+        return max(1, min(MAX_BATCH[weight.device.type == "cuda"], free // (2 * image)))
+
+    def _select(self, image, locs, scores, labels, tokens, live) -> Detections:
         boxes = locs_to_boxes(locs, *image.size)
         shortest = (boxes[:, 2:] - boxes[:, :2]).min(-1)
-        good = (scores >= self.score_threshold) & (areas(boxes) > 0) & (shortest >= self.min_size)
+        good = (scores >= self.score_threshold) & (areas(boxes) > 0) & (shortest >= self.min_size) & live
         boxes, scores, labels = boxes[good], scores[good], labels[good]
         kept = nms(boxes, scores, labels, self.nms_iou)
         return Detections(boxes[kept], scores[kept], labels[kept], tokens)
@@ -93,6 +115,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="feed the noise token back where it is likeliest, instead of the best class",
+    )
+    add(
+        "--early-stop",
+        nargs=2,
+        type=float,
+        metavar=("P", "K"),
+        help="stop an image behind K boxes in a row whose noise probability exceeds P",
+    )
+    add(
+        "--int8",
+        action="store_true",
+        help="the decoder's matrices in 8 bits: half the memory and time a token",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        help="pictures decoded together (default: what memory holds, at most 16 or 64)",
     )
     add("--seed", type=int, default=0, help="of torch's random numbers; greedy decoding draws none")
 
@@ -122,14 +161,31 @@ def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector:
     overrides = {name: value for name, value in overrides.items() if value is not None}
     source = dict(dtype=dtype, device=device, adapter=args.adapter)
     model = PaliGemma.from_pretrained(str(folder), **source, **overrides)
-    if args.groups is not None and args.groups < 1:
-        raise ValueError(f"--groups {args.groups}: at least one box must be decoded")
-    return Detector(
-        model,
-        Tokenizer(folder),
-        args.groups,
-        score_threshold,
-        args.nms_iou,
-        args.min_size,
-        args.noise_feedback,
-    )
+    for name in ("groups", "batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if args.int8:
+        quantize(fold(model))
+    elif can_pack(model):
+        pack(model)
+    language, stop = ClosedSet.of(model.config, Tokenizer(folder)), None
+    if args.early_stop:
+        noise, patience = args.early_stop
+        stop = EarlyStop(noise, int(patience))
+    decode = GroupDecoder(model, language, args.groups, args.noise_feedback, early_stop=stop)
+    return Detector(decode, score_threshold, args.nms_iou, args.min_size)
+
+
+def read_ahead(items: Iterable, size: int) -> Iterator[list[tuple[Any, Future]]]:
+    """Batches of (file, future of its image), the image being read in the background while the caller works.
+
+    The future's result() is the image, or raises the ValueError of load_image.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        items, waiting = iter(items), deque()
+        while True:
+            more = islice(items, 2 * size - len(waiting))
+            waiting.extend((item, pool.submit(load_image, item)) for item in more)
+            if not waiting:
+                return
+            yield [waiting.popleft() for _ in range(min(size, len(waiting)))]

@@ -116,7 +116,7 @@ def calibration(evaluation: COCOeval) -> tuple[float, list[dict]]:
 
 
 def evaluate(
-    detector: Detector, data: Path, images: Path, batch_size: int, title: str, out: Path | None = None
+    detector: Detector, data: Path, images: Path, batch_size: int | None, title: str, out: Path | None = None
 ) -> dict:
     """All figures of one set, in the first process; nothing in the others of torchrun.
 
@@ -160,7 +160,6 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--sets", nargs="+", choices=HELD_OUT, default=list(HELD_OUT), help="held-out practice sets")
     add("--count", type=int, default=1000, help="scenes of each practice set")
     add("--score-threshold", type=float, default=0.0)
-    add("--batch-size", type=int, default=32)
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add(
         "--out",
@@ -181,8 +180,8 @@ def join_processes(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.batch_size < 1 or args.count < 1:
-        raise ValueError("--batch-size and --count must be at least 1")
+    if args.count < 1:
+        raise ValueError("--count must be at least 1")
     check_json(args.json)
     join_processes(args)
     detector = load_detector(args, args.score_threshold)

@@ -16,9 +16,8 @@ from typing import TextIO
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from infer.detector import Detector
+from infer.detector import Detector, read_ahead
 from model.hub import resolve
-from model.image import load_image
 from model.weights import read_json, write_json
 
 
@@ -48,7 +47,7 @@ def predict(
     coco: COCO,
     images: Path,
     ids: list[int],
-    batch_size: int,
+    batch_size: int | None,
     title: str,
     out: Path | None = None,
     rank: int = 0,
@@ -65,10 +64,10 @@ def predict(
     log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
     bar = tqdm(total=len(todo), desc=title, unit="image", leave=False, disable=rank > 0)
     with log as lines, bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            found_all = detector([load_image(images / record["file_name"]) for record in batch])
-            for record, found in zip(batch, found_all, strict=True):
+        records, size = iter(todo), batch_size or detector.fitting_batch()
+        for batch in read_ahead((images / record["file_name"] for record in todo), size):
+            found_all = detector([reading.result() for _, reading in batch])
+            for found, record in zip(found_all, records):
                 rows = zip(*(column.tolist() for column in (found.boxes, found.scores, found.labels)))
                 results = known[record["id"]] = []
                 for (x0, y0, x1, y1), score, label in rows:

@@ -53,12 +53,16 @@ def attend(
     """Softmax attention: q [B, T, N, H], k and v [B, K, S, H] -> [B, T, N, H].
 
     Query heads j*N/K ... share kv head j. They are folded into the query axis, so keys and values are never
-    repeated. mask: bool [B, T, S], True where reading is allowed, or None. cap: scores become cap *
-    tanh(scores / cap).
+    repeated. mask: bool [B, T, S], True where reading is allowed, or None, or a BlockMask (model/flex.py)
+    for its fused form. cap: scores become cap * tanh(scores / cap).
     """
     if mask is None and cap is None:
         q = q.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
+    if not isinstance(mask, Tensor | None):
+        from model.flex import flex_attend
+
+        return flex_attend(q, k, v, mask, scale, cap)
     B, T, N, H = q.shape
     K = k.shape[1]
     q = q.view(B, T, K, N // K, H).permute(0, 2, 3, 1, 4)  # [B, K, N/K, T, H]

@@ -1,5 +1,8 @@
 """Static key/value cache: allocated once, filled by the prefill, extended one position a step.
 
+Which slot comes next is a number on the device, and a step reads all slots through a mask. So every step is
+the same sequence of operations, whatever the cache holds: a CUDA graph can replay it.
+
 Axes: L layers, B batch, S slots, K kv heads, H head dim.
 """
 
@@ -21,19 +24,41 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.valid = torch.zeros(batch, slots, dtype=torch.bool, device=device)
         self.positions = torch.zeros(batch, slots, dtype=torch.int64, device=device)
-        self.length = 0  # slots in use
+        self.last = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # position of the newest token
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # where it is
+        self.seen = self.used = 0  # slots that the queries read; slots in use
 
-    def claim(self, valid: Tensor, positions: Tensor) -> None:
-        """Take the next T slots for tokens with valid and positions [B, T]; `update` then fills them."""
-        start, self.length = self.length, self.length + valid.shape[1]
-        if self.length > self.valid.shape[1]:
-            raise ValueError(f"the cache has {self.valid.shape[1]} slots, {self.length} are needed")
-        self.valid[:, start : self.length] = valid
-        self.positions[:, start : self.length] = positions
+    def start(self, valid: Tensor, positions: Tensor) -> None:
+        """Forget everything, and take the first T slots for tokens with valid and positions [B, T]."""
+        T = valid.shape[1]
+        self.seen = self.used = self._room_for(T)
+        self.valid.zero_()[:, :T] = valid
+        self.positions[:, :T] = positions
+        self.last.copy_(positions.amax(-1, keepdim=True))
+        self.slot.fill_(T - 1)
+
+    def extend(self) -> Tensor:
+        """Take the next slot for one token of every sequence: their positions [B, 1]."""
+        self.used = self._room_for(self.used + 1)
+        self.seen = self.valid.shape[1]
+        self.slot += 1
+        self.last += 1
+        self.valid.index_fill_(1, self.slot, True)
+        self.positions.index_copy_(1, self.slot, self.last)
+        return self.last
+
+    def _room_for(self, slots: int) -> int:
+        if slots > self.valid.shape[1]:
+            raise ValueError(f"the cache has {self.valid.shape[1]} slots, {slots} are needed")
+        return slots
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, K, T, H] into the claimed slots; returns all so far, [B, K, S, H]."""
-        claimed = slice(self.length - k.shape[2], self.length)
-        self.keys[layer, :, :, claimed] = k
-        self.values[layer, :, :, claimed] = v
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+        """Write k, v [B, K, T, H] into the slots just taken; returns what the queries read, [B, K, S, H]."""
+        keys, values = self.keys[layer], self.values[layer]
+        if k.shape[2] == 1:
+            keys.index_copy_(2, self.slot, k)
+            values.index_copy_(2, self.slot, v)
+        else:
+            keys[:, :, : self.used] = k
+            values[:, :, : self.used] = v
+        return keys[:, :, : self.seen], values[:, :, : self.seen]

@@ -8,6 +8,8 @@ from model.attention import attend, rope_angles, rotate
 from model.cache import KVCache
 from model.config import TextConfig
 
+Rope = tuple[Tensor, Tensor]
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight), in float32 whatever comes in: a weight of zero is the identity scale."""
@@ -18,9 +20,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (1 + self.weight.float())).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+def at(x: Tensor, only: Tensor) -> Tensor:
+    """[B, T, ...], one position of each row [B] -> [B, 1, ...]"""
+    return x[torch.arange(len(x), device=x.device), only][:, None]
 
 
 class Attention(nn.Module):
@@ -33,9 +38,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor, cache: KVCache | None, only: Tensor | None
+    ) -> Tensor:
         heads = (-1, self.head_dim)
-        q = rotate(self.q_proj(x).unflatten(-1, heads), rope)  # [B, T, N, H]
+        readers, q_rope = (x, rope) if only is None else (at(x, only), (at(rope[0], only), at(rope[1], only)))
+        q = rotate(self.q_proj(readers).unflatten(-1, heads), q_rope)  # [B, T, N, H]
         k = rotate(self.k_proj(x).unflatten(-1, heads), rope).transpose(1, 2)  # [B, K, T, H]
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
         if cache is not None:
@@ -68,8 +76,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_mlp_norm = norm(post_norms)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.post_attn_norm(self.attn(self.pre_attn_norm(x), rope, mask, cache))
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor, cache: KVCache | None, only: Tensor | None = None
+    ) -> Tensor:
+        read = self.attn(self.pre_attn_norm(x), rope, mask, cache, only)
+        x = (x if only is None else at(x, only)) + self.post_attn_norm(read)
         return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
 
 
@@ -87,17 +98,25 @@ class Gemma(nn.Module):
         return self.embed(tokens) * factor
 
     def forward(
-        self, x: Tensor, positions: Tensor, masks: tuple[Tensor, Tensor], cache: KVCache | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        masks: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        only: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Embeddings [B, T, D] -> normalised hidden states [B, T, D].
 
         positions int [B, T]; masks: bool [B, T, S] for the local and for the global layers. With a cache, x
-        is what follows the cached positions, and S counts those too.
+        is what follows the cached positions, and S counts those too. only: one position of each row [B] that
+        is wanted, and its mask [B, 1, S]; then the last block leaves the others out, and T becomes 1.
         """
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        for i, block in enumerate(self.layers):
+        *blocks, last = self.layers
+        for i, block in enumerate(blocks):
             x = block(x, rope, masks[i % 2], cache)
-        return self.norm(x)
+        position, mask = (None, masks[len(blocks) % 2]) if only is None else only
+        return self.norm(last(x, rope, mask, cache, position))
 
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Hidden [..., D] -> float32 logits of the ids first..last-1 (default: all): the head is tied."""

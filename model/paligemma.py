@@ -12,9 +12,11 @@ from model.adapter import detection_overrides, load_adapter
 from model.attention import prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
-from model.gemma import Gemma
+from model.gemma import Gemma, at
 from model.lora import lora_layers
 from model.siglip import SigLIP
+
+FUSED_FROM = 1024  # image tokens from which a GPU's prefill is worth compiling FlexAttention
 
 
 class PaliGemma(nn.Module):
@@ -72,9 +74,17 @@ class PaliGemma(nn.Module):
         return self.projector(self.vision(images.to(self.projector.weight.dtype)))
 
     def read(
-        self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor, cache: KVCache | None = None
+        self,
+        image_tokens: Tensor,
+        tokens: Tensor,
+        prefix_len: int | Tensor,
+        cache: KVCache | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
-        """Image tokens [B, P, D], text [B, T] -> states of the text [B, T, D]; fills an empty cache."""
+        """Image tokens [B, P, D], text [B, T] -> states of the text [B, T, D]; fills the cache anew.
+
+        only int64 [B]: the one text position of each row that is wanted; [B, 1, D] then.
+        """
         (B, P, _), T = image_tokens.shape, tokens.shape[1]
         prefix_len = torch.as_tensor(prefix_len, device=tokens.device).expand(B)
         valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
@@ -83,25 +93,31 @@ class PaliGemma(nn.Module):
         mask = prefix_lm_mask(valid, is_suffix)
         local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
         if cache is not None:
-            cache.claim(valid, positions)
-        x = torch.cat((image_tokens, self.decoder.embed_tokens(tokens).to(image_tokens.dtype)), dim=1)
-        return self.decoder(x, positions, (local, mask), cache)[:, P:]
+            cache.start(valid, positions)
+        masks = local, mask
+        if only is not None:
+            only = only + P, at(masks[(self.config.text.layers - 1) % 2], only + P)
+        if mask.is_cuda and P >= FUSED_FROM and not torch.is_grad_enabled():
+            from model.flex import block_mask
 
-    def prefill(self, images: Tensor, tokens: Tensor, max_new_tokens: int) -> tuple[Tensor, KVCache]:
-        """Read images and right-padded prompts [B, T] -> state at each prompt's end [B, D], cache."""
-        image_tokens = self.encode(images)
+            masks = tuple(map(block_mask, masks))
+        x = torch.cat((image_tokens, self.decoder.embed_tokens(tokens).to(image_tokens.dtype)), dim=1)
+        hidden = self.decoder(x, positions, masks, cache, only)
+        return hidden[:, P:] if only is None else hidden
+
+    def new_cache(self, batch: int, text_tokens: int) -> KVCache:
+        """Room for the image and so many text tokens, prompt and answer, of each of a batch."""
+        weight, slots = self.projector.weight, self.config.vision.tokens + text_tokens
+        return KVCache(self.config.text, batch, slots, weight.dtype, weight.device)
+
+    def prefill(self, images: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read images and right-padded prompts [B, T] into the cache -> state at each prompt's end [B, D]."""
         lengths = (tokens != self.config.pad).sum(-1)
-        slots = image_tokens.shape[1] + tokens.shape[1] + max_new_tokens
-        cache = KVCache(self.config.text, len(tokens), slots, image_tokens.dtype, image_tokens.device)
-        hidden = self.read(image_tokens, tokens, lengths, cache)
-        return hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1], cache
+        return self.read(self.encode(images), tokens, lengths, cache, only=lengths - 1)[:, 0]
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token [B] to every sequence of the cache: its hidden state [B, D]."""
-        valid = tokens.new_ones(len(tokens), 1, dtype=torch.bool)
-        positions = cache.positions[:, : cache.length].amax(-1, keepdim=True) + 1
-        cache.claim(valid, positions)
-        seen = slice(0, cache.length)
-        mask = cache.valid[:, None, seen]  # [B, 1, S]
-        local = window_mask(mask, positions, cache.positions[:, seen], valid, self.config.text.sliding_window)
+        positions = cache.extend()
+        mask, is_suffix = cache.valid[:, None], torch.ones_like(positions, dtype=torch.bool)  # [B, 1, S]
+        local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
         return self.decoder(self.decoder.embed_tokens(tokens[:, None]), positions, (local, mask), cache)[:, 0]

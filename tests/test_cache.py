@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor
 
 from model import PaliGemma
-from model.groups import ClosedSet, decode_groups
+from model.decode import GroupDecoder
+from model.groups import ClosedSet
 
 ARCHITECTURES = {
     "gemma1": dict(family="gemma"),
@@ -51,7 +52,8 @@ def test_step_by_step_equals_at_once(name, tmp_path):
     _, answers = random_inputs(hf, batch=2, length=8, seed=1)
     lengths = [4, 7]
 
-    hidden, cache = ours.prefill(images, pad_right(tokens, lengths), 8)
+    cache = ours.new_cache(batch=2, text_tokens=7 + 8)
+    hidden = ours.prefill(images, pad_right(tokens, lengths), cache)
     cached = [ours.decoder.logits(hidden)]
     for answer in answers.T:
         cached.append(ours.decoder.logits(ours.step(answer, cache)))
@@ -70,9 +72,10 @@ def test_padding_id_can_be_fed_back(tmp_path):
     """Padding is what stands right of a prompt; a generated 0 is a token like any other."""
     hf, ours = both(tmp_path)
     images, tokens = random_inputs(hf, batch=1, length=5)
-    hidden, cache = ours.prefill(images, tokens, 2)
+    cache = ours.new_cache(1, 5 + 2)
+    hidden = ours.prefill(images, tokens, cache)
     after = [ours.decoder.logits(ours.step(torch.tensor([id]), cache)) for id in (0, 700)][-1]
-    other, cache = ours.prefill(images, tokens, 2)
+    other = ours.prefill(images, tokens, cache)  # which forgets what was there
     after_another = [ours.decoder.logits(ours.step(torch.tensor([id]), cache)) for id in (400, 700)][-1]
     assert torch.equal(hidden, other)
     assert (after - after_another).abs().max() > 1e-3
@@ -82,7 +85,8 @@ def test_padding_id_can_be_fed_back(tmp_path):
 def test_full_cache(tmp_path):
     hf, ours = both(tmp_path)
     images, tokens = random_inputs(hf, batch=1, length=5)
-    _, cache = ours.prefill(images, tokens, 1)
+    cache = ours.new_cache(1, 5 + 1)
+    ours.prefill(images, tokens, cache)
     ours.step(tokens[:, 0], cache)
     with pytest.raises(ValueError, match="cache has 22 slots"):
         ours.step(tokens[:, 0], cache)
@@ -142,7 +146,7 @@ def test_closed_set_decoding(name, noise_feedback, tmp_path):
     noise = torch.stack(rules.noise, dim=1)
     assert noise.any() and not noise.all(), "the test needs groups of both kinds"
 
-    answer = decode_groups(ours, images, LANGUAGE, noise_feedback=noise_feedback)
+    answer = GroupDecoder(ours, LANGUAGE, noise_feedback=noise_feedback)(images)
     assert torch.equal(answer.tokens, theirs)
     assert (theirs[..., 1:4] != theirs[..., :3]).any(), "the test needs answers of more than one id"
     assert ((theirs[..., 4] == NOISE) == (noise & noise_feedback)).all()
@@ -162,7 +166,7 @@ def test_allowed_ids():
 def test_fewer_groups_are_a_beginning(tmp_path):
     hf, ours = noisy(tmp_path)
     images, _ = random_inputs(hf, batch=2)
-    few, all_of_them = decode_groups(ours, images, LANGUAGE, groups=2), decode_groups(ours, images, LANGUAGE)
+    few, all_of_them = GroupDecoder(ours, LANGUAGE, groups=2)(images), GroupDecoder(ours, LANGUAGE)(images)
     assert torch.equal(few.tokens, all_of_them.tokens[:, :2])
 
 
@@ -187,7 +191,7 @@ def test_no_logits_of_the_whole_vocabulary(tmp_path):
     looks = []
     ours.vision.register_forward_hook(lambda *_: looks.append(1))
     with Sizes() as sizes:
-        decode_groups(ours, images, LANGUAGE)
+        GroupDecoder(ours, LANGUAGE)(images)
     assert 1024 in sizes.seen and VOCAB not in sizes.seen
     assert len(looks) == 1
     with Sizes() as sizes, torch.no_grad():

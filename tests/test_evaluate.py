@@ -82,6 +82,9 @@ class FromAList:
             self.answers[key] = Detections(rows[:, :4], scores, rows[:, 4].astype(int), None)
         self.seen, self.limit = 0, limit
 
+    def fitting_batch(self):
+        return 4
+
     def __call__(self, images):
         self.seen += len(images)
         if self.limit is not None and self.seen > self.limit:

@@ -10,8 +10,9 @@ from reference import BOS, EOS, LOC0, NEWLINE, UNUSED0, VOCAB, random_inputs, sa
 from model import PaliGemma
 from model.boxes import boxes_to_locs, locs_to_boxes
 from model.config import COCO_CLASSES, VARIANTS, TextConfig
+from model.decode import GroupDecoder
 from model.gemma import Gemma
-from model.groups import ClosedSet, decode_groups
+from model.groups import ClosedSet
 from model.tokenizer import Tokenizer
 from train.loss import allowed_loss
 from train.nano import nano_config, train_tokenizer
@@ -251,7 +252,7 @@ def test_decoded_scores(noise_feedback, tmp_path):
     hf.get_input_embeddings().weight[NOISE] *= 4  # likeliest in many groups, but not in all
     ours = PaliGemma.from_pretrained(str(save(hf, tmp_path)), dtype=torch.float32)
     images, _ = random_inputs(hf, batch=5, seed=3)
-    answer = decode_groups(ours, images, LANGUAGE, noise_feedback=noise_feedback)
+    answer = GroupDecoder(ours, LANGUAGE, noise_feedback=noise_feedback)(images)
     assert answer.tokens.shape == (5, G, 5) and answer.locs.shape == (5, G, 4)
     assert answer.labels.shape == answer.scores.shape == answer.noise.shape == (5, G)
 

@@ -10,7 +10,6 @@ losses of the first step, on the same weights and tokens, say that the two compu
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from infer.benchmark import build, peak_bytes
 from model import PaliGemma, lora
 from model.config import VARIANTS
 from model.weights import write_json
@@ -28,20 +28,6 @@ from model.weights import write_json
 PREFIX, SUFFIX = 8, 256  # tokens
 PEER_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj out_proj".split()
 SIDES = ["ours", "peer", "ours, recompute", "peer, recompute"]
-
-
-def build(variant: str, folder: Path) -> None:
-    """Write a random checkpoint: activations of about 1, norms near the identity."""
-    config = VARIANTS[variant]
-    with torch.device("meta"):
-        model = PaliGemma(config).to(torch.bfloat16)
-    generator, state = torch.Generator().manual_seed(0), {}
-    for name, weight in model.state_dict().items():
-        noise = torch.empty(weight.shape, dtype=torch.bfloat16).normal_(generator=generator)
-        centre = 1.0 if "norm" in name and name.startswith("vision") and name.endswith("weight") else 0.0
-        size = 0.1 if "norm" in name or name.endswith("bias") else weight[0].numel() ** -0.5
-        state[name] = noise.mul_(size).add_(centre)
-    model.save_pretrained(folder, torch.bfloat16, state=state)
 
 
 def inputs(config, batch: int, device: str) -> tuple[Tensor, Tensor]:
@@ -125,12 +111,7 @@ def measure(side: str, folder: Path, args: argparse.Namespace) -> dict:
         if args.device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    cuda = args.device.startswith("cuda")
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    peak = peak_bytes(args.device)
     trainable = sum(p.numel() for p in trained)
     return dict(side=side, loss=losses[0], trainable=trainable, seconds=min(seconds[1:]), peak_gb=peak / 1e9)
 
@@ -160,7 +141,7 @@ def main() -> None:
     add("--turns", type=int, default=1, help="of each side")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--peak-tflops", type=float, help="of the device in bfloat16: prints the share that is used (MFU)")
-    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the checkpoint is built")
+    add("--folder", type=Path, help="a random checkpoint is built there, or found and used")
     add("--json", type=Path, help="write the figures there")
     add("--child", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -168,8 +149,11 @@ def main() -> None:
         print(json.dumps(measure(args.child, args.folder, args)))
         return
     rows = []
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="paligemma-") as folder:
-        build(args.variant, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="paligemma-") as temporary:
+        folder = args.folder or Path(temporary)
+        if not (folder / "config.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            build(args.variant, folder)
         for side in SIDES * args.turns:
             own = ["--variant", args.variant, "--batch-size", args.batch_size, "--steps", args.steps]
             command = [sys.executable, __file__, *own, "--device", args.device, "--folder", folder]

@@ -17,6 +17,8 @@ from infer.evaluate import category_ids, read_coco, run_cocoeval
 from infer.predictions import predict
 from infer.processes import gathered, process
 from model import PaliGemma
+from model.decode import GroupDecoder
+from model.groups import ClosedSet
 from model.tokenizer import Tokenizer
 from train.coco import CocoDetections
 from train.data import collate, open_data
@@ -55,7 +57,8 @@ class Validation:
         self.detector = None
         if isinstance(data, CocoDetections) and not args.shard:
             self.coco, self.images = first_images(read_coco(file), args.val_count), images
-            self.detector = Detector(model, tokenizer, nms_iou=0.5)
+            language = ClosedSet.of(model.config, tokenizer)
+            self.detector = Detector(GroupDecoder(model, language), nms_iou=0.5)
             self.ids = category_ids(self.coco, self.detector.classes, file)
 
     @torch.no_grad()
