@@ -16,20 +16,18 @@ import contextlib
 import io
 import json
 import os
-import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from infer.detector import Detector, add_model_arguments, check_json, load_detector
 from infer.predictions import file_stamps, predict, remember
-from infer.processes import gathered, join, process
+from infer.processes import gathered, join, leave, process
 from model.weights import write_json
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor", "crowded": "crowded scenes"}
@@ -214,13 +212,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    status = 0
     try:
         run(arguments())
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {str(error).splitlines()[0]}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status = f"evaluate.py: {str(error).splitlines()[0]}"
+    leave(status)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The processes of torchrun: how they meet, and what they tell each other."""
 
 import hashlib
+import os
+import sys
 import time
 import uuid
 from datetime import timedelta
@@ -37,6 +39,18 @@ def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:
                 return name
             agreed.add(name)
         time.sleep(POLL)
+
+
+def leave(status: int | str) -> None:
+    """End the program like sys.exit. One of several processes ends itself at once: threads of PyTorch abort now
+    and then ("terminate called without an active exception") when the interpreter ends them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+    sys.exit(status)
 
 
 def process() -> tuple[int, int]:

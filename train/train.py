@@ -15,7 +15,6 @@ import functools
 import math
 import os
 import signal
-import sys
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from infer.processes import gathered, join
+from infer.processes import gathered, join, leave
 from model import PaliGemma, lora
 from model.groups import ClosedSet
 from model.hub import resolve
@@ -286,12 +285,10 @@ def exchange(compute: nn.Module, last: bool, args: argparse.Namespace):
 
 def main() -> None:
     try:
-        sys.exit(train(arguments()))
+        status = train(arguments())
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"train.py: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status = f"train.py: {error}"
+    leave(status)
 
 
 if __name__ == "__main__":
