@@ -42,8 +42,8 @@ def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:
 
 
 def leave(status: int | str) -> None:
-    """End the program like sys.exit. One of several processes ends itself at once: threads of PyTorch abort now
-    and then ("terminate called without an active exception") when the interpreter ends them."""
+    """End the program like sys.exit. One of several processes ends itself at once: threads of PyTorch abort
+    now and then ("terminate called without an active exception") when the interpreter ends them."""
     if dist.is_initialized():
         dist.destroy_process_group()
         if isinstance(status, str):
