@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,10 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_programs import model  # noqa: F401 - a fixture
 
 from infer import evaluate, report
 from infer.detector import Detections
-from model import PaliGemma
-from model.tokenizer import Tokenizer
-from train.nano import nano_config, train_tokenizer
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -242,7 +239,7 @@ def test_a_broken_line_is_told(run_evaluate, tmp_path):
 
 def test_other_settings_are_refused(run_evaluate, data, tmp_path):
     """In words, and nothing is touched; how fast it goes is no setting."""
-    out, model = tmp_path / "out", tmp_path / "model"
+    out, model = tmp_path / "out", tmp_path / "model"  # noqa: F811
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"1")
     usual = ["--out", out, "--model", model]
@@ -310,31 +307,7 @@ def test_every_process_has_its_gpu(asked, gpus, device, monkeypatch):
     assert args.device == device and started == [("gloo",)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """An untrained checkpoint of nano's form, much smaller."""
-    folder = tmp_path_factory.mktemp("tiny")
-    train_tokenizer(folder / "tokenizer.model")
-    full = nano_config(Tokenizer(folder))
-    small = replace(
-        full,
-        vision=replace(full.vision, image_size=64, width=32, layers=1, heads=2, mlp=64),
-        text=replace(full.text, width=48, layers=2, head_dim=16, query_scale=0.25, mlp=96, sliding_window=16),
-    )
-    tiny = PaliGemma(small)
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in tiny.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if "norm" in name:  # Gemma's norms multiply by 1 + weight
-            weight.data = 0.3 * noise + (3 if name == "decoder.norm.weight" else name.startswith("vision"))
-        else:
-            gain = 0.5 if "embed." in name else 2.0
-            weight.data = 0.2 * noise if weight.ndim == 1 else gain * noise / weight[0].numel() ** 0.5
-    tiny.save_pretrained(folder)
-    return folder
-
-
-def test_two_processes(model, tmp_path):
+def test_two_processes(model, tmp_path):  # noqa: F811
     """torchrun with two, on a practice set: the figures of one, printed once; the scenes drawn once."""
     program = [ROOT / "infer" / "evaluate.py", "--model", model, "--count", "5", "--device", "cpu"]
     program += ["--sets", "same", "--batch-size", "1"]
