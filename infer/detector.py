@@ -126,8 +126,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--int8",
         action="store_true",
-        help="the decoder's matrices in 8 bits: half the memory and time a token",
+        help="the decoder's matrices in 8 bits: half the memory",
     )
+    add("--compile", action="store_true", help="torch.compile the decoder: slow to start, meant for a GPU")
     add(
         "--batch-size",
         type=int,
@@ -166,12 +167,14 @@ def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if args.int8:
         quantize(fold(model))
-    elif can_pack(model):
+    elif can_pack(model) and not args.compile:
         pack(model)
+    if args.compile:
+        model.decoder.compile()
     language, stop = ClosedSet.of(model.config, Tokenizer(folder)), None
     if args.early_stop:
         noise, patience = args.early_stop
-        stop = EarlyStop(noise, int(patience))
+        stop = EarlyStop(noise, patience)
     decode = GroupDecoder(model, language, args.groups, args.noise_feedback, early_stop=stop)
     return Detector(decode, score_threshold, args.nms_iou, args.min_size)
 

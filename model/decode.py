@@ -4,12 +4,13 @@ Axes: B batch, G groups, I = 5 slots of a group, D width.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from model.groups import GROUP, ClosedSet
-from model.head import GREEDY, Choice, Sampling
+from model.head import GREEDY, Choice, Head, Sampling
 from model.paligemma import PaliGemma
 
 
@@ -38,7 +39,7 @@ class EarlyStop:
     patience: int
 
     def __post_init__(self):
-        if not (0 <= self.noise < 1 and self.patience >= 1):
+        if not (0 <= self.noise < 1 and self.patience >= 1 and self.patience == int(self.patience)):
             raise ValueError(
                 f"early stop {self.noise} {self.patience}: want a probability and a count of groups"
             )
@@ -63,11 +64,10 @@ class GroupDecoder:
         self.model, self.language, self.groups = model, language, groups or language.groups
         self.early_stop = early_stop
         allowed = [language.allowed(slot) for slot in range(GROUP)]
-        if model.projector.weight.is_cuda:
-            from model.head_kernel import FusedHead as Head
-        else:
-            from model.head import Head
-        self.head = Head(model.decoder, allowed, noise_feedback, sampling)
+        head = Head
+        if model.projector.weight.is_cuda and find_spec("triton"):  # there is none for Windows
+            from model.head_kernel import FusedHead as head
+        self.head = head(model.decoder, allowed, noise_feedback, sampling)
         self.batch_size = None
 
     @torch.inference_mode()

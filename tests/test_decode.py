@@ -1,6 +1,7 @@
 """The decode loop: buffers that stay, sampling, early stop, reading ahead."""
 
 import copy
+import os
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from test_cache import LANGUAGE, noisy
 
-from infer.detector import read_ahead
+from infer.detector import MAX_BATCH, Detector, read_ahead
 from model.decode import EarlyStop, GroupDecoder
 from model.head import Sampling
 
@@ -134,3 +135,15 @@ def test_graph_and_kernel_equal_the_plain_loop(model, sampling):
         )
         assert torch.equal(ours.tokens.cpu(), theirs.tokens)
         assert torch.allclose(ours.scores.cpu(), theirs.scores, atol=1e-4)
+
+
+def test_fitting_batch(model, monkeypatch):
+    """As many images as half of the free memory holds, at least one, at most MAX_BATCH."""
+    sizes = []
+    for free in (0, 1 << 22, 1 << 24, 1 << 40):
+        monkeypatch.setattr(os, "sysconf", lambda name, free=free: free if "PAGES" in name else 1)
+        sizes.append(Detector(GroupDecoder(model, LANGUAGE)).fitting_batch())
+    assert sizes == sorted(sizes) and sizes[0] == 1 < sizes[2] and sizes[3] == MAX_BATCH[False]
+    config = model.config.text  # half of the memory holds at least their caches and images
+    cache = 8 * config.layers * config.kv_heads * config.head_dim * 5 * LANGUAGE.groups
+    assert sizes[2] * cache < 1 << 23

@@ -233,6 +233,10 @@ def test_options(run_detect, here):
     assert boxes("--no-noise-feedback")[1] != tokens
     assert boxes("--device", "cpu", "--dtype", "float32")[1] == tokens
     assert len(boxes("--dtype", "bfloat16")[1]) == 60
+    assert boxes("--early-stop", 0.0, 1)[1] == tokens[:5]
+    rounded, its_tokens = boxes("--int8")
+    assert len(its_tokens) == 60 and rounded != everything
+    assert boxes("--batch-size", 3) == (everything, tokens)
 
 
 @pytest.mark.parametrize(
