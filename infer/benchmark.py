@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infer.detector import DTYPES
+from infer.loading import DTYPES
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decode import GroupDecoder

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from infer.benchmark import seconds
-from infer.detector import DTYPES
+from infer.loading import DTYPES
 from model.decode import captured
 from model.head import GREEDY, Head
 

@@ -18,7 +18,7 @@ from PIL import Image
 from infer.detector import (
     Detections,
     Detector,
-    add_model_arguments,
+    add_detection_arguments,
     check_json,
     load_detector,
     read_ahead,
@@ -45,7 +45,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")
     add("--score-threshold", type=float, default=0.6, help="drop boxes with a lower score")
-    add_model_arguments(parser)
+    add_detection_arguments(parser)
     return parser.parse_args(argv)
 
 

@@ -14,20 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model import PaliGemma
+from infer.loading import add_model_arguments, load_model
 from model.boxes import areas, locs_to_boxes, nms
 from model.decode import EarlyStop, GroupDecoder
 from model.groups import GROUP, ClosedSet
-from model.hub import resolve
 from model.image import load_image, to_tensor
-from model.lora import fold
-from model.repack import can_pack, pack, quantize
-from model.tokenizer import Tokenizer
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_BATCH = 16, 64  # images, on a CPU and on a GPU
 READERS = 4  # threads that decode image files
-SMALL = 1 << 30  # bytes of weights up to which float32 is the faster choice on a CPU
 
 
 @dataclass
@@ -93,15 +87,10 @@ class Detector:
         return Detections(boxes[kept], scores[kept], labels[kept], tokens)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that choose and load a model, and those of decoding, for every detection program."""
+def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the model and of decoding, for every detection program."""
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--model", default="nano", help="a folder, a hub id (owner/name or owner/name@revision), or nano")
-    add("--adapter", metavar="PATH_OR_ID", help="a LoRA adapter for it, as PEFT or train.py writes them")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
-    add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 for small models on a CPU")
-    add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")
-    add("--final-cap", type=float, help="soft cap of the logits instead of the checkpoint's; 0: off")
     add("--groups", type=int, help="boxes decoded an image instead of the checkpoint's number")
     add(
         "--nms-iou",
@@ -124,17 +113,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop an image behind K boxes in a row whose noise probability exceeds P",
     )
     add(
-        "--int8",
-        action="store_true",
-        help="the decoder's matrices in 8 bits: half the memory",
-    )
-    add("--compile", action="store_true", help="torch.compile the decoder: slow to start, meant for a GPU")
-    add(
         "--batch-size",
         type=int,
         help="pictures decoded together (default: what memory holds, at most 16 or 64)",
     )
-    add("--seed", type=int, default=0, help="of torch's random numbers; greedy decoding draws none")
 
 
 def check_json(file: Path | None) -> None:
@@ -145,36 +127,12 @@ def check_json(file: Path | None) -> None:
 
 def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector:
     """The detector that the arguments ask for. Raises ValueError for anything a user can get wrong."""
-    torch.manual_seed(args.seed)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
-    folder = resolve(args.model)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    small_cpu = device == "cpu" and weights < SMALL
-    dtype = DTYPES.get(args.dtype) or (torch.float32 if small_cpu else torch.bfloat16)
-    overrides = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    source = dict(dtype=dtype, device=device, adapter=args.adapter)
-    model = PaliGemma.from_pretrained(str(folder), **source, **overrides)
+    model, tokenizer = load_model(args)
     for name in ("groups", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if args.int8:
-        quantize(fold(model))
-    elif can_pack(model) and not args.compile:
-        pack(model)
-    if args.compile:
-        model.decoder.compile()
-    language, stop = ClosedSet.of(model.config, Tokenizer(folder)), None
-    if args.early_stop:
-        noise, patience = args.early_stop
-        stop = EarlyStop(noise, patience)
+    stop = EarlyStop(*args.early_stop) if args.early_stop else None
+    language = ClosedSet.of(model.config, tokenizer)
     decode = GroupDecoder(model, language, args.groups, args.noise_feedback, early_stop=stop)
     return Detector(decode, score_threshold, args.nms_iou, args.min_size)
 

@@ -25,7 +25,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from infer.detector import Detector, add_model_arguments, check_json, load_detector
+from infer.detector import Detector, add_detection_arguments, check_json, load_detector
 from infer.predictions import file_stamps, predict, remember
 from infer.processes import gathered, join, leave, process
 from model.weights import write_json
@@ -165,7 +165,7 @@ def arguments(argv=None) -> argparse.Namespace:
         metavar="DIR",
         help="folder of predictions and figures; goes on with what is there",
     )
-    add_model_arguments(parser)
+    add_detection_arguments(parser)
     return parser.parse_args(argv)
 
 

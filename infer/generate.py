@@ -1,0 +1,129 @@
+"""Ask a model about an image, in words.
+
+    python infer/generate.py --image photo.jpg --prompt "caption en"    # one answer
+    python infer/generate.py --image photo.jpg    # many, from a prompt: /image FILE, /help, Ctrl-D ends
+
+The answer is printed as it comes, then its length and speed. The official checkpoints know prompts such as
+"caption en", "answer en how many dogs?", "detect cat ; dog", "segment cat", "ocr". The shipped nano has been
+taught to detect only: of other prompts it makes nonsense.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from infer.loading import add_model_arguments, load_model
+from model import PaliGemma
+from model.generate import Choosing, generate
+from model.image import load_image, to_tensor
+from model.tokenizer import Tokenizer
+
+HELP = "ask about the image, or: /image FILE (look at another), /help, Ctrl-D (end)"
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--image", type=Path, required=True, metavar="FILE")
+    add("--prompt", help="without it, prompts are read line by line")
+    add("--max-tokens", type=int, default=100, help="longest answer")
+    add("--samples", type=int, default=1, help="answers to each prompt")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    add("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that together reach p")
+    add("--eos-offset", type=float, default=0.0, help="make the end less likely: longer answers")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.max_tokens < 1 or args.samples < 1:
+        raise ValueError("--max-tokens and --samples must be at least 1")
+    return args
+
+
+class Speaker:
+    """A model, how it chooses its words, and the image that it looks at."""
+
+    def __init__(self, model: PaliGemma, tokenizer: Tokenizer, args: argparse.Namespace):
+        self.model, self.tokenizer = model, tokenizer
+        self.samples, self.max_tokens = args.samples, args.max_tokens
+        self.choosing = Choosing(args.temperature, args.top_k, args.top_p, args.eos_offset)
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.look(args.image)
+
+    def look(self, file: Path) -> None:
+        """Raises ValueError if it is no image."""
+        pixels = to_tensor(load_image(file), self.model.config.vision.image_size)
+        self.image: Tensor = pixels[None].to(self.model.projector.weight.device)
+
+    def answer(self, prompt: str) -> None:
+        """Print the answers to a prompt: one as it comes, several when all have ended."""
+        images, ids = self.image.expand(self.samples, -1, -1, -1), self.tokenizer.encode_prompt(prompt)
+        steps = generate(
+            self.model, images, [ids] * self.samples, self.max_tokens, self.choosing, self.generator
+        )
+        start, said, shown = time.perf_counter(), [[] for _ in range(self.samples)], ""
+        count, end = 0, self.tokenizer.eos
+        for tokens, _ in steps:
+            count += 1
+            for answer, token in zip(said, tokens.tolist(), strict=True):
+                if end not in answer:
+                    answer.append(token)
+            text = self.text(said[0])
+            if self.samples == 1 and not text.endswith("\ufffd"):  # not in the middle of a character
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        seconds = time.perf_counter() - start
+        print("".join(f"\n{self.text(answer)}" for answer in said)[1:] if self.samples > 1 else "")
+        print(f"  {count} tokens, {count / seconds:.1f} a second", file=sys.stderr)
+
+    def text(self, answer: list[int]) -> str:
+        return self.tokenizer.decode([token for token in answer if token != self.tokenizer.eos])
+
+
+def converse(speaker: Speaker) -> None:
+    """Read prompts until the input ends; a mistake costs a line, not the conversation."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() a history and editing
+    print(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return print()
+        try:
+            command, _, rest = line.partition(" ")
+            if command == "/image":
+                speaker.look(Path(rest.strip()))
+            elif line.startswith("/"):
+                print(HELP)
+            elif line:
+                speaker.answer(line)
+        except (ValueError, OSError) as error:
+            print(f"generate.py: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> None:
+    speaker = Speaker(*load_model(args), args)
+    if args.prompt is None:
+        converse(speaker)
+    else:
+        speaker.answer(args.prompt)
+
+
+def main() -> None:
+    try:
+        run(arguments())
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"generate.py: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
