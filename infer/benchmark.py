@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from infer.loading import DTYPES
+from infer.random_weights import build
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decode import GroupDecoder
@@ -41,19 +42,6 @@ COPY = 1 << 28  # bytes
 # ---- what is run -------------------------------------------------------------------------------------------
 
 
-def build(variant: str, folder: Path) -> None:
-    """Write a random checkpoint of an official size: activations of about 1, norms near the identity."""
-    with torch.device("meta"):
-        model = PaliGemma(VARIANTS[variant]).to(torch.bfloat16)
-    generator, state = torch.Generator().manual_seed(0), {}
-    for name, weight in model.state_dict().items():
-        noise = torch.empty(weight.shape, dtype=torch.bfloat16).normal_(generator=generator)
-        centre = 1.0 if "norm" in name and name.startswith("vision") and name.endswith("weight") else 0.0
-        size = 0.1 if "norm" in name or name.endswith("bias") else weight[0].numel() ** -0.5
-        state[name] = noise.mul_(size).add_(centre)
-    model.save_pretrained(folder, torch.bfloat16, state=state)
-
-
 def language_of(folder: Path) -> ClosedSet:
     config = load_config(folder)
     if (folder / "tokenizer.model").exists():
@@ -62,7 +50,7 @@ def language_of(folder: Path) -> ClosedSet:
 
 
 class Ours:
-    def __init__(self, folder: Path, args: argparse.Namespace, int8: bool = False, compiled: bool = False):
+    def __init__(self, folder: Path, args: argparse.Namespace, int8=False, compiled=False, fused_head=True):
         self.model = PaliGemma.from_pretrained(str(folder), dtype=DTYPES[args.dtype], device=args.device)
         if int8:
             quantize(self.model)
@@ -71,7 +59,7 @@ class Ours:
         if compiled:
             self.model.decoder.compile()
         self.language = language_of(folder)
-        self.decoders = {}
+        self.decoders, self.fused_head = {}, fused_head
 
     @torch.inference_mode()
     def prefill(self, images: Tensor) -> None:
@@ -80,8 +68,11 @@ class Ours:
 
     def decode(self, images: Tensor, groups: int) -> Tensor:
         """Images [B, 3, S, S] -> tokens [B, 5 * groups]."""
-        decoder = self.decoders.setdefault(groups, GroupDecoder(self.model, self.language, groups))
-        return decoder(images).tokens.flatten(1)
+        if groups not in self.decoders:
+            self.decoders[groups] = GroupDecoder(
+                self.model, self.language, groups, fused_head=self.fused_head
+            )
+        return self.decoders[groups](images).tokens.flatten(1)
 
 
 class Peer:
@@ -135,6 +126,7 @@ SIDES = {
     "ours": Ours,
     "ours, int8": partial(Ours, int8=True),
     "ours, compiled": partial(Ours, compiled=True),
+    "ours, plain head": partial(Ours, fused_head=False),
     "transformers": Peer,
 }
 
@@ -219,13 +211,15 @@ def print_table(rows: list[dict], floor: float) -> None:
 
 
 def run(folder: Path, args: argparse.Namespace) -> dict:
-    asked = {"ours, int8": args.int8, "ours, compiled": args.compile, "transformers": args.peer}
+    on_gpu = args.device.startswith("cuda")
+    asked = {"ours, int8": args.int8, "ours, compiled": args.compile, "ours, plain head": on_gpu}
+    asked["transformers"] = args.peer
     names = ["ours", *(name for name in asked if asked[name])]
     with torch.device("meta"):
         layers = PaliGemma(load_config(folder)).decoder.layers
     size, bandwidth = weight_bytes(layers, args), copy_bandwidth(args.device)
     floor, threads = size / bandwidth, f"{torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else threads
+    where = torch.cuda.get_device_name() if on_gpu else threads
     print(f"{args.model}, {args.dtype}, {args.device} ({where}), torch {torch.__version__}")
     print(f"the decoder's layers: {size / 1e9:.2f} GB, copied at {bandwidth / 1e9:.1f} GB/s")
     print(f"floor of a token: {1000 * floor:.2f} ms")

@@ -49,7 +49,7 @@ class GroupDecoder:
     """Detects in batches of images. The cache, and on a GPU its CUDA graph, serve the next batch too.
 
     groups: None for the checkpoint's. noise_feedback: where noise is likelier than every class, True feeds
-    the noise token back, False the best real class.
+    the noise token back, False the best real class. fused_head: on a GPU, the kernel of model/head_kernel.py.
     """
 
     def __init__(
@@ -60,12 +60,13 @@ class GroupDecoder:
         noise_feedback: bool = False,
         sampling: Sampling = GREEDY,
         early_stop: EarlyStop | None = None,
+        fused_head: bool = True,
     ):
         self.model, self.language, self.groups = model, language, groups or language.groups
         self.early_stop = early_stop
         allowed = [language.allowed(slot) for slot in range(GROUP)]
         head = Head
-        if model.projector.weight.is_cuda and find_spec("triton"):  # there is none for Windows
+        if fused_head and model.projector.weight.is_cuda and find_spec("triton"):  # Windows has none
             from model.head_kernel import FusedHead as head
         self.head = head(model.decoder, allowed, noise_feedback, sampling)
         self.batch_size = None

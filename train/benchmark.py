@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infer.benchmark import build, peak_bytes
+from infer.benchmark import peak_bytes
+from infer.random_weights import build
 from model import PaliGemma, lora
 from model.config import VARIANTS
 from model.weights import write_json
