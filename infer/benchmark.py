@@ -64,7 +64,9 @@ class Ours:
     @torch.inference_mode()
     def prefill(self, images: Tensor) -> None:
         prompt = torch.tensor(self.language.prompt, device=images.device).expand(len(images), -1)
-        self.model.prefill(images, prompt, self.model.new_cache(len(images), prompt.shape[1]))
+        self.model.prefill(
+            self.model.encode(images), prompt, self.model.new_cache(len(images), prompt.shape[1])
+        )
 
     def decode(self, images: Tensor, groups: int) -> Tensor:
         """Images [B, 3, S, S] -> tokens [B, 5 * groups]."""

@@ -2,6 +2,7 @@
 
     python infer/detect.py --image photo.jpg    # the shipped nano model
     python infer/detect.py --image a.jpg folder/ --json out.json --out drawn/ --model FOLDER_OR_HUB_ID
+    python infer/detect.py --image photo.jpg --classes "cat ; traffic light"    # open-set: what you name
 
 Prints a table, writes each picture with its boxes to --out, and with --json all boxes in pixels of the
 original picture. The exit code is 0 only if every picture was processed.
@@ -15,16 +16,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from infer.detector import (
-    Detections,
-    Detector,
-    add_detection_arguments,
-    check_json,
-    load_detector,
-    read_ahead,
-)
+from infer.detector import Detections, Detector, check_json, read_ahead
 from infer.draw import draw_boxes
+from infer.loading import add_detection_arguments, load_detector
 from model.image import SUFFIXES
+from model.mask_codec import to_rle
 from model.weights import write_json
 
 
@@ -32,6 +28,13 @@ def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    add_file_arguments(parser)
+    add_detection_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is read and written."""
     add = parser.add_argument
     add(
         "--image",
@@ -45,8 +48,6 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")
     add("--score-threshold", type=float, default=0.6, help="drop boxes with a lower score")
-    add_detection_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
@@ -63,16 +64,11 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
     return files, complaints
 
 
-def complain(message: str, complaints: list[str]) -> None:
-    print(f"detect.py: {message}", file=sys.stderr)
-    complaints.append(message)
-
-
-def save_drawing(picture: Image.Image, out: Path, source: Path, taken: set[Path]) -> Path:
+def save_picture(picture: Image.Image, out: Path, name: str, taken: set[Path]) -> Path:
     """Write OUT/<name>.png, with a number behind the name if a picture of this run, in or out, has it."""
-    target, number = out / f"{source.stem}.png", 2
+    target, number = out / f"{name}.png", 2
     while target.resolve() in taken:
-        target, number = out / f"{source.stem}-{number}.png", number + 1
+        target, number = out / f"{name}-{number}.png", number + 1
     taken.add(target.resolve())
     temporary = out / f".{os.getpid()}.png"
     picture.save(temporary)
@@ -100,12 +96,13 @@ def print_table(record: dict, drawn: Path) -> None:
         print("  nothing found")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, load=load_detector, program: str = "detect.py") -> int:
+    """load(args, score threshold) gives the detector. Returns the exit code."""
     files, complaints = find_images(args.image)
     for message in complaints:
-        print(f"detect.py: {message}", file=sys.stderr)
+        print(f"{program}: {message}", file=sys.stderr)
     check_json(args.json)
-    detector = load_detector(args, args.score_threshold)
+    detector = load(args, args.score_threshold)
     args.out.mkdir(parents=True, exist_ok=True)
     records, taken = [], {file.resolve() for file in files}
     bar = None
@@ -119,15 +116,19 @@ def run(args: argparse.Namespace) -> int:
             try:
                 images[file] = reading.result()
             except ValueError as error:
-                complain(str(error), complaints)
+                complaints.append(str(error))
+                print(f"{program}: {error}", file=sys.stderr)
         found_all = detector(list(images.values())) if images else []
         for (file, image), found in zip(images.items(), found_all, strict=True):
             record = entry(file, image, found, detector, args.tokens)
             records.append(record)
             captions = [f"{d['label']} {d['score']:.2f}" for d in record["detections"]]
-            drawn = save_drawing(
-                draw_boxes(image, found.boxes, captions, found.labels), args.out, file, taken
-            )
+            picture = draw_boxes(image, found.boxes, captions, found.labels, found.masks)
+            drawn = save_picture(picture, args.out, file.stem, taken)
+            for number, (mask, d) in enumerate(zip(found.masks or (), record["detections"])):
+                name = f"{drawn.stem}.{number}-{d['label'].replace(' ', '-')}"
+                d["mask"] = str(save_picture(Image.fromarray(mask), args.out, name, taken))
+                d["segmentation"] = to_rle(mask)
             if bar:
                 bar.clear()
             print_table(record, drawn)
@@ -140,11 +141,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if complaints else 0
 
 
-def main() -> None:
+def main(arguments=arguments, load=load_detector, program: str = "detect.py") -> None:
     try:
-        sys.exit(run(arguments()))
+        sys.exit(run(arguments(), load, program))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"detect.py: {str(error).splitlines()[0]}")
+        sys.exit(f"{program}: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

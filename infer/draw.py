@@ -1,9 +1,11 @@
-"""Boxes on pictures."""
+"""Boxes and masks on pictures."""
 
 import colorsys
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+OPACITY = 0.5  # of masks
 READABLE = 640  # pixels: pictures with a shorter longest side are enlarged, for labels need room
 
 
@@ -13,11 +15,17 @@ def class_colour(index: int) -> tuple[int, int, int]:
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.85, value))
 
 
-def draw_boxes(image: Image.Image, boxes, captions: list[str], labels) -> Image.Image:
-    """A copy with boxes [n, 4] and a caption each, coloured by label; small images are enlarged."""
+def draw_boxes(image: Image.Image, boxes, captions: list[str], labels, masks=None) -> Image.Image:
+    """A copy with boxes [n, 4] and a caption each, coloured by label; small images are enlarged.
+
+    masks: bool [H, W] of each box, laid over the image in its colour.
+    """
     scale = max(1.0, READABLE / max(image.size))
     width, height = (round(side * scale) for side in image.size)
     canvas = image.resize((width, height), Image.Resampling.LANCZOS) if scale > 1 else image.copy()
+    for mask, label in zip(masks or (), labels):
+        inside = Image.fromarray(mask.astype(np.uint8) * round(255 * OPACITY)).resize(canvas.size)
+        canvas.paste(class_colour(int(label)), mask=inside)
     draw = ImageDraw.Draw(canvas)
     line = max(2, round(max(width, height) / 320))
     font = ImageFont.load_default(max(12, round(max(width, height) / 45)))

@@ -25,7 +25,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from infer.detector import Detector, add_detection_arguments, check_json, load_detector
+from infer.detector import Detector, check_json
+from infer.loading import add_detection_arguments, load_detector
 from infer.predictions import file_stamps, predict, remember
 from infer.processes import gathered, join, leave, process
 from model.weights import write_json

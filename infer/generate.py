@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infer.loading import add_model_arguments, load_model
+from infer.loading import add_choosing_arguments, add_model_arguments, choosing, load_model
 from model import PaliGemma
-from model.generate import Choosing, generate
+from model.generate import generate
 from model.image import load_image, to_tensor
 from model.tokenizer import Tokenizer
 
@@ -35,10 +35,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--prompt", help="without it, prompts are read line by line")
     add("--max-tokens", type=int, default=100, help="longest answer")
     add("--samples", type=int, default=1, help="answers to each prompt")
-    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    add("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that together reach p")
-    add("--eos-offset", type=float, default=0.0, help="make the end less likely: longer answers")
+    add_choosing_arguments(parser)
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.samples < 1:
@@ -52,20 +49,21 @@ class Speaker:
     def __init__(self, model: PaliGemma, tokenizer: Tokenizer, args: argparse.Namespace):
         self.model, self.tokenizer = model, tokenizer
         self.samples, self.max_tokens = args.samples, args.max_tokens
-        self.choosing = Choosing(args.temperature, args.top_k, args.top_p, args.eos_offset)
+        self.choosing = choosing(args)
         self.generator = torch.Generator().manual_seed(args.seed)
         self.look(args.image)
 
     def look(self, file: Path) -> None:
         """Raises ValueError if it is no image."""
         pixels = to_tensor(load_image(file), self.model.config.vision.image_size)
-        self.image: Tensor = pixels[None].to(self.model.projector.weight.device)
+        with torch.inference_mode():
+            self.image_tokens: Tensor = self.model.encode(pixels[None].to(self.model.projector.weight.device))
 
     def answer(self, prompt: str) -> None:
         """Print the answers to a prompt: one as it comes, several when all have ended."""
-        images, ids = self.image.expand(self.samples, -1, -1, -1), self.tokenizer.encode_prompt(prompt)
+        image, ids = self.image_tokens.expand(self.samples, -1, -1), self.tokenizer.encode_prompt(prompt)
         steps = generate(
-            self.model, images, [ids] * self.samples, self.max_tokens, self.choosing, self.generator
+            self.model, image, [ids] * self.samples, self.max_tokens, self.choosing, self.generator
         )
         start, said, shown = time.perf_counter(), [[] for _ in range(self.samples)], ""
         count, end = 0, self.tokenizer.eos

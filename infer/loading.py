@@ -1,12 +1,21 @@
-"""From options to a model: what every program of infer/ shares."""
+"""From options to a model or a detector: what every program of infer/ shares."""
 
 import argparse
+import difflib
 
 import torch
 
+from infer.detector import Detector, Selection
+from infer.open_set import OpenSetDetector
 from model import PaliGemma
-from model.hub import resolve
+from model.config import PaliGemmaConfig
+from model.decode import EarlyStop, GroupDecoder
+from model.generate import Choosing
+from model.groups import ClosedSet
+from model.head import Sampling
+from model.hub import CODEC, resolve
 from model.lora import fold
+from model.mask_codec import OFFICIAL, MaskCodec
 from model.repack import can_pack, pack, quantize
 from model.tokenizer import Tokenizer
 
@@ -54,3 +63,126 @@ def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
     if args.compile:
         model.decoder.compile()
     return model, Tokenizer(folder)
+
+
+def add_choosing_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of how tokens are chosen."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    add("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that together reach p")
+    add("--eos-offset", type=float, default=0.0, help="make the end less likely: longer answers")
+
+
+def choosing(args: argparse.Namespace) -> Choosing:
+    return Choosing(args.temperature, args.top_k, args.top_p, args.eos_offset)
+
+
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of answers with boxes: which are kept, and how much is done at a time."""
+    add = parser.add_argument
+    add(
+        "--nms-iou",
+        type=float,
+        default=0.5,
+        help="of two boxes of a class that overlap more, the better stays; 1: off",
+    )
+    add("--min-size", type=float, default=0.0, help="drop boxes with a side shorter than this, in pixels")
+    add("--max-tokens", type=int, default=200, help="longest answer in words")
+    add(
+        "--batch-size",
+        type=int,
+        help="pictures decoded together (default: what memory holds, at most 16 or 64)",
+    )
+
+
+def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--codec", metavar="FILE", help=f"weights of the mask codec (default: {CODEC} or {OFFICIAL} "
+        "beside the model's)")  # fmt: skip
+    add("--check-codec", action="store_true", help=f"accept only big_vision's own {OFFICIAL}, by its sha256")
+
+
+def load_codec(args: argparse.Namespace) -> MaskCodec:
+    """Raises ValueError if there is none, or it is not what it should be."""
+    if args.codec:
+        return MaskCodec.load(args.codec, args.check_codec)
+    folder = resolve(args.model, weights=False)
+    for name in (CODEC, OFFICIAL):
+        if (folder / name).exists():
+            return MaskCodec.load(folder / name, args.check_codec)
+    raise ValueError(
+        f"{args.model} has no mask codec: fetch big_vision's {OFFICIAL}, from "
+        f"https://storage.googleapis.com/big_vision/paligemma/{OFFICIAL}, and give it with --codec"
+    )
+
+
+def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the model and of decoding, for every detection program."""
+    add_model_arguments(parser)
+    add_selection_arguments(parser)
+    add_choosing_arguments(parser)
+    add = parser.add_argument
+    add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
+    add("--classes-per-call", type=int, default=8, help="of an open-set prompt, at most")
+    add("--groups", type=int, help="boxes decoded an image instead of the checkpoint's number")
+    add(
+        "--noise-feedback",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="feed the noise token back where it is likeliest, instead of the best class",
+    )
+    add(
+        "--early-stop",
+        nargs=2,
+        type=float,
+        metavar=("P", "K"),
+        help="stop an image behind K boxes in a row whose noise probability exceeds P",
+    )
+
+
+def class_names(text: str, config: PaliGemmaConfig) -> tuple[str, ...]:
+    """The names of --classes "A ; B". Raises ValueError if there are none, or the model cannot know one."""
+    if text.strip() == "all":
+        return config.classes
+    names = tuple(dict.fromkeys(" ".join(name.split()) for name in text.split(";") if name.strip()))
+    if not names:
+        raise ValueError(f'--classes {text!r} names nothing; write --classes "cat ; traffic light"')
+    for name in names:
+        if "<" in name or ">" in name:
+            raise ValueError(f"--classes: {name!r} cannot be asked for: it has < or > in it")
+        if name not in config.classes and not config.open_vocabulary:
+            near = difflib.get_close_matches(name, config.classes, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "an official checkpoint may"
+            raise ValueError(
+                f"--classes: {name!r} is none of the {len(config.classes)} classes this model knows; {hint}"
+            )
+    return names
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector | OpenSetDetector:
+    """The detector that the arguments ask for. Raises ValueError for anything a user can get wrong."""
+    check_counts(args, "groups", "batch_size", "classes_per_call", "max_tokens")
+    how, selection = choosing(args), Selection(score_threshold, args.nms_iou, args.min_size)
+    model, tokenizer = load_model(args)
+    if args.classes is not None:
+        for name in ("groups", "noise_feedback", "early_stop"):
+            if getattr(args, name):
+                raise ValueError(f"--{name.replace('_', '-')} is of closed-set detection, without --classes")
+        names = class_names(args.classes, model.config)
+        options = args.classes_per_call, args.max_tokens, how, args.seed
+        return OpenSetDetector(model, tokenizer, names, *options, selection)
+    if args.top_k or args.eos_offset:
+        raise ValueError("--top-k and --eos-offset are of open-set detection, with --classes")
+    stop = EarlyStop(*args.early_stop) if args.early_stop else None
+    language, sampling = ClosedSet.of(model.config, tokenizer), Sampling(how.temperature, how.top_p)
+    decode = GroupDecoder(
+        model, language, args.groups, args.noise_feedback, sampling=sampling, early_stop=stop
+    )
+    return Detector(decode, selection)

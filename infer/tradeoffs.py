@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from infer.benchmark import seconds  # noqa: E402
-from infer.detector import Detector  # noqa: E402
+from infer.detector import Detector, Selection  # noqa: E402
 from infer.evaluate import evaluate  # noqa: E402
 from model import PaliGemma  # noqa: E402
 from model.decode import EarlyStop, GroupDecoder  # noqa: E402
@@ -57,7 +57,9 @@ def early_stop(count: int, repeats: int, axes) -> None:
                 taken.append(seconds(lambda call=decoder: [call(image[None]) for image in few], "cpu"))
         curves = {}
         for stop, decoder, taken in zip(stops, decoders, times, strict=True):
-            ap = evaluate(Detector(decoder, nms_iou=0.5), data, data.parent / "images", BATCH, "same")["AP"]
+            ap = evaluate(
+                Detector(decoder, Selection(nms_iou=0.5)), data, data.parent / "images", BATCH, "same"
+            )["AP"]
             boxes = decoder(few).live.sum(-1).float().mean().item()
             noise, patience = (stop.noise, stop.patience) if stop else ("-", "-")
             print(f"{noise:>8}{patience:>10}{ap:8.3f}{boxes:8.1f}{len(few) / min(taken):10.1f}", flush=True)

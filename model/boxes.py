@@ -6,7 +6,7 @@ image's sides.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class ParsedBox:
     locs: tuple[int, ...]  # y0, x0, y1, x1 in 0..1023
     seg: tuple[int, ...]  # the 16 codes of its mask in 0..127, or nothing
     label: str  # "" where the answer has none
+    span: tuple[int, int] = field(default=(0, 0), compare=False)  # of the label in the text, or of the object
 
 
 def parse_answer(text: str) -> list[ParsedBox]:
@@ -68,22 +69,34 @@ def parse_answer(text: str) -> list[ParsedBox]:
     are the codes of an unfinished mask. Boxes may be turned inside out.
     """
     found = []
-    for locs, seg, label in _OBJECT.findall(text):
+    for match in _OBJECT.finditer(text):
+        locs, seg, label = match.groups()
         codes = tuple(int(code) for code in re.findall("[0-9]{3}", seg))
         whole = len(codes) == 16 and max(codes) < 128
         quadruple = tuple(int(loc) for loc in re.findall("[0-9]{4}", locs))
-        found.append(ParsedBox(quadruple, codes if whole else (), label.strip()))
+        start = match.start(3) + len(label) - len(label.lstrip())
+        span = (start, start + len(label.strip())) if label.strip() else match.span()
+        found.append(ParsedBox(quadruple, codes if whole else (), label.strip(), span))
     return found
 
 
-def format_answer(boxes: np.ndarray, labels: Sequence[str], width: float, height: float) -> str:
-    """Pixel boxes [n, 4] and n labels -> the text that parse_answer reads. Never writes <loc1024>.
+def format_answer(
+    boxes: np.ndarray,
+    labels: Sequence[str],
+    width: float,
+    height: float,
+    codes: np.ndarray | None = None,
+) -> str:
+    """Pixel boxes [n, 4], n labels and, of segmentation, codes [n, 16] -> the text that parse_answer reads.
 
-    Raises ValueError for a label with one of ; < > in it, which would end it.
+    Never writes <loc1024>. Raises ValueError for a label with one of ; < > in it, which would end it.
     """
     parts = []
-    for locs, label in zip(boxes_to_locs(boxes, width, height).tolist(), labels, strict=True):
+    codes = np.empty((len(labels), 0), int) if codes is None else codes
+    rows = zip(boxes_to_locs(boxes, width, height).tolist(), codes.tolist(), labels, strict=True)
+    for locs, seg, label in rows:
         if re.search("[;<>]", label):
             raise ValueError(f"label {label!r} cannot be written into an answer: it has one of ; < > in it")
-        parts.append(("".join(f"<loc{loc:04d}>" for loc in locs) + f" {label}").rstrip())
+        special = [f"<loc{loc:04d}>" for loc in locs] + [f"<seg{code:03d}>" for code in seg]
+        parts.append(("".join(special) + f" {label}").rstrip())
     return " ; ".join(parts)

@@ -109,6 +109,7 @@ class PaliGemmaConfig:
     pad: int = 0
     groups: int = 51  # boxes in a closed-set answer
     classes: tuple[str, ...] = field(default=COCO_CLASSES, repr=False)
+    open_vocabulary: bool = True  # False: has heard of nothing but its classes, as nano
 
     def __post_init__(self):
         _check_positive(self, "groups")

@@ -73,6 +73,8 @@ def config_from_json(raw: dict) -> PaliGemmaConfig:
     classes = detection.get("classes", list(COCO_CLASSES))
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     _refuse(not named, f"detection.classes {classes!r} (want a list of names)")
+    open_vocabulary = detection.get("open_vocabulary", True)
+    _refuse(not isinstance(open_vocabulary, bool), f"detection.open_vocabulary {open_vocabulary!r}")
     return PaliGemmaConfig(
         VisionConfig(
             image_size=vision["image_size"],
@@ -107,6 +109,7 @@ def config_from_json(raw: dict) -> PaliGemmaConfig:
         pad=raw.get("pad_token_id", 0),
         groups=detection.get("groups", 51),
         classes=tuple(classes),
+        open_vocabulary=open_vocabulary,
     )
 
 
@@ -164,5 +167,9 @@ def config_to_json(config: PaliGemmaConfig, dtype: str) -> dict:
             "projection_dim": text.width,
             "vision_use_head": False,
         },
-        "detection": {"groups": config.groups, "classes": list(config.classes)},
+        "detection": {
+            "groups": config.groups,
+            "classes": list(config.classes),
+            "open_vocabulary": config.open_vocabulary,
+        },
     }

@@ -79,7 +79,7 @@ class GroupDecoder:
             self._prepare(B, images.device)
         uniform = torch.rand(self.groups, GROUP, B, generator=generator).to(images.device)
         prompt = torch.tensor(language.prompt, device=images.device).expand(B, -1)
-        self.hidden.copy_(self.model.prefill(images, prompt, self.cache))
+        self.hidden.copy_(self.model.prefill(self.model.encode(images), prompt, self.cache))
         answers, live, quiet = [], torch.ones(B, dtype=torch.bool, device=images.device), 0
         for group in range(self.groups):
             self.uniform.copy_(uniform[group])

@@ -1,8 +1,8 @@
 """Any text: the answers to a batch of images and prompts, token by token.
 
-    for tokens, log_probabilities in generate(model, images, prompts, 50): ...
+    for tokens, log_probabilities in generate(model, model.encode(images), prompts, 50): ...
 
-Axes: B batch, V vocabulary.
+Axes: B batch, P image tokens, D decoder width, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def choose(logits: Tensor, choosing: Choosing, uniform: Tensor) -> Tensor:
 @torch.inference_mode()
 def generate(
     model: PaliGemma,
-    images: Tensor,
+    image_tokens: Tensor,
     prompts: list[list[int]],
     max_new_tokens: int,
     choosing: Choosing = GREEDY,
@@ -61,12 +61,12 @@ def generate(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields tokens int64 [B] and their log-probabilities float32 [B], until all answers have ended.
 
-    images [B, 3, S, S]; prompts: ids with bos and newline (Tokenizer.encode_prompt), of any lengths. The last
-    token of an answer is eos; what follows it, while others go on, is padding with log-probability 0. A
-    log-probability is that of the model's own distribution, whatever choosing leaves out. Raises ValueError
-    if a prompt and its answer exceed the positions that the model was made for.
+    image_tokens [B, P, D], of PaliGemma.encode; prompts: ids with bos and newline (Tokenizer.encode_prompt),
+    of any lengths. The last token of an answer is eos; what follows it, while others go on, is padding with
+    log-probability 0. A log-probability is that of the model's own distribution, whatever choosing leaves
+    out. Raises ValueError if a prompt and its answer exceed the positions that the model was made for.
     """
-    config, device = model.config, images.device
+    config, device = model.config, image_tokens.device
     longest = max(map(len, prompts)) + max_new_tokens
     if config.vision.tokens + longest > config.text.max_positions:
         room = config.text.max_positions - config.vision.tokens
@@ -75,7 +75,7 @@ def generate(
         [ids + [config.pad] * (longest - max_new_tokens - len(ids)) for ids in prompts], device=device
     )
     cache = model.new_cache(len(prompts), longest)
-    hidden = model.prefill(images, padded, cache)
+    hidden = model.prefill(image_tokens, padded, cache)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for count in range(1, max_new_tokens + 1):
         logits = model.decoder.logits(hidden)
@@ -88,3 +88,10 @@ def generate(
         if count == max_new_tokens or ended.all():
             return
         hidden = model.step(tokens, cache)
+
+
+def answers(model: PaliGemma, steps: Iterator[tuple[Tensor, Tensor]]) -> list[tuple[list[int], list[float]]]:
+    """What `generate` yields, an answer at a time: its tokens and their log-probabilities, without eos."""
+    tokens, log_p = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
+    lengths = [row.index(model.config.eos) if model.config.eos in row else len(row) for row in tokens]
+    return [(row[:n], of_row[:n]) for row, of_row, n in zip(tokens, log_p, lengths, strict=True)]

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 NANO = Path(__file__).parent / "nano"
+CODEC = "codec.safetensors"  # weights of model/mask_codec.py
+BESIDE = ("tokenizer.model", CODEC)  # what a checkpoint has beside config and weights
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
@@ -29,7 +31,7 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
     )
 
     repo, _, revision = source.partition("@")
-    wanted = ["config.json", "tokenizer.model", "adapter_config.json", "detection.json"]
+    wanted = ["config.json", "adapter_config.json", "detection.json", *BESIDE]
     wanted += ["*.safetensors", "model.safetensors.index.json"] if weights else []
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))

@@ -110,10 +110,11 @@ class PaliGemma(nn.Module):
         weight, slots = self.projector.weight, self.config.vision.tokens + text_tokens
         return KVCache(self.config.text, batch, slots, weight.dtype, weight.device)
 
-    def prefill(self, images: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read images and right-padded prompts [B, T] into the cache -> state at each prompt's end [B, D]."""
+    def prefill(self, image_tokens: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache; returns the state at
+        each prompt's end [B, D]."""
         lengths = (tokens != self.config.pad).sum(-1)
-        return self.read(self.encode(images), tokens, lengths, cache, only=lengths - 1)[:, 0]
+        return self.read(image_tokens, tokens, lengths, cache, only=lengths - 1)[:, 0]
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token [B] to every sequence of the cache: its hidden state [B, D]."""

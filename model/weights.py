@@ -88,7 +88,9 @@ def _open_shards(folder: Path) -> dict:
             raise ValueError(f"{index} points outside its folder: {outside}")
     else:
         files = sorted(
-            path.name for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")
+            path.name
+            for path in folder.glob("*.safetensors")
+            if not path.name.startswith(("adapter_", "codec"))
         )
     if not files:
         raise ValueError(f"{folder} has no *.safetensors")

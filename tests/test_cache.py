@@ -53,7 +53,7 @@ def test_step_by_step_equals_at_once(name, tmp_path):
     lengths = [4, 7]
 
     cache = ours.new_cache(batch=2, text_tokens=7 + 8)
-    hidden = ours.prefill(images, pad_right(tokens, lengths), cache)
+    hidden = ours.prefill(ours.encode(images), pad_right(tokens, lengths), cache)
     cached = [ours.decoder.logits(hidden)]
     for answer in answers.T:
         cached.append(ours.decoder.logits(ours.step(answer, cache)))
@@ -73,9 +73,9 @@ def test_padding_id_can_be_fed_back(tmp_path):
     hf, ours = both(tmp_path)
     images, tokens = random_inputs(hf, batch=1, length=5)
     cache = ours.new_cache(1, 5 + 2)
-    hidden = ours.prefill(images, tokens, cache)
+    hidden = ours.prefill(ours.encode(images), tokens, cache)
     after = [ours.decoder.logits(ours.step(torch.tensor([id]), cache)) for id in (0, 700)][-1]
-    other = ours.prefill(images, tokens, cache)  # which forgets what was there
+    other = ours.prefill(ours.encode(images), tokens, cache)  # which forgets what was there
     after_another = [ours.decoder.logits(ours.step(torch.tensor([id]), cache)) for id in (400, 700)][-1]
     assert torch.equal(hidden, other)
     assert (after - after_another).abs().max() > 1e-3
@@ -86,7 +86,7 @@ def test_full_cache(tmp_path):
     hf, ours = both(tmp_path)
     images, tokens = random_inputs(hf, batch=1, length=5)
     cache = ours.new_cache(1, 5 + 1)
-    ours.prefill(images, tokens, cache)
+    ours.prefill(ours.encode(images), tokens, cache)
     ours.step(tokens[:, 0], cache)
     with pytest.raises(ValueError, match="cache has 22 slots"):
         ours.step(tokens[:, 0], cache)

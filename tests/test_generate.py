@@ -32,7 +32,7 @@ def inputs(hf, batch=6):
 
 
 def answers(ours, images, prompts, *args, **kwargs):
-    steps = list(generate(ours, images, prompts, COUNT, *args, **kwargs))
+    steps = list(generate(ours, ours.encode(images), prompts, COUNT, *args, **kwargs))
     return tuple(torch.stack(column, dim=1) for column in zip(*steps, strict=True))
 
 
@@ -121,7 +121,7 @@ def test_refused(both):
     hf, ours = both
     images, prompts = inputs(hf)
     with pytest.raises(ValueError, match="positions for"):
-        next(generate(ours, images, prompts, 100_000))
+        next(generate(ours, ours.encode(images), prompts, 100_000))
     for bad in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0)):
         with pytest.raises(ValueError, match="top-k"):
             Choosing(**bad)

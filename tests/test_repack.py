@@ -48,7 +48,7 @@ def test_model(tmp_path):
     kl = (p.exp() * (p - q)).sum(-1)
     assert 0 < kl.max() < 0.01
     cache = small.new_cache(1, 6)
-    small.prefill(images, tokens[:, :3], cache)
+    small.prefill(small.encode(images), tokens[:, :3], cache)
     for token in tokens[0, 3:]:
         hidden = small.step(token[None], cache)
     full = small(images, tokens, 3)[:, -1]

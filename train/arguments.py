@@ -8,7 +8,9 @@ import torch
 
 from model.lora import TARGETS
 
-SAME_RUN = "model data images batch_size seed first_scene lora lora_targets lora_rank lora_alpha".split()
+SAME_RUN = (
+    "model data images tasks batch_size seed first_scene lora lora_targets lora_rank lora_alpha".split()
+)
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -23,6 +25,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
     add("--allow-outside", action=switch, default=False, help="pictures of JSONL may lie outside --images")
     add("--augment", action=switch, default=False, help="flip, scale, shift, colours (train/augment.py)")
+    add("--tasks", choices=["closed-set", "all"], default="closed-set",
+        help="of practice scenes: all adds captions, questions, open-set detection and masks")  # fmt: skip
     add("--first-scene", type=int, default=0, help="number of the first practice scene")
     add("--steps", type=int, default=10_000)
     add("--batch-size", type=int, default=32, help="of all processes and micro-batches together")

@@ -45,9 +45,9 @@ def _flat_state(optimizers: list[Optimizer], trained: nn.Module) -> dict[str, Te
     return flat
 
 
-def save_model(model: PaliGemma, folder: Path, base: str, tokenizer: bytes, dtype=None) -> None:
-    """What was trained: the adapter if there is one (base: what it belongs to), or else all weights.
-    Every rank calls it; only the first writes."""
+def save_model(model: PaliGemma, folder: Path, base: str, beside: dict[str, bytes], dtype=None) -> None:
+    """What was trained: the adapter if there is one (base: what it belongs to), or else all weights, and the
+    files that lie beside them. Every rank calls it; only the first writes."""
     first = int(os.environ.get("RANK", 0)) == 0
     if lora_layers(model):
         tensors = {name: whole(tensor) for name, tensor in adapter_tensors(model).items()}
@@ -57,7 +57,8 @@ def save_model(model: PaliGemma, folder: Path, base: str, tokenizer: bytes, dtyp
     state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     if first:
         weights.save_pretrained(model, folder, dtype, state=state)
-        (folder / "tokenizer.model").write_bytes(tokenizer)
+        for name, content in beside.items():
+            (folder / name).write_bytes(content)
 
 
 def save_checkpoint(
@@ -67,7 +68,7 @@ def save_checkpoint(
     trained: nn.Module,
     optimizers: list[Optimizer],
     base: str,
-    tokenizer: bytes,
+    beside: dict[str, bytes],
     keep: int,
 ) -> None:
     """Write OUT/step-..., then delete all but the newest `keep` and the best.
@@ -85,7 +86,7 @@ def save_checkpoint(
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        save_model(model, partial, base, tokenizer)
+        save_model(model, partial, base, beside)
         if first:
             save_tensors(state, partial / "optimizer.safetensors")
             write_json(trainer, partial / "trainer.json")

@@ -1,11 +1,15 @@
-"""COCO instances <-> JSON lines for open-set detection.
+"""COCO instances <-> JSON lines for open-set detection, and masks -> JSON lines for segmentation.
 
     python train/convert.py coco-to-jsonl --data instances.json --out train.jsonl --absent 2
     python train/convert.py jsonl-to-coco --data train.jsonl --images photos/ --out instances.json
+    python train/convert.py masks-to-jsonl --data instances.json --images photos/ --out train.jsonl
 
 A line asks for classes, {"image": "a.jpg", "prefix": "detect cat ; dog", "suffix": "<loc...> cat"}, and its
 answer is empty where none of them is there. The way back reads the sizes from the images; boxes come back to
 half a location, 1/2048 of the image's side (in the last one, which stands for the edge, to three halves).
+
+Masks come from a COCO file or from pictures (train/masks.py); a line of them asks for a class, {"image":
+"a.jpg", "prefix": "segment cat", "suffix": "<loc...><seg...> cat"}. --sheet shows what 16 codes keep of them.
 """
 
 import argparse
@@ -20,9 +24,12 @@ import numpy as np
 from tqdm import tqdm
 
 from model.boxes import format_answer, locs_to_boxes, parse_answer
+from model.hub import CODEC, NANO
 from model.image import load_image
+from model.mask_codec import MaskCodec
 from train.coco import CocoIndex
 from train.jsonl import answers, read_lines
+from train.masks import Sheet, read_outlines, segment_lines
 
 
 def write(out: Path, parts: Iterable[str]) -> None:
@@ -105,6 +112,43 @@ def jsonl_to_coco(args: argparse.Namespace) -> str:
     )
 
 
+def masks_to_jsonl(args: argparse.Namespace) -> str:
+    if args.most < 1:
+        raise ValueError("--most must be at least 1")
+    codec, sheet, counts = MaskCodec.load(args.codec), Sheet(), Counter()
+    outlines = read_outlines(args.data, lines=is_json_lines(args.data))
+
+    def lines():
+        parts = segment_lines(outlines, args.images, codec, args.most, args.skip_bad, counts)
+        for record, image, objects in tqdm(parts, unit="line", leave=False, disable=None):
+            for box, label, before, after in objects:
+                sheet.add(image, box, label, before, after)
+            counts["lines"] += 1
+            yield json.dumps(record, ensure_ascii=False) + "\n"
+
+    write(args.out, lines())
+    if args.sheet and sheet.cells:
+        temporary = args.sheet.with_name(f".{os.getpid()}.png")
+        sheet.picture().save(temporary)
+        temporary.replace(args.sheet)
+    mean = sum(sheet.overlaps) / max(1, len(sheet.overlaps))
+    return (
+        f"{counts['objects']} objects in {counts['lines']} lines; mean IoU of what comes back of their masks "
+        f"{mean:.3f}; left out: {counts['crowded']} of classes with more than {args.most} in an image, "
+        f"{counts['bad']} bad ones"
+    )
+
+
+def is_json_lines(file: Path) -> bool:
+    """True for one JSON object a line, False for a COCO file."""
+    with open(file, encoding="utf-8") as handle:
+        first = next((line for line in handle if line.strip()), "")
+    try:
+        return "images" not in json.loads(first)
+    except (ValueError, TypeError):
+        return False
+
+
 def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -120,7 +164,14 @@ def arguments(argv=None) -> argparse.Namespace:
     to_coco = commands.add_parser("jsonl-to-coco", help="a COCO instances file from open-set lines")
     to_coco.set_defaults(convert=jsonl_to_coco)
     to_coco.add_argument("--images", type=Path, required=True, help="the folder of the images")
-    for command in (to_jsonl, to_coco):
+    of_masks = commands.add_parser("masks-to-jsonl", help="segmentation lines from outlines or mask pictures")
+    of_masks.set_defaults(convert=masks_to_jsonl)
+    of_masks.add_argument("--images", type=Path, required=True, help="the folder of the images")
+    of_masks.add_argument("--codec", type=Path, default=NANO / CODEC, help="vae-oid.npz, or nano's own")
+    of_masks.add_argument("--most", type=int, default=8, help="objects of a class and image")
+    of_masks.add_argument("--skip-bad", action="store_true", help="leave bad masks out instead of stopping")
+    of_masks.add_argument("--sheet", type=Path, metavar="PNG", help="a picture of masks before and after")
+    for command in (to_jsonl, to_coco, of_masks):
         command.add_argument("--data", type=Path, required=True, help="the file to read")
         command.add_argument("--out", type=Path, required=True, help="the file to write")
         command.add_argument("--force", action="store_true", help="overwrite --out")

@@ -9,35 +9,62 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from model import PaliGemma
 from model.groups import ClosedSet
 from model.image import pixels_to_tensor
+from model.mask_codec import MaskCodec
 from model.tokenizer import Tokenizer
-from train.coco import CocoDetections, CocoIndex, closed_set_sample
+from train.coco import CocoDetections, CocoIndex, answer_sample, closed_set_sample
 from train.jsonl import JsonlPairs, is_jsonl
 from train.patch_head import patch_targets
 from train.scenes import make_scene
-from train.targets import closed_set_target
+from train.targets import closed_set_target, text_target
+from train.tasks import SHARES, tasks
+
+SHORT = 10  # tokens that a shorter answer weighs: or else a "yes" would drown among boxes
+ROUND = 16  # texts of a batch are padded to a multiple: few shapes to compile for
 
 
 class PracticeScenes(Dataset):
-    """Scenes drawn as they are asked for: endless, the item is the scene's number from `first` on."""
+    """Scenes drawn as they are asked for: endless, the item is the scene's number from `first` on.
 
-    def __init__(self, language: ClosedSet, size: int, patch: int, first: int = 0, split: str = "train"):
+    With a tokenizer and a mask codec, samples of every task in train/tasks.py; without, of closed-set
+    detection alone.
+    """
+
+    def __init__(
+        self,
+        language: ClosedSet,
+        size: int,
+        patch: int,
+        first: int = 0,
+        split: str = "train",
+        tokenizer: Tokenizer | None = None,
+        codec: MaskCodec | None = None,
+    ):
         self.language, self.size, self.patch = language, size, patch
-        self.first, self.split = first, split
+        self.first, self.split, self.tokenizer = first, split, tokenizer
+        self.tasks = codec and tasks(codec)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """closed_set_sample's tensors, and patch_labels int64 [P], patch_boxes float32 [P, 4]."""
+        """answer_sample's tensors, and patch_labels int64 [P], patch_boxes float32 [P, 4]."""
         seed, size = self.first + key[1], self.size
         scene = make_scene(seed, size, self.split)
         rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
-        target = closed_set_target(rng, scene.boxes, scene.labels, size, size, self.language, grid=1)
+        task = rng.choice(list(SHARES), p=list(SHARES.values())) if self.tasks else "closed-set"
+        if task == "closed-set":
+            target = closed_set_target(rng, scene.boxes, scene.labels, size, size, self.language, grid=1)
+            sample = closed_set_sample(scene.image, target, self.language)
+        else:
+            prefix, suffix = self.tasks[task](rng, scene)
+            target = text_target(self.tokenizer, suffix)
+            target.weights *= max(1, SHORT / len(target.weights))
+            sample = answer_sample(scene.image, self.tokenizer.encode_prompt(prefix), target)
         labels, boxes = patch_targets(scene, self.patch, background=len(self.language.classes))
-        sample = closed_set_sample(scene.image, target, self.language)
         return sample | dict(patch_labels=torch.tensor(labels), patch_boxes=torch.tensor(boxes))
 
     def name(self, item: int) -> str:
@@ -140,14 +167,15 @@ class StepSampler:
         return int(self._order[1][place])
 
 
-def collate(samples: list[dict[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
-    """Stacked samples; texts are padded on the right to the longest."""
+def collate(samples: list[dict[str, Tensor]], pad: int = 0, multiple: int = 1) -> dict[str, Tensor]:
+    """Stacked samples; texts are padded on the right to the longest, rounded up to a multiple."""
     batch = {}
     for name in samples[0]:
         column = [sample[name] for sample in samples]
         if name in ("text", "labels", "weights"):
             fill = pad if name == "text" else 0
             batch[name] = torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill)
+            batch[name] = F.pad(batch[name], (0, -batch[name].shape[1] % multiple), value=fill)
         else:
             batch[name] = torch.stack(column)
     return batch

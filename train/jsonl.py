@@ -20,7 +20,7 @@ from model.image import load_image
 from model.tokenizer import Tokenizer
 from train.augment import JITTER, jitter
 from train.coco import answer_sample, square
-from train.targets import Target
+from train.targets import text_target
 
 KEYS = ("image", "prefix", "suffix")
 HEAD = 1 << 20  # bytes of a first line that are looked at
@@ -138,7 +138,5 @@ class JsonlPairs(Dataset):
         if self.augment and rng.random() < JITTER:
             image = jitter(rng, image)
         right = answers(record)
-        suffix = self.tokenizer.encode(right[rng.integers(len(right))])
-        answer = np.array([*suffix, self.tokenizer.eos], np.int64)
-        target = Target(answer, answer, np.ones(len(answer), np.float32))
+        target = text_target(self.tokenizer, right[rng.integers(len(right))])
         return answer_sample(square(image, self.size), self.tokenizer.encode_prompt(record["prefix"]), target)

@@ -7,6 +7,7 @@ Gemma's special pieces in Gemma's order and a few hundred pieces of the practice
 import argparse
 import io
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from model import PaliGemma
 from model.config import PaliGemmaConfig, TextConfig, VisionConfig
+from model.hub import CODEC
 from model.tokenizer import LOCS, SEGS, Tokenizer
 from train.sentences import random_sentences
 
@@ -82,6 +84,7 @@ def nano_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
         ),
         image_token=tokenizer.size,
         groups=12,
+        open_vocabulary=False,
     )
 
 
@@ -121,9 +124,14 @@ def initialise(model: PaliGemma, tokenizer: Tokenizer, seed: int = 0) -> None:
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write an untrained nano checkpoint.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--codec", type=Path, help="file of train/codec.py, for --tasks all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.codec and not args.codec.is_file():
+        parser.exit(1, f"nano.py: --codec {args.codec}: no such file\n")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.codec:
+        shutil.copy(args.codec, args.out / CODEC)
     train_tokenizer(args.out / "tokenizer.model", args.seed)
     tokenizer = Tokenizer(args.out)
     model = PaliGemma(nano_config(tokenizer))

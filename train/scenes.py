@@ -15,6 +15,7 @@ Axes: H, W pixels; n objects of a scene. Colours are floats 0..255 until the cam
 import argparse
 import json
 import math
+import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
+from model.mask_codec import to_rle
 from train.backgrounds import HELD_OUT_TEXTURES, TEXTURES, background, camera, pick, vivid
 
 SPRITES = Path(__file__).parent.parent / "media" / "sprites"
@@ -255,8 +257,11 @@ def make_scene(seed, size=128, split="train", folder=SPRITES):
 # ---- as files ----------------------------------------------------------------------------------------------
 
 
-def write_coco(out, count, split="same", size=128, seed=0, folder=SPRITES):
-    """Writes out/images/*.png and out/instances.json, all of them or nothing."""
+def write_coco(out, count, split="same", size=128, seed=0, folder=SPRITES, more=None):
+    """Writes out/images/*.png and out/instances.json, all of them or nothing. more(folder, image records)
+    adds files. Raises ValueError if out is there and not empty."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: choose another --out or remove it")
     names = json.loads((folder / "sprites.json").read_text())["classes"]
     images, annotations = [], []
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -270,8 +275,9 @@ def write_coco(out, count, split="same", size=128, seed=0, folder=SPRITES):
             for k, (x0, y0, x1, y1) in enumerate(scene.boxes.tolist()):
                 # Ids from 1: pycocotools takes 0 for "no match".
                 ids = {"id": len(annotations) + 1, "image_id": i, "category_id": COCO_IDS[scene.labels[k]]}
-                area = int((scene.owner == k).sum())
-                annotations.append(ids | {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": 0})
+                mask = scene.owner == k
+                shape = {"area": int(mask.sum()), "segmentation": to_rle(mask), "iscrowd": 0}
+                annotations.append(ids | {"bbox": [x0, y0, x1 - x0, y1 - y0]} | shape)
         data = {
             "info": {"description": "PaliGemma practice scenes", "split": split, "size": size, "seed": seed},
             "images": images,
@@ -279,6 +285,8 @@ def write_coco(out, count, split="same", size=128, seed=0, folder=SPRITES):
             "categories": [{"id": i, "name": name} for i, name in zip(COCO_IDS, names, strict=True)],
         }
         (work / "instances.json").write_text(json.dumps(data))
+        if more:
+            more(work, images)
         work.replace(out)
 
 
@@ -290,9 +298,10 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--seed", type=int, default=0, help="number of the first scene")
     args = parser.parse_args(argv)
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        parser.exit(1, f"{args.out} exists and is not an empty folder: choose another --out or remove it\n")
-    write_coco(args.out, args.count, args.split, args.size, args.seed)
+    try:
+        write_coco(args.out, args.count, args.split, args.size, args.seed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"scenes.py: {error}")
 
 
 if __name__ == "__main__":

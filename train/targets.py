@@ -11,6 +11,7 @@ import numpy as np
 
 from model.boxes import boxes_to_locs, iou
 from model.groups import GROUP, ClosedSet
+from model.tokenizer import Tokenizer
 
 MAX_NOISE_IOU = 0.15  # with every real box, where the image leaves room for it
 NOISE_WEIGHT = 0.5  # of a noise group's class token in the loss
@@ -24,6 +25,12 @@ class Target:
     tokens: np.ndarray  # int64 [T]
     inputs: np.ndarray  # int64 [T]
     weights: np.ndarray  # float32 [T]
+
+
+def text_target(tokenizer: Tokenizer, suffix: str) -> Target:
+    """The answer `suffix` and eos, all of it supervised."""
+    tokens = np.array([*tokenizer.encode(suffix), tokenizer.eos], np.int64)
+    return Target(tokens, tokens, np.ones(len(tokens), np.float32))
 
 
 def noise_boxes(

@@ -28,12 +28,13 @@ from torch.utils.data import DataLoader
 from infer.processes import gathered, join, leave
 from model import PaliGemma, lora
 from model.groups import ClosedSet
-from model.hub import resolve
+from model.hub import BESIDE, CODEC, resolve
+from model.mask_codec import MaskCodec
 from model.tokenizer import Tokenizer
 from model.weights import load_config, read_json, write_json
 from train.arguments import SAME_RUN, arguments, as_json
 from train.checkpoint import load_trainer_state, newest, save_checkpoint, save_model
-from train.data import PracticeScenes, StepSampler, classes_for, collate, network_input, open_data
+from train.data import ROUND, PracticeScenes, StepSampler, classes_for, collate, network_input, open_data
 from train.log import Log, stop_on_signals
 from train.loss import allowed_loss, vocabulary_loss
 from train.patch_head import PatchHead
@@ -154,7 +155,8 @@ def train(args: argparse.Namespace) -> int:
     # Model, data, optimizers.
     torch.manual_seed(args.seed)  # of adapters and the helper head
     base = found if found and not args.lora else resolve(args.model)
-    tokenizer, tokenizer_file = Tokenizer(base), (base / "tokenizer.model").read_bytes()
+    tokenizer = Tokenizer(base)
+    beside = {file.name: file.read_bytes() for name in BESIDE if (file := base / name).exists()}
     known = load_config(str(base)).classes
     overrides = dict(classes=classes_for(args.data, args.images, known)) if args.data else {}
     options = dict(dtype=getattr(torch, args.dtype), device=device) | overrides
@@ -173,9 +175,10 @@ def train(args: argparse.Namespace) -> int:
         options = args.seed, args.augment, args.allow_outside
         data = open_data(args.data, args.images, model, tokenizer, *options)
     else:
-        vision = model.config.vision
-        data = PracticeScenes(language, vision.image_size, vision.patch_size, args.first_scene)
-    closed_set = hasattr(data, "language")
+        codec, vision = MaskCodec.load(base / CODEC) if args.tasks == "all" else None, model.config.vision
+        scenes = args.first_scene, "train", tokenizer, codec
+        data = PracticeScenes(language, vision.image_size, vision.patch_size, *scenes)
+    closed_set = hasattr(data, "language") and args.tasks == "closed-set"
     if args.patch_weight and args.data:
         raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
     allowed = language if closed_set and args.loss == "allowed" else None
@@ -191,7 +194,8 @@ def train(args: argparse.Namespace) -> int:
     items = len(data) if args.data else None
     steps = range(first_step, max(first_step, args.steps))
     sampler = StepSampler(items, steps, args.batch_size, rank, world, micro, args.seed)
-    padded = functools.partial(collate, pad=model.config.pad)
+    multiple = ROUND if args.tasks == "all" else 1
+    padded = functools.partial(collate, pad=model.config.pad, multiple=multiple)
     prefetch = dict(prefetch_factor=4) if args.workers else {}
     loader = DataLoader(
         data, batch_sampler=sampler, collate_fn=padded, num_workers=args.workers, pin_memory=cuda, **prefetch
@@ -199,9 +203,7 @@ def train(args: argparse.Namespace) -> int:
     validation = Validation(args, model, objective, tokenizer, device) if args.val_every else None
 
     def save() -> None:
-        save_checkpoint(
-            args.out, trainer, model, objective, optimizers, args.model, tokenizer_file, args.keep
-        )
+        save_checkpoint(args.out, trainer, model, objective, optimizers, args.model, beside, args.keep)
 
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -269,7 +271,7 @@ def train(args: argparse.Namespace) -> int:
             return 128 + signal.SIGTERM
     if log:
         log.bar.close()
-    save_model(model, args.out / "final", args.model, tokenizer_file, torch.bfloat16)
+    save_model(model, args.out / "final", args.model, beside, torch.bfloat16)
     say(f"trained {'adapter' if args.lora else 'checkpoint'}: {args.out / 'final'}")
     return 0
 

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from infer.detector import Detector
+from infer.detector import Detector, Selection
 from infer.evaluate import category_ids, read_coco, run_cocoeval
 from infer.predictions import predict
 from infer.processes import gathered, process
@@ -58,7 +58,7 @@ class Validation:
         if isinstance(data, CocoDetections) and not args.shard:
             self.coco, self.images = first_images(read_coco(file), args.val_count), images
             language = ClosedSet.of(model.config, tokenizer)
-            self.detector = Detector(GroupDecoder(model, language), nms_iou=0.5)
+            self.detector = Detector(GroupDecoder(model, language), Selection(nms_iou=0.5))
             self.ids = category_ids(self.coco, self.detector.classes, file)
 
     @torch.no_grad()

@@ -1,0 +1,237 @@
+"""How good a model's answers in words and masks are.
+
+    python infer/evaluate_answers.py    # nano on held-out practice scenes
+    python infer/evaluate_answers.py --model SRC --data answers.jsonl --images DIR
+
+--data has a line for each prompt: {"image", "prefix", "suffix"}, suffix the right answer or a list of them.
+What is measured depends on the prefix:
+
+    answer ...                        exact match
+    caption ..., describe ..., cap    exact match, and CIDEr-D (arXiv 1411.5726; 10 is perfect)
+    segment ...                       mean IoU with the line's "mask", COCO's run-length encoding
+
+A mask is that of the first object of the answer; an answer without one scores 0, as RefCOCO is measured.
+Lines with a "kind" are also told by kind. Upper and lower case, and spaces around an answer, do not count.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools.mask import decode as from_rle
+from tqdm import tqdm
+
+from infer.detector import check_json
+from infer.loading import (
+    add_choosing_arguments,
+    add_codec_arguments,
+    add_model_arguments,
+    check_counts,
+    choosing,
+    load_codec,
+    load_model,
+)
+from infer.open_set import Asker
+from model.boxes import locs_to_boxes, parse_answer
+from model.image import load_image
+from model.mask_codec import MaskCodec, place
+from model.weights import write_json
+
+HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor"}
+TASKS = {
+    "answer": "question",
+    "caption": "caption",
+    "describe": "caption",
+    "cap": "caption",
+    "segment": "mask",
+}
+IMAGES = 8  # whose prompts are put together
+GRAMS, SIGMA = 4, 6.0  # of CIDEr-D: the longest n-grams, the tolerance of length
+
+
+def n_grams(text: str) -> list[Counter]:
+    """Of 1 word, of 2 ... GRAMS words, with their counts."""
+    words = re.findall(r"\w+", text.casefold())
+    return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, GRAMS + 1)]
+
+
+def cider_d(said: list[str], right: list[list[str]]) -> float:
+    """Mean CIDEr-D of captions, each against its right ones: how many n-grams they share, rare ones counting
+    for more. An n-gram's rarity is that among the right captions of all images. 0 to 10."""
+    references = [[n_grams(text) for text in texts] for texts in right]
+    seen = Counter(
+        gram for texts in references for gram in {g for grams in texts for of_n in grams for g in of_n}
+    )
+
+    def weighted(grams: list[Counter]) -> list[dict]:
+        return [
+            {g: count * (math.log(len(right)) - math.log(max(1, seen[g]))) for g, count in of_n.items()}
+            for of_n in grams
+        ]
+
+    def alike(a: dict, b: dict) -> float:
+        norms = math.sqrt(sum(x * x for x in a.values()) * sum(x * x for x in b.values()))
+        return sum(min(x, b[g]) * b[g] for g, x in a.items() if g in b) / norms if norms else 0.0
+
+    scores = []
+    for text, texts in zip(said, references, strict=True):
+        mine = n_grams(text)
+        for reference in texts:
+            gap = sum(mine[0].values()) - sum(reference[0].values())
+            of_n = [alike(a, b) for a, b in zip(weighted(mine), weighted(reference), strict=True)]
+            scores.append(10 * sum(of_n) / GRAMS * math.exp(-(gap**2) / (2 * SIGMA**2)) / len(texts))
+    return sum(scores) / len(said)
+
+
+def overlap(said: str, mask: np.ndarray, codec: MaskCodec) -> float:
+    """Intersection over union of an answer's first mask with the right one, bool [H, W]; 0 if it has none."""
+    found = parse_answer(said)
+    if not found or not found[0].seg:
+        return 0.0
+    height, width = mask.shape
+    guess = codec.decode(torch.tensor(found[0].seg)[None])[0].numpy()
+    guess = place(guess, locs_to_boxes(found[0].locs, width, height), width, height)
+    return float((guess & mask).sum() / max(1, (guess | mask).sum()))
+
+
+def ask_all(ask: Asker, records: list[dict], images: Path, title: str) -> list[str]:
+    """The answer to each line."""
+    said, by_image = [], [list(lines) for _, lines in groupby(records, key=lambda r: r["image"])]
+    bar = tqdm(total=len(records), desc=title, unit="answer", leave=False)
+    for start in range(0, len(by_image), IMAGES):
+        of_call = by_image[start : start + IMAGES]
+        pictures = [load_image(images / lines[0]["image"]) for lines in of_call]
+        asked = [(i, line["prefix"]) for i, lines in enumerate(of_call) for line in lines]
+        said += [ask.tokenizer.decode(tokens).strip() for tokens, _ in ask(pictures, asked)]
+        bar.update(len(asked))
+    bar.close()
+    return said
+
+
+def judge(records: list[dict], said: list[str], codec: MaskCodec | None) -> dict:
+    """{task: {"exact", "CIDEr-D" or "mean IoU", "lines", and "exact" of each kind}}."""
+    by_task = defaultdict(list)
+    for record, text in zip(records, said, strict=True):
+        by_task[TASKS[record["prefix"].split()[0]]].append((record, text))
+    figures = {}
+    for task, pairs in by_task.items():
+        figures[task] = dict(lines=len(pairs))
+        if task == "mask":
+            overlaps = [overlap(text, mask_of(record), codec) for record, text in pairs]
+            figures[task]["mean IoU"] = round(sum(overlaps) / len(overlaps), 4)
+            continue
+        right = [right_answers(record) for record, _ in pairs]
+        exact = [
+            text.casefold() in [answer.casefold() for answer in ok] for (_, text), ok in zip(pairs, right)
+        ]
+        figures[task]["exact"] = round(sum(exact) / len(exact), 4)
+        if task == "caption":
+            figures[task]["CIDEr-D"] = round(cider_d([text for _, text in pairs], right), 3)
+        kinds = defaultdict(list)
+        for (record, _), hit in zip(pairs, exact):
+            kinds[record.get("kind")].append(hit)
+        if len(kinds) > 1:
+            figures[task]["kinds"] = {
+                kind: dict(exact=round(sum(hits) / len(hits), 4), lines=len(hits))
+                for kind, hits in kinds.items()
+            }
+    return figures
+
+
+def right_answers(record: dict) -> list[str]:
+    suffix = record["suffix"]
+    return [text.strip() for text in (suffix if isinstance(suffix, list) else [suffix])]
+
+
+def mask_of(record: dict) -> np.ndarray:
+    """The right mask of a line, bool [H, W]. Raises ValueError if it has none."""
+    try:
+        return np.ascontiguousarray(from_rle(record["mask"])).astype(bool)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the line of {record['image']}, {record['prefix']!r}, has no run-length encoded 'mask'"
+        ) from error
+
+
+def report(name: str, figures: dict) -> None:
+    print(name)
+    for task, row in figures.items():
+        shown = "".join(f"{key} {row[key]:<8.3f}" for key in ("exact", "CIDEr-D", "mean IoU") if key in row)
+        print(f"  {task:<20}{shown}({row['lines']} lines)")
+        for kind, of_kind in row.get("kinds", {}).items():
+            print(f"    {kind:<18}exact {of_kind['exact']:<8.3f}({of_kind['lines']} lines)")
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--data", type=Path, help="JSONL; without it, held-out practice scenes are drawn")
+    add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
+    add("--sets", nargs="+", choices=HELD_OUT, default=list(HELD_OUT), help="held-out practice sets")
+    add("--count", type=int, default=1000, help="scenes of each practice set")
+    add("--max-tokens", type=int, default=100, help="longest answer")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--answers", type=Path, metavar="FILE", help="write the lines there, with what the model said")
+    add_codec_arguments(parser)
+    add_model_arguments(parser)
+    add_choosing_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    from train.jsonl import read_lines
+    from train.tasks import write_answers
+
+    check_counts(args, "count", "max_tokens")
+    check_json(args.json)
+    check_json(args.answers)
+    how = choosing(args)
+    model, tokenizer = load_model(args)
+    ask = Asker(model, tokenizer, args.max_tokens, how, args.seed)
+    figures, answered = {}, []
+    for split in [None] if args.data else args.sets:
+        name = HELD_OUT[split] if split else args.data.stem
+        with tempfile.TemporaryDirectory() as temporary:
+            data = args.data or Path(temporary) / "scenes" / "answers.jsonl"
+            images = (args.data and args.images) or data.parent / "images"
+            if split:
+                write_answers(
+                    data.parent, args.count, split, model.config.vision.image_size, load_codec(args)
+                )
+            records = [record for _, record in read_lines(data, images)]
+            for record in records:
+                if record["prefix"].split(" ")[0] not in TASKS:
+                    known = ", ".join(TASKS)
+                    raise ValueError(f"{data}: prefix {record['prefix']!r} begins with none of {known}")
+            masks = any(record["prefix"].startswith("segment") for record in records)
+            said = ask_all(ask, records, images, name)
+            figures[name] = judge(records, said, load_codec(args) if masks else None)
+        report(name, figures[name])
+        answered += [record | dict(answer=text) for record, text in zip(records, said, strict=True)]
+    if args.json:
+        write_json(figures, args.json)
+    if args.answers:
+        temporary = args.answers.with_name(f".{args.answers.name}.part")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in answered), encoding="utf-8")
+        temporary.replace(args.answers)
+
+
+def main() -> None:
+    try:
+        run(arguments())
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"evaluate_answers.py: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()
