@@ -4,8 +4,8 @@
     python infer/generate.py --image photo.jpg    # many, from a prompt: /image FILE, /help, Ctrl-D ends
 
 The answer is printed as it comes, then its length and speed. The official checkpoints know prompts such as
-"caption en", "answer en how many dogs?", "detect cat ; dog", "segment cat", "ocr". The shipped nano has been
-taught to detect only: of other prompts it makes nonsense.
+"caption en", "answer en how many dogs?", "detect cat ; dog", "segment cat", "ocr". What the shipped nano
+understands is listed in train/sentences.py.
 """
 
 import argparse
@@ -38,6 +38,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add_choosing_arguments(parser)
     add_model_arguments(parser)
     args = parser.parse_args(argv)
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError('--prompt is empty; write --prompt "caption en", or leave it out for a conversation')
     if args.max_tokens < 1 or args.samples < 1:
         raise ValueError("--max-tokens and --samples must be at least 1")
     return args

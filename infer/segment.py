@@ -93,5 +93,9 @@ def load_segmenter(args: argparse.Namespace, score_threshold: float) -> Segmente
     return Segmenter(ask, codec, class_names(args.classes, model.config), selection)
 
 
-if __name__ == "__main__":
+def main() -> None:
     detect.main(arguments, load_segmenter, "segment.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -70,7 +70,10 @@ def generate(
     longest = max(map(len, prompts)) + max_new_tokens
     if config.vision.tokens + longest > config.text.max_positions:
         room = config.text.max_positions - config.vision.tokens
-        raise ValueError(f"prompt and answer have {longest} tokens, the model has positions for {room}")
+        raise ValueError(
+            f"prompt and answer have {longest} tokens, the model has positions for {room}: "
+            "shorten the prompt, or allow fewer new tokens"
+        )
     padded = torch.tensor(
         [ids + [config.pad] * (longest - max_new_tokens - len(ids)) for ids in prompts], device=device
     )

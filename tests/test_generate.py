@@ -178,6 +178,7 @@ def test_conversation(ask):
         (["--prompt", "a", "--max-tokens", "0"], "--max-tokens"),
         (["--prompt", "a", "--top-p", "2"], "top-p"),
         (["--prompt", "word " * 2000], "positions"),
+        (["--prompt", "  "], "--prompt is empty"),
         (["--prompt", "a", "--model", "nowhere/"], "nowhere"),
     ],
 )

@@ -237,6 +237,8 @@ def test_options(run_detect, here):
     rounded, its_tokens = boxes("--int8")
     assert len(its_tokens) == 60 and rounded != everything
     assert boxes("--batch-size", 3) == (everything, tokens)
+    drawn = [boxes("--temperature", 1, "--top-p", 0.8, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and tokens not in drawn
 
 
 @pytest.mark.parametrize(

@@ -216,9 +216,12 @@ def test_prompt_is_what_transformers_builds(plain, full):
     processor = PaliGemmaProcessor(images, hf_tokenizer)
     image = Image.new("RGB", (28, 28))
     for prompt in ("detect all classes", "detect cat ; traffic light", f"{BOX} cat ; {BOX}", "<seg003>  x"):
-        ids = processor(images=image, text=prompt)["input_ids"]
-        ids = [i for i in (ids[0] if isinstance(ids[0], list) else ids) if i != processor.image_token_id]
-        assert ids == Tokenizer(plain).encode_prompt(prompt) == Tokenizer(full).encode_prompt(prompt)
+        for suffix in (None, f"{BOX} cat ; {BOX}{''.join(SEG[:16])} dog", "a cat", ""):
+            ids = processor(images=image, text=prompt, suffix=suffix)["input_ids"]
+            ids = [i for i in (ids[0] if isinstance(ids[0], list) else ids) if i != processor.image_token_id]
+            for ours in (Tokenizer(plain), Tokenizer(full)):
+                answer = [] if suffix is None else [*ours.encode(suffix), ours.eos]
+                assert ids == ours.encode_prompt(prompt) + answer
 
 
 # Files that are none ----------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from train.scenes import make_scene
 from train.targets import closed_set_target, text_target
 from train.tasks import SHARES, tasks
 
-SHORT = 10  # tokens that a shorter answer weighs: or else a "yes" would drown among boxes
+IN_WORDS = ("caption", "answer")
+SHORT = 10  # tokens that a shorter answer in words weighs: or else a "yes" would drown among boxes
 ROUND = 16  # texts of a batch are padded to a multiple: few shapes to compile for
 
 
@@ -62,7 +63,8 @@ class PracticeScenes(Dataset):
         else:
             prefix, suffix = self.tasks[task](rng, scene)
             target = text_target(self.tokenizer, suffix)
-            target.weights *= max(1, SHORT / len(target.weights))
+            if task in IN_WORDS:
+                target.weights *= max(1, SHORT / len(target.weights))
             sample = answer_sample(scene.image, self.tokenizer.encode_prompt(prefix), target)
         labels, boxes = patch_targets(scene, self.patch, background=len(self.language.classes))
         return sample | dict(patch_labels=torch.tensor(labels), patch_boxes=torch.tensor(boxes))
