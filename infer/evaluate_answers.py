@@ -8,9 +8,9 @@ What is measured depends on the prefix:
 
     answer ...                        exact match
     caption ..., describe ..., cap    exact match, and CIDEr-D (arXiv 1411.5726; 10 is perfect)
-    segment ...                       mean IoU with the line's "mask", COCO's run-length encoding
+    anything, if the line has a "mask" in COCO's run-length encoding: mean IoU with it
 
-A mask is that of the first object of the answer; an answer without one scores 0, as RefCOCO is measured.
+The mask of an answer is that of its first object; an answer without one scores 0, as RefCOCO is measured.
 Lines with a "kind" are also told by kind. Upper and lower case, and spaces around an answer, do not count.
 """
 
@@ -40,19 +40,13 @@ from infer.loading import (
     load_model,
 )
 from infer.open_set import Asker
-from model.boxes import locs_to_boxes, parse_answer
+from model.boxes import BINS, locs_to_boxes, parse_answer
 from model.image import load_image
 from model.mask_codec import MaskCodec, place
 from model.weights import write_json
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor"}
-TASKS = {
-    "answer": "question",
-    "caption": "caption",
-    "describe": "caption",
-    "cap": "caption",
-    "segment": "mask",
-}
+TASKS = {"answer": "question", "caption": "caption", "describe": "caption", "cap": "caption"}
 IMAGES = 8  # whose prompts are put together
 GRAMS, SIGMA = 4, 6.0  # of CIDEr-D: the longest n-grams, the tolerance of length
 
@@ -91,14 +85,15 @@ def cider_d(said: list[str], right: list[list[str]]) -> float:
     return sum(scores) / len(said)
 
 
-def overlap(said: str, mask: np.ndarray, codec: MaskCodec) -> float:
-    """Intersection over union of an answer's first mask with the right one, bool [H, W]; 0 if it has none."""
+def overlap(said: str, mask: np.ndarray, codec: MaskCodec, bins: int = BINS) -> float:
+    """Intersection over union of an answer's first mask with the right one, bool [H, W]; 0 if it has none.
+    bins: see locs_to_boxes."""
     found = parse_answer(said)
     if not found or not found[0].seg:
         return 0.0
     height, width = mask.shape
     guess = codec.decode(torch.tensor(found[0].seg)[None])[0].numpy()
-    guess = place(guess, locs_to_boxes(found[0].locs, width, height), width, height)
+    guess = place(guess, locs_to_boxes(found[0].locs, width, height, bins), width, height)
     return float((guess & mask).sum() / max(1, (guess | mask).sum()))
 
 
@@ -116,16 +111,21 @@ def ask_all(ask: Asker, records: list[dict], images: Path, title: str) -> list[s
     return said
 
 
-def judge(records: list[dict], said: list[str], codec: MaskCodec | None) -> dict:
+def task_of(record: dict) -> str | None:
+    """What is measured of a line, None if nothing can be."""
+    return "mask" if "mask" in record else TASKS.get(record["prefix"].split(" ")[0])
+
+
+def judge(records: list[dict], said: list[str], codec: MaskCodec | None, bins: int = BINS) -> dict:
     """{task: {"exact", "CIDEr-D" or "mean IoU", "lines", and "exact" of each kind}}."""
     by_task = defaultdict(list)
     for record, text in zip(records, said, strict=True):
-        by_task[TASKS[record["prefix"].split()[0]]].append((record, text))
+        by_task[task_of(record)].append((record, text))
     figures = {}
     for task, pairs in by_task.items():
         figures[task] = dict(lines=len(pairs))
         if task == "mask":
-            overlaps = [overlap(text, mask_of(record), codec) for record, text in pairs]
+            overlaps = [overlap(text, mask_of(record), codec, bins) for record, text in pairs]
             figures[task]["mean IoU"] = round(sum(overlaps) / len(overlaps), 4)
             continue
         right = [right_answers(record) for record, _ in pairs]
@@ -152,12 +152,12 @@ def right_answers(record: dict) -> list[str]:
 
 
 def mask_of(record: dict) -> np.ndarray:
-    """The right mask of a line, bool [H, W]. Raises ValueError if it has none."""
+    """The right mask of a line, bool [H, W]. Raises ValueError if it is none."""
     try:
         return np.ascontiguousarray(from_rle(record["mask"])).astype(bool)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the line of {record['image']}, {record['prefix']!r}, has no run-length encoded 'mask'"
+            f"the line of {record['image']}, {record['prefix']!r}: its 'mask' is not run-length encoded"
         ) from error
 
 
@@ -180,6 +180,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--sets", nargs="+", choices=HELD_OUT, default=list(HELD_OUT), help="held-out practice sets")
     add("--count", type=int, default=1000, help="scenes of each practice set")
     add("--max-tokens", type=int, default=100, help="longest answer")
+    add("--bins", type=int, choices=(1023, 1024), default=BINS, help="1023: locations of RefCOCO checkpoints")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--answers", type=Path, metavar="FILE", help="write the lines there, with what the model said")
     add_codec_arguments(parser)
@@ -210,12 +211,14 @@ def run(args: argparse.Namespace) -> None:
                 )
             records = [record for _, record in read_lines(data, images)]
             for record in records:
-                if record["prefix"].split(" ")[0] not in TASKS:
+                if task_of(record) is None:
                     known = ", ".join(TASKS)
-                    raise ValueError(f"{data}: prefix {record['prefix']!r} begins with none of {known}")
-            masks = any(record["prefix"].startswith("segment") for record in records)
+                    raise ValueError(
+                        f"{data}: prefix {record['prefix']!r} begins with none of {known}, and has no mask"
+                    )
+            codec = load_codec(args) if any("mask" in record for record in records) else None
             said = ask_all(ask, records, images, name)
-            figures[name] = judge(records, said, load_codec(args) if masks else None)
+            figures[name] = judge(records, said, codec, args.bins)
         report(name, figures[name])
         answered += [record | dict(answer=text) for record, text in zip(records, said, strict=True)]
     if args.json:

@@ -22,10 +22,13 @@ def boxes_to_locs(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
     return bins.clip(0, BINS - 1).astype(np.int64)[:, [1, 0, 3, 2]]
 
 
-def locs_to_boxes(locs: np.ndarray, width: float, height: float) -> np.ndarray:
-    """Location quadruples [..., 4] -> float64 pixel boxes [..., 4]; the last bin stands for the edge."""
+def locs_to_boxes(locs: np.ndarray, width: float, height: float, bins: int = BINS) -> np.ndarray:
+    """Location quadruples [..., 4] -> float64 pixel boxes [..., 4]; the last bin stands for the edge.
+
+    bins: 1023 for checkpoints of big_vision's RefCOCO recipe, which makes locations from fractions by 1023.
+    """
     locs = np.asarray(locs, dtype=np.float64)[..., [1, 0, 3, 2]]
-    fractions = np.where(locs == BINS - 1, 1.0, locs / BINS)
+    fractions = np.where(locs == BINS - 1, 1.0, locs / bins)
     return fractions * np.array([width, height, width, height])
 
 

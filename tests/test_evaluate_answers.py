@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_programs import call, here, model, picture  # noqa: F401 - fixtures
 
 from infer import evaluate_answers
 from infer.evaluate_answers import cider_d, judge, overlap
 from model.boxes import format_answer
 from model.hub import CODEC, NANO
 from model.mask_codec import MaskCodec, crop, to_rle
-from tests.test_programs import call, here, model, picture  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,7 @@ def test_overlap(codec):
     said = answer(mask, codec)
     assert overlap(said, mask, codec) > 0.9
     assert overlap(f"{said} ; {answer(disc(8, 100, 20), codec)}", mask, codec) == overlap(said, mask, codec)
+    assert overlap(said, mask, codec, bins=1023) != overlap(said, mask, codec)
     assert 0 < overlap(answer(disc(20, 60, 45), codec), mask, codec) < 0.8
     assert overlap(answer(disc(8, 100, 20), codec), mask, codec) == 0
 
@@ -125,6 +126,7 @@ def test_practice_scenes(monkeypatch, capsys, model, here):  # noqa: F811
     ("line", "words"),
     [
         (dict(image="a.png", prefix="segment cat", suffix=""), "mask"),
+        (dict(image="a.png", prefix="segment cat", suffix="", mask=dict(size=3)), "mask"),
         (dict(image="a.png", prefix="detect cat", suffix=""), "detect cat"),
         (dict(image="none.png", prefix="caption en", suffix=""), "none.png"),
         (dict(image="a.png", suffix=""), "prefix"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.mask import decode as from_rle
+from test_programs import call, coco, here, model, picture  # noqa: F401 - fixtures
 
 from infer import detect, evaluate, segment
 from infer.detector import KEEP_ALL, Selection
@@ -20,7 +21,6 @@ from model.generate import answers, generate
 from model.hub import CODEC, NANO
 from model.mask_codec import MaskCodec, place
 from model.tokenizer import Tokenizer
-from tests.test_programs import call, coco, here, model, picture  # noqa: F401 - fixtures
 
 A, B = "<loc0000><loc0128><loc0512><loc0640>", "<loc0256><loc0256><loc1023><loc1023>"
 SEGS = "".join(f"<seg{code:03d}>" for code in range(16))
