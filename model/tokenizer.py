@@ -37,9 +37,18 @@ class Tokenizer:
         self.size = len(self._sp) + (0 if inside else LOCS + SEGS)
 
     def _id(self, piece: str, file: Path) -> int:
-        if self._sp.id_to_piece(self._sp.piece_to_id(piece)) != piece:
+        if (i := self.id_of(piece)) is None:
             raise ValueError(f"{file} has no piece {piece!r}: not a Gemma tokenizer")
-        return self._sp.piece_to_id(piece)
+        return i
+
+    def piece(self, i: int) -> str:
+        """The text of an id below loc0, as sentencepiece has it."""
+        return self._sp.id_to_piece(i)
+
+    def id_of(self, piece: str) -> int | None:
+        """The id of a piece, None if there is none."""
+        i = self._sp.piece_to_id(piece)
+        return i if self._sp.id_to_piece(i) == piece else None
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, without bos and eos. <locNNNN> and <segNNN> become their own ids."""

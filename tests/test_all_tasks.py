@@ -7,10 +7,13 @@ import pytest
 import torch
 from test_train import language_of, run, tiny, weights  # noqa: F401 - a fixture among them
 
+from model import PaliGemma
+from model.config import COCO_CLASSES
 from model.hub import BESIDE, CODEC, NANO
 from model.mask_codec import MaskCodec
 from model.tokenizer import Tokenizer
 from train import codec as codec_program
+from train import nano
 from train.codec import Codebook, Masks, overlap, random_shape
 from train.data import SHORT, PracticeScenes, collate
 from train.tasks import SHARES
@@ -74,6 +77,29 @@ def test_training(with_codec, tmp_path):
 def test_all_tasks_need_a_codec(tiny, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=CODEC):
         run(tiny, tmp_path / "run", "--tasks all --steps 2")
+
+
+def test_a_nano_that_detects_learns_to_speak(tmp_path):
+    """Its weights, on a vocabulary in another order; the names of classes mean what their class tokens do."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    nano.main(["--out", str(old), "--seed", "3"])  # another seed: other sentences, other pieces
+    nano.main(["--out", str(new), "--start", str(old), "--codec", str(NANO / CODEC)])
+    assert {file.name for file in new.iterdir()} == {"config.json", "model.safetensors", *BESIDE}
+    words, known = Tokenizer(new), Tokenizer(old)
+    models = [PaliGemma.from_pretrained(str(folder), dtype=torch.float32) for folder in (old, new)]
+    before, after = (model.decoder.embed.weight for model in models)
+    cat, light = (words.unused0 + COCO_CLASSES.index(name) for name in ("cat", "traffic light"))
+    for text, token in ((" cat", cat), (" cats", cat), (" traffic light", light)):
+        assert torch.equal(after[words.encode(text)[0]], after[token])
+    for text in ("<loc0007>", "<seg127>", "<unused5>", "detect", " all", " classes"):
+        (i,), (j,) = words.encode(text), known.encode(text)
+        assert torch.equal(after[i], before[j])
+    image, prompts = torch.rand(1, 3, 128, 128) * 2 - 1, "detect all classes"
+    hidden = [
+        model.hidden(image, torch.tensor([tokenizer.encode_prompt(prompts)]), 5)
+        for model, tokenizer in zip(models, (known, words), strict=True)
+    ]
+    assert torch.equal(*hidden)
 
 
 # The codec --------------------------------------------------------------------------------------------------

@@ -1,13 +1,20 @@
-"""An untrained nano: every trait of PaliGemma 2 in under 12 MB. `python train/nano.py --out runs/nano-init`
+"""An untrained nano: every trait of PaliGemma 2 in under 12 MB.
+
+    python train/nano.py --out runs/nano-init
+    python train/nano.py --out runs/words-init --start runs/nano-2/final --codec runs/codec/codec.safetensors
 
 Writes config.json, model.safetensors and tokenizer.model, ready for train/train.py. The vocabulary has
 Gemma's special pieces in Gemma's order and a few hundred pieces of the practice set's own sentences.
+
+--start takes over the weights of a nano that detects, to teach it to speak (--tasks all): pieces keep their
+embeddings, and the names of classes begin with those of their class tokens, which mean the same.
 """
 
 import argparse
 import io
 import math
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +26,7 @@ from model import PaliGemma
 from model.config import PaliGemmaConfig, TextConfig, VisionConfig
 from model.hub import CODEC
 from model.tokenizer import LOCS, SEGS, Tokenizer
-from train.sentences import random_sentences
+from train.sentences import plural, random_sentences
 
 PIECES = 900  # of text, at most; the trainer may find fewer worth having
 _TAGS = (
@@ -121,9 +128,30 @@ def initialise(model: PaliGemma, tokenizer: Tokenizer, seed: int = 0) -> None:
     model.vision.position_embedding.weight.data = torch.cat(rows, dim=-1).flatten(0, 1) * 0.5
 
 
+def take_over(model: PaliGemma, tokenizer: Tokenizer, start: Path) -> None:
+    """Give an initialised model the weights of another nano, whose vocabulary may be another."""
+    source, known = PaliGemma.from_pretrained(str(start), dtype=torch.float32), Tokenizer(start)
+    rows, old = model.decoder.embed.weight.data.clone(), source.decoder.embed.weight.data
+    for i in range(tokenizer.loc0):
+        if (j := known.id_of(tokenizer.piece(i))) is not None:
+            rows[i] = old[j]
+    rows[tokenizer.loc0 : tokenizer.size] = old[known.loc0 : known.size]
+    meanings = defaultdict(list)  # a word's first piece: the class tokens that it may stand for
+    for label, name in enumerate(model.config.classes):
+        for word in (name, plural(name).removeprefix("pairs of ")):
+            meanings[tokenizer.encode(f" {word}")[0]].append(tokenizer.unused0 + label)
+    for piece, tokens in meanings.items():
+        rows[piece] = rows[tokens].mean(0)
+    source.decoder.embed.weight.data = rows
+    model.load_state_dict(source.state_dict())
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write an untrained nano checkpoint.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a checkpoint of nano that detects, to go on from")
     parser.add_argument("--codec", type=Path, help="file of train/codec.py, for --tasks all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -136,6 +164,8 @@ def main(argv=None):
     tokenizer = Tokenizer(args.out)
     model = PaliGemma(nano_config(tokenizer))
     initialise(model, tokenizer, args.seed)
+    if args.start:
+        take_over(model, tokenizer, args.start)
     model.save_pretrained(args.out, torch.float32)
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.size} pieces")
 
