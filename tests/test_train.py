@@ -28,7 +28,7 @@ from model.image import to_tensor
 from model.tokenizer import Tokenizer
 from train import checkpoint, nano
 from train.data import PracticeScenes, StepSampler, collate, network_input
-from train.patch_head import MIN_COVER, patch_targets
+from train.patch_head import MIN_COVER, PatchHead, _giou, patch_targets
 from train.scenes import Scene, make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -208,6 +208,28 @@ def test_patch_targets_by_hand():
     assert patch_targets(nothing, 10, 80)[0].tolist() == [80] * 4
 
 
+def test_patch_head():
+    """Image tokens that are like the names of what they show cost less, those far from all are background."""
+    embed, names = torch.randn(50, 16), [[3], [7, 8], [20]]
+    head = PatchHead(16, names, tokens=4)
+    labels, boxes = torch.tensor([[0, 1, 2, 3]]), torch.rand(1, 4, 4)
+    tokens = torch.stack((embed[3], (embed[7] + embed[8]) / 2, embed[20], torch.zeros(16)))[None]
+
+    def classes_only(tokens, labels):
+        """The boxes' part depends on the tokens too: it is taken off."""
+        both = head(tokens, embed, labels, boxes)
+        guess = head.box(tokens) * 0.25 + head.centres
+        per_patch = 5 * (guess - boxes).abs().sum(-1) + 1 - _giou(guess, boxes)
+        return (both - (per_patch * (labels != 3)).mean()).item()
+
+    alike = torch.nn.functional.normalize(tokens[0], dim=-1)
+    logits = torch.cat((10 * alike @ alike[:3].mT, torch.zeros(4, 1)), dim=1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[0]).item()
+    assert classes_only(tokens, labels) == pytest.approx(expected, abs=1e-4)
+    assert classes_only(tokens * 5, labels) == pytest.approx(expected, abs=1e-4)
+    assert classes_only(tokens.roll(1, 1), labels) > expected + 1
+
+
 # Optimizers -------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +238,8 @@ def test_optimizers(muon, tiny):
     """Each parameter belongs to one optimizer and moves; the matrices of the layers are Muon's."""
     model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
     language = language_of(tiny)
-    objective = train.Objective(model, language, patch_weight=1.0).train()
+    names = [[200 + i] for i in range(80)]
+    objective = train.Objective(model, language, patch_weight=1.0, names=names).train()
     args = train.arguments(
         ["--model", "x", "--out", "x", "--device", "cpu", "--lr", "1e-3", "--muon-lr", str(muon)]
     )

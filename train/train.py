@@ -46,17 +46,19 @@ class Objective(nn.Module):
     """The loss of a batch: the model's, and that of the helper head on its image tokens."""
 
     def __init__(
-        self, model: PaliGemma, language: ClosedSet | None, patch_weight: float = 0.0, parts: int = 1
+        self,
+        model: PaliGemma,
+        language: ClosedSet | None,
+        patch_weight: float = 0.0,
+        parts: int = 1,
+        names: list[list[int]] | None = None,
     ):
         """language: the loss is over the ids that it allows; None: over the whole vocabulary. parts:
-        micro-batches a step."""
+        micro-batches a step. names: the token ids of each class's name, for the helper head."""
         super().__init__()
         self.model, self.language, self.patch_weight, self.parts = model, language, patch_weight, parts
         config = model.config
-        head = (
-            PatchHead(config.text.width, len(config.classes), config.vision.tokens) if patch_weight else None
-        )
-        self.patch_head = head
+        self.patch_head = PatchHead(config.text.width, names, config.vision.tokens) if patch_weight else None
 
     def forward(self, batch: dict[str, Tensor], patch_only: bool = False) -> tuple[Tensor, Tensor]:
         """A micro-batch -> (what to minimise, the model's own loss for the log). batch["total"]: the weights
@@ -64,9 +66,8 @@ class Objective(nn.Module):
         image_tokens = self.model.encode(network_input(batch["image"]))
         patch_loss = image_tokens.new_zeros(())
         if self.patch_head is not None:
-            patch_loss = (
-                self.patch_head(image_tokens, batch["patch_labels"], batch["patch_boxes"]) / self.parts
-            )
+            targets = batch["patch_labels"], batch["patch_boxes"]
+            patch_loss = self.patch_head(image_tokens, self.model.decoder.embed.weight, *targets) / self.parts
         if patch_only:
             return patch_loss, patch_loss.detach()
         hidden = self.model.read(image_tokens, batch["text"], batch["prefix_len"])
@@ -182,7 +183,8 @@ def train(args: argparse.Namespace) -> int:
     if args.patch_weight and args.data:
         raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
     allowed = language if closed_set and args.loss == "allowed" else None
-    objective = Objective(model, allowed, args.patch_weight, args.accumulate).to(device).train()
+    names = [tokenizer.encode(f" {name}") for name in model.config.classes]
+    objective = Objective(model, allowed, args.patch_weight, args.accumulate, names).to(device).train()
     compute = distribute(objective, args)
     optimizers = make_optimizers(objective, args)
     trainer = load_trainer_state(found, objective, optimizers) if found else {"step": 0}
