@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_train import language_of, run, tiny, weights  # noqa: F401 - a fixture among them
+from test_train import language_of, run, tiny, train, weights  # noqa: F401 - a fixture among them
 
 from model import PaliGemma
 from model.config import COCO_CLASSES
@@ -15,7 +15,7 @@ from model.tokenizer import Tokenizer
 from train import codec as codec_program
 from train import nano
 from train.codec import Codebook, Masks, overlap, random_shape
-from train.data import SHORT, PracticeScenes, collate
+from train.data import PROMPTS, SHORT, PracticeScenes, collate
 from train.tasks import SHARES
 
 
@@ -46,8 +46,13 @@ def texts(sample, tokenizer) -> tuple[str, str, torch.Tensor]:
 def test_samples_of_all_tasks(scenes, tiny):  # noqa: F811
     """Each prompt with its kind of answer; short answers in words weigh as much as longer ones."""
     tokenizer, starts = Tokenizer(tiny), {}
-    for i in range(80):
-        prompt, answer, weights = texts(scenes[i, i], tokenizer)  # noqa: F811
+    drawn = [
+        {name: x[k] for name, x in scenes[i, i].items() if isinstance(x, list)}
+        for i in range(30)
+        for k in range(PROMPTS)
+    ]
+    for sample in drawn:
+        prompt, answer, weights = texts(sample, tokenizer)  # noqa: F811
         start = "detect all" if prompt == "detect all classes" else prompt.split()[0]
         starts[start] = starts.get(start, 0) + 1
         if start in ("caption", "answer"):
@@ -63,6 +68,20 @@ def test_texts_of_a_batch_have_few_lengths(scenes):
     assert batch["text"].shape[1] % 16 == 0
     assert batch["text"].shape == batch["labels"].shape == batch["weights"].shape
     assert not batch["weights"][:, -1].any() or batch["text"].shape[1] == 64
+    assert len(batch["text"]) == len(batch["prefix_len"]) == 3 * PROMPTS
+    assert len(batch["image"]) == len(batch["patch_labels"]) == 3
+
+
+def test_an_image_is_encoded_once(scenes, with_codec):
+    """The loss of a batch with several prompts an image is that of all pairs of image and prompt."""
+    model = PaliGemma.from_pretrained(str(with_codec), dtype=torch.float32)
+    objective = train.Objective(model, None)
+    batch = collate([scenes[i, i] for i in range(2)]) | {"total": torch.ones(())}
+    pairs = batch | {"image": batch["image"].repeat_interleave(PROMPTS, 0)}
+    with torch.no_grad():
+        assert torch.allclose(objective(batch)[0], objective(pairs)[0], rtol=1e-5)
+        reordered = batch | {"image": batch["image"].flip(0)}
+        assert not torch.allclose(objective(batch)[0], objective(reordered)[0], rtol=1e-5)
 
 
 def test_training(with_codec, tmp_path):

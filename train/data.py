@@ -21,10 +21,11 @@ from model.tokenizer import Tokenizer
 from train.coco import CocoDetections, CocoIndex, answer_sample, closed_set_sample
 from train.jsonl import JsonlPairs, is_jsonl
 from train.patch_head import patch_targets
-from train.scenes import make_scene
+from train.scenes import Scene, make_scene
 from train.targets import closed_set_target, text_target
 from train.tasks import SHARES, tasks
 
+PROMPTS = 3  # of a scene, when there are several tasks: it is drawn and encoded once
 IN_WORDS = ("caption", "answer")
 SHORT = 10  # tokens that a shorter answer in words weighs: or else a "yes" would drown among boxes
 ROUND = 16  # texts of a batch are padded to a multiple: few shapes to compile for
@@ -33,8 +34,8 @@ ROUND = 16  # texts of a batch are padded to a multiple: few shapes to compile f
 class PracticeScenes(Dataset):
     """Scenes drawn as they are asked for: endless, the item is the scene's number from `first` on.
 
-    With a tokenizer and a mask codec, samples of every task in train/tasks.py; without, of closed-set
-    detection alone.
+    With a tokenizer and a mask codec, PROMPTS samples of any tasks in train/tasks.py; without, one of
+    closed-set detection.
     """
 
     def __init__(
@@ -52,22 +53,31 @@ class PracticeScenes(Dataset):
         self.tasks = codec and tasks(codec)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """answer_sample's tensors, and patch_labels int64 [P], patch_boxes float32 [P, 4]."""
+        """answer_sample's tensors, lists of them for several samples; and of the image patch_labels int64 [P]
+        and patch_boxes float32 [P, 4]."""
         seed, size = self.first + key[1], self.size
         scene = make_scene(seed, size, self.split)
         rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
-        task = rng.choice(list(SHARES), p=list(SHARES.values())) if self.tasks else "closed-set"
-        if task == "closed-set":
-            target = closed_set_target(rng, scene.boxes, scene.labels, size, size, self.language, grid=1)
-            sample = closed_set_sample(scene.image, target, self.language)
+        if self.tasks:
+            drawn = rng.choice(list(SHARES), PROMPTS, p=list(SHARES.values()))
+            samples = [self._sample(rng, scene, task) for task in drawn]
+            sample = {name: [each[name] for each in samples] for name in samples[0]}
+            sample["image"] = samples[0]["image"]
         else:
-            prefix, suffix = self.tasks[task](rng, scene)
-            target = text_target(self.tokenizer, suffix)
-            if task in IN_WORDS:
-                target.weights *= max(1, SHORT / len(target.weights))
-            sample = answer_sample(scene.image, self.tokenizer.encode_prompt(prefix), target)
+            sample = self._sample(rng, scene, "closed-set")
         labels, boxes = patch_targets(scene, self.patch, background=len(self.language.classes))
         return sample | dict(patch_labels=torch.tensor(labels), patch_boxes=torch.tensor(boxes))
+
+    def _sample(self, rng: np.random.Generator, scene: Scene, task: str) -> dict[str, Tensor]:
+        if task == "closed-set":
+            real = scene.boxes, scene.labels, self.size, self.size
+            target = closed_set_target(rng, *real, self.language, grid=1)
+            return closed_set_sample(scene.image, target, self.language)
+        prefix, suffix = self.tasks[task](rng, scene)
+        target = text_target(self.tokenizer, suffix)
+        if task in IN_WORDS:
+            target.weights *= max(1, SHORT / len(target.weights))
+        return answer_sample(scene.image, self.tokenizer.encode_prompt(prefix), target)
 
     def name(self, item: int) -> str:
         return f"practice scene {self.first + item} ({self.split})"
@@ -170,10 +180,15 @@ class StepSampler:
 
 
 def collate(samples: list[dict[str, Tensor]], pad: int = 0, multiple: int = 1) -> dict[str, Tensor]:
-    """Stacked samples; texts are padded on the right to the longest, rounded up to a multiple."""
+    """Stacked samples; texts are padded on the right to the longest, rounded up to a multiple.
+
+    Where a sample has a list of texts, they follow each other in the batch: as many times the images.
+    """
     batch = {}
     for name in samples[0]:
         column = [sample[name] for sample in samples]
+        if isinstance(column[0], list):
+            column = [x for of_sample in column for x in of_sample]
         if name in ("text", "labels", "weights"):
             fill = pad if name == "text" else 0
             batch[name] = torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill)

@@ -70,6 +70,8 @@ class Objective(nn.Module):
             patch_loss = self.patch_head(image_tokens, self.model.decoder.embed.weight, *targets) / self.parts
         if patch_only:
             return patch_loss, patch_loss.detach()
+        prompts = len(batch["text"]) // len(image_tokens)  # of an image
+        image_tokens = image_tokens.repeat_interleave(prompts, dim=0) if prompts > 1 else image_tokens
         hidden = self.model.read(image_tokens, batch["text"], batch["prefix_len"])
         supervised = hidden, batch["labels"], batch["weights"]
         if self.language is not None:
