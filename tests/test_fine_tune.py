@@ -290,6 +290,7 @@ def test_refusals(tiny, scenes, pairs, tmp_path):  # noqa: F811
     assert "--steps 0" in complaint(tiny, out, "--steps 0")
     assert "--val" in complaint(tiny, out, f"--data {scenes} --val-every 2")
     assert "practice scenes" in complaint(tiny, out, f"--data {scenes} --patch-weight 1")
+    assert "practice scenes" in complaint(tiny, out, f"--data {scenes} --tasks all")
     assert "no module" in complaint(tiny, out, "--lora --lora-targets nothing")
     assert not list(out.glob("*"))
 

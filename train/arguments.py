@@ -85,6 +85,8 @@ def arguments(argv=None) -> argparse.Namespace:
         args.dtype = "bfloat16" if args.lora else "float32"
     if args.shard and args.muon_lr:
         raise ValueError("--shard splits matrices that --muon-lr needs whole: use one of the two")
+    if args.tasks == "all" and args.data:
+        raise ValueError("--tasks all is of practice scenes: leave --data out; what lines ask for is in them")
     if args.val_every and args.data and not args.val:
         raise ValueError("--val-every needs --val FILE")
     args.lora_targets = TARGETS.get(args.lora_targets, args.lora_targets)
