@@ -15,7 +15,7 @@ from model.tokenizer import Tokenizer
 from train import codec as codec_program
 from train import nano
 from train.codec import Codebook, Masks, overlap, random_shape
-from train.data import PROMPTS, SHORT, PracticeScenes, collate
+from train.data import LOC_WEIGHT, PROMPTS, SEG_WEIGHT, SHORT, PracticeScenes, collate
 from train.tasks import SHARES
 
 
@@ -58,8 +58,9 @@ def test_samples_of_all_tasks(scenes, tiny):  # noqa: F811
         if start in ("caption", "answer"):
             assert answer and weights.sum() == pytest.approx(max(SHORT, len(weights)))
         elif start in ("detect", "segment"):
-            assert (weights == 1).all() and answer.count("<loc") % 4 == 0
-            assert answer.count("<seg") == (4 * answer.count("<loc") if start == "segment" else 0)
+            locs, segs = answer.count("<loc"), answer.count("<seg")
+            assert locs % 4 == 0 and segs == (4 * locs if start == "segment" else 0)
+            assert (weights == LOC_WEIGHT).sum() == locs and (weights == SEG_WEIGHT).sum() == segs
     assert len(starts) == len(SHARES) and min(starts.values()) > 2
 
 

@@ -31,6 +31,10 @@ SHORT = 10  # tokens that a shorter answer in words weighs: or else a "yes" woul
 ROUND = 16  # texts of a batch are padded to a multiple: few shapes to compile for
 
 
+# Which object is meant is decided by its first location or two; the 16 codes behind must not drown that.
+LOC_WEIGHT, SEG_WEIGHT = 3.0, 0.5
+
+
 class PracticeScenes(Dataset):
     """Scenes drawn as they are asked for: endless, the item is the scene's number from `first` on.
 
@@ -77,6 +81,8 @@ class PracticeScenes(Dataset):
         target = text_target(self.tokenizer, suffix)
         if task in IN_WORDS:
             target.weights *= max(1, SHORT / len(target.weights))
+        target.weights[target.tokens >= self.tokenizer.loc0] = LOC_WEIGHT
+        target.weights[target.tokens >= self.tokenizer.seg0] = SEG_WEIGHT
         return answer_sample(scene.image, self.tokenizer.encode_prompt(prefix), target)
 
     def name(self, item: int) -> str:

@@ -97,7 +97,7 @@ def segment(rng: np.random.Generator, scene: Scene, codec: MaskCodec) -> tuple[s
     """A class of the scene with few objects, from left to right; now and then one that is not there."""
     present, absent = _classes(rng, scene)
     few = [label for label in present if (scene.labels == label).sum() <= MOST_MASKS]
-    label = few[0] if few and rng.random() < 0.95 else absent[0]
+    label = few[0] if few and rng.random() < 0.97 else absent[0]
     rows = np.flatnonzero(scene.labels == label)
     rows = rows[scene.boxes[rows, 0].argsort(kind="stable")]
     return sentences.segment_prompt(COCO_CLASSES[label]), cut_out(scene, rows, codec)
