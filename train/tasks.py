@@ -61,17 +61,17 @@ def colour_of(pixels: np.ndarray) -> str | None:
     return names[counts.argmax()] if counts.max() >= PREVAILS * len(pixels) else None
 
 
-def things_of(scene: Scene) -> list[Thing]:
-    """The facts of a scene, in the order of its objects."""
+def things_of(scene: Scene, colours: bool = True) -> list[Thing]:
+    """The facts of a scene, in the order of its objects; their colours take some time."""
     boxes = (scene.boxes / scene.owner.shape[0]).tolist()
     return [
-        Thing(COCO_CLASSES[label], tuple(box), colour_of(scene.image[scene.owner == k]))
+        Thing(COCO_CLASSES[label], tuple(box), colour_of(scene.image[scene.owner == k]) if colours else None)
         for k, (label, box) in enumerate(zip(scene.labels, boxes))
     ]
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    return sentences.CAPTION, sentences.caption(things_of(scene))
+    return sentences.CAPTION, sentences.caption(things_of(scene, colours=False))
 
 
 def answer(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:

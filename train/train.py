@@ -71,15 +71,26 @@ class Objective(nn.Module):
         if patch_only:
             return patch_loss, patch_loss.detach()
         prompts = len(batch["text"]) // len(image_tokens)  # of an image
-        image_tokens = image_tokens.repeat_interleave(prompts, dim=0) if prompts > 1 else image_tokens
+        if prompts == 1:
+            loss = self._answers_loss(image_tokens, batch)
+        else:  # the shorter half need not be padded as far as the longer one
+            lengths = (batch["text"] != self.model.config.pad).sum(-1)
+            loss = image_tokens.new_zeros(())
+            for rows in lengths.argsort(stable=True).chunk(2):
+                end = -(-int(lengths[rows].max()) // ROUND) * ROUND
+                texts = {name: batch[name][rows, :end] for name in ("text", "labels", "weights")}
+                texts["prefix_len"] = batch["prefix_len"][rows]
+                loss = loss + self._answers_loss(image_tokens[rows // prompts], texts)
+        loss = loss / batch["total"]
+        return loss + self.patch_weight * patch_loss, loss.detach()
+
+    def _answers_loss(self, image_tokens: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The weighted sum over the answers to a prompt for each row of the image tokens."""
         hidden = self.model.read(image_tokens, batch["text"], batch["prefix_len"])
         supervised = hidden, batch["labels"], batch["weights"]
         if self.language is not None:
-            loss = allowed_loss(self.model.decoder, *supervised, self.language)
-        else:
-            loss = vocabulary_loss(self.model.decoder, *supervised)
-        loss = loss / batch["total"]
-        return loss + self.patch_weight * patch_loss, loss.detach()
+            return allowed_loss(self.model.decoder, *supervised, self.language)
+        return vocabulary_loss(self.model.decoder, *supervised)
 
 
 def make_optimizers(objective: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
