@@ -10,6 +10,7 @@ original picture. The exit code is 0 only if every picture was processed.
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace, load=load_detector, program: str = "detect.py"
             picture = draw_boxes(image, found.boxes, captions, found.labels, found.masks)
             drawn = save_picture(picture, args.out, file.stem, taken)
             for number, (mask, d) in enumerate(zip(found.masks or (), record["detections"])):
-                name = f"{drawn.stem}.{number}-{d['label'].replace(' ', '-')}"
+                name = f"{drawn.stem}.{number}-{re.sub(r'[^\w]+', '-', d['label'])}"
                 d["mask"] = str(save_picture(Image.fromarray(mask), args.out, name, taken))
                 d["segmentation"] = to_rle(mask)
             if bar:
