@@ -127,7 +127,8 @@ def run(args: argparse.Namespace, load=load_detector, program: str = "detect.py"
             picture = draw_boxes(image, found.boxes, captions, found.labels, found.masks)
             drawn = save_picture(picture, args.out, file.stem, taken)
             for number, (mask, d) in enumerate(zip(found.masks or (), record["detections"])):
-                name = f"{drawn.stem}.{number}-{re.sub(r'[^\w]+', '-', d['label'])}"
+                name = re.sub(r"\W+", "-", d["label"])
+                name = f"{drawn.stem}.{number}-{name}"
                 d["mask"] = str(save_picture(Image.fromarray(mask), args.out, name, taken))
                 d["segmentation"] = to_rle(mask)
             if bar:
