@@ -28,7 +28,7 @@ from model.config import VARIANTS
 from model.config_json import config_to_json
 from model.gemma import Gemma
 from model.lora import lora_layers
-from train import checkpoint
+from train import checkpoint, objective
 from train.loss import allowed_loss, vocabulary_loss
 from train.scenes import write_coco
 
@@ -311,13 +311,13 @@ def test_another_run_is_not_resumed(tiny, scenes, tmp_path):  # noqa: F811
 
 def test_not_finite(tiny, scenes, tmp_path, monkeypatch):  # noqa: F811
     """The run stops with the names of the pictures, and the weights before the step are saved."""
-    real, calls = train.allowed_loss, []
+    real, calls = objective.allowed_loss, []
 
     def loss(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(train, "allowed_loss", loss)
+    monkeypatch.setattr(objective, "allowed_loss", loss)
     message = complaint(tiny, tmp_path / "run", f"--data {scenes} --steps 5")
     assert "step 3" in message and ".png" in message
     saved = weights(tmp_path / "run" / "step-0000002")

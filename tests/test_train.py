@@ -26,7 +26,7 @@ from model import PaliGemma
 from model.groups import ClosedSet
 from model.image import to_tensor
 from model.tokenizer import Tokenizer
-from train import checkpoint, nano
+from train import checkpoint, nano, objective
 from train.data import PracticeScenes, StepSampler, collate, network_input
 from train.patch_head import MIN_COVER, PatchHead, _giou, patch_targets
 from train.scenes import Scene, make_scene
@@ -340,7 +340,7 @@ def kill_at(monkeypatch, step):
             raise Killed
         return network_input(image)
 
-    monkeypatch.setattr(train, "network_input", network_input_or_death)
+    monkeypatch.setattr(objective, "network_input", network_input_or_death)
 
 
 @pytest.mark.parametrize(
