@@ -44,6 +44,7 @@ from model.boxes import BINS, locs_to_boxes, parse_answer
 from model.image import load_image
 from model.mask_codec import MaskCodec, place
 from model.weights import write_json
+from train.jsonl import answers, read_lines
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor"}
 TASKS = {"answer": "question", "caption": "caption", "describe": "caption", "cap": "caption"}
@@ -128,7 +129,7 @@ def judge(records: list[dict], said: list[str], codec: MaskCodec | None, bins: i
             overlaps = [overlap(text, mask_of(record), codec, bins) for record, text in pairs]
             figures[task]["mean IoU"] = round(sum(overlaps) / len(overlaps), 4)
             continue
-        right = [right_answers(record) for record, _ in pairs]
+        right = [[text.strip() for text in answers(record)] for record, _ in pairs]
         exact = [
             text.casefold() in [answer.casefold() for answer in ok] for (_, text), ok in zip(pairs, right)
         ]
@@ -144,11 +145,6 @@ def judge(records: list[dict], said: list[str], codec: MaskCodec | None, bins: i
                 for kind, hits in kinds.items()
             }
     return figures
-
-
-def right_answers(record: dict) -> list[str]:
-    suffix = record["suffix"]
-    return [text.strip() for text in (suffix if isinstance(suffix, list) else [suffix])]
 
 
 def mask_of(record: dict) -> np.ndarray:
@@ -190,7 +186,6 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from train.jsonl import read_lines
     from train.tasks import write_answers
 
     check_counts(args, "count", "max_tokens")
@@ -199,16 +194,15 @@ def run(args: argparse.Namespace) -> None:
     how = choosing(args)
     model, tokenizer = load_model(args)
     ask = Asker(model, tokenizer, args.max_tokens, how, args.seed)
-    figures, answered = {}, []
+    figures, answered, codec = {}, [], None
     for split in [None] if args.data else args.sets:
         name = HELD_OUT[split] if split else args.data.stem
         with tempfile.TemporaryDirectory() as temporary:
             data = args.data or Path(temporary) / "scenes" / "answers.jsonl"
             images = (args.data and args.images) or data.parent / "images"
             if split:
-                write_answers(
-                    data.parent, args.count, split, model.config.vision.image_size, load_codec(args)
-                )
+                codec = codec or load_codec(args)
+                write_answers(data.parent, args.count, split, model.config.vision.image_size, codec)
             records = [record for _, record in read_lines(data, images)]
             for record in records:
                 if task_of(record) is None:
@@ -216,7 +210,8 @@ def run(args: argparse.Namespace) -> None:
                     raise ValueError(
                         f"{data}: prefix {record['prefix']!r} begins with none of {known}, and has no mask"
                     )
-            codec = load_codec(args) if any("mask" in record for record in records) else None
+            if any("mask" in record for record in records):
+                codec = codec or load_codec(args)
             said = ask_all(ask, records, images, name)
             figures[name] = judge(records, said, codec, args.bins)
         report(name, figures[name])
