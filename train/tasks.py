@@ -24,7 +24,7 @@ from train import sentences
 from train.scenes import SPLITS, Scene, make_scene, write_coco
 from train.sentences import Thing
 
-SHARES = {"closed-set": 0.25, "caption": 0.13, "answer": 0.2, "detect": 0.2, "segment": 0.22}  # of samples
+SHARES = {"closed-set": 0.4, "caption": 0.11, "answer": 0.18, "detect": 0.13, "segment": 0.18}  # of samples
 MOST_ASKED = 10  # classes of an open-set prompt
 MOST_BOXES = 7  # of an open-set answer
 MOST_MASKS = 2
