@@ -61,7 +61,7 @@ def test_samples_of_all_tasks(scenes, tiny):  # noqa: F811
             locs, segs = answer.count("<loc"), answer.count("<seg")
             assert locs % 4 == 0 and segs == (4 * locs if start == "segment" else 0)
             assert (weights == LOC_WEIGHT).sum() == locs and (weights == SEG_WEIGHT).sum() == segs
-    assert len(starts) == len(SHARES) and min(starts.values()) > 2
+    assert len(starts) == len(SHARES) + 1 and min(starts.values()) > 2
 
 
 def test_texts_of_a_batch_have_few_lengths(scenes):

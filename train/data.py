@@ -38,8 +38,8 @@ LOC_WEIGHT, SEG_WEIGHT = 3.0, 0.5
 class PracticeScenes(Dataset):
     """Scenes drawn as they are asked for: endless, the item is the scene's number from `first` on.
 
-    With a tokenizer and a mask codec, PROMPTS samples of any tasks in train/tasks.py; without, one of
-    closed-set detection.
+    A sample is of closed-set detection; with a tokenizer and a mask codec there are PROMPTS, the others of any
+    tasks in train/tasks.py.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class PracticeScenes(Dataset):
         scene = make_scene(seed, size, self.split)
         rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
         if self.tasks:
-            drawn = rng.choice(list(SHARES), PROMPTS, p=list(SHARES.values()))
-            samples = [self._sample(rng, scene, task) for task in drawn]
+            drawn = rng.choice(list(SHARES), PROMPTS - 1, p=list(SHARES.values()))
+            samples = [self._sample(rng, scene, task) for task in ("closed-set", *drawn)]
             sample = {name: [each[name] for each in samples] for name in samples[0]}
             sample["image"] = samples[0]["image"]
         else:

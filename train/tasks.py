@@ -24,7 +24,7 @@ from train import sentences
 from train.scenes import SPLITS, Scene, make_scene, write_coco
 from train.sentences import Thing
 
-SHARES = {"closed-set": 0.4, "caption": 0.11, "answer": 0.18, "detect": 0.13, "segment": 0.18}  # of samples
+SHARES = {"caption": 0.18, "answer": 0.3, "detect": 0.22, "segment": 0.3}  # of the prompts in words
 MOST_ASKED = 10  # classes of an open-set prompt
 MOST_BOXES = 7  # of an open-set answer
 MOST_MASKS = 2
