@@ -38,8 +38,8 @@ LOC_WEIGHT, SEG_WEIGHT = 3.0, 0.5
 class PracticeScenes(Dataset):
     """Scenes drawn as they are asked for: endless, the item is the scene's number from `first` on.
 
-    A sample is of closed-set detection; with a tokenizer and a mask codec there are PROMPTS, the others of any
-    tasks in train/tasks.py.
+    A sample is of closed-set detection; with a tokenizer and a mask codec there are PROMPTS, the others of
+    any tasks in train/tasks.py.
     """
 
     def __init__(
