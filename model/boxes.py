@@ -69,18 +69,24 @@ def parse_answer(text: str) -> list[ParsedBox]:
     """The objects of "<loc0000><loc0000><loc0512><loc1023> traffic light ; <loc...", in order.
 
     Answers are imperfect: anything around four locations is passed over, fewer than four are dropped, and so
-    are the codes of an unfinished mask. Boxes may be turned inside out.
+    are the codes of an unfinished mask, and those behind the sixteenth. Boxes may be turned inside out.
     """
     found = []
     for match in _OBJECT.finditer(text):
         locs, seg, label = match.groups()
         codes = tuple(int(code) for code in re.findall("[0-9]{3}", seg))
-        whole = len(codes) == 16 and max(codes) < 128
+        whole = len(codes) >= 16 and max(codes) < 128
         quadruple = tuple(int(loc) for loc in re.findall("[0-9]{4}", locs))
         start = match.start(3) + len(label) - len(label.lstrip())
         span = (start, start + len(label.strip())) if label.strip() else match.span()
-        found.append(ParsedBox(quadruple, codes if whole else (), label.strip(), span))
+        found.append(ParsedBox(quadruple, codes[:16] if whole else (), label.strip(), span))
     return found
+
+
+def check_label(label: str) -> None:
+    """Raises ValueError for a label that would not come back from an answer."""
+    if re.search("[;<>]", label):
+        raise ValueError(f"label {label!r} cannot be written into an answer: it has one of ; < > in it")
 
 
 def format_answer(
@@ -92,14 +98,13 @@ def format_answer(
 ) -> str:
     """Pixel boxes [n, 4], n labels and, of segmentation, codes [n, 16] -> the text that parse_answer reads.
 
-    Never writes <loc1024>. Raises ValueError for a label with one of ; < > in it, which would end it.
+    Never writes <loc1024>. Raises ValueError as check_label does.
     """
     parts = []
     codes = np.empty((len(labels), 0), int) if codes is None else codes
     rows = zip(boxes_to_locs(boxes, width, height).tolist(), codes.tolist(), labels, strict=True)
     for locs, seg, label in rows:
-        if re.search("[;<>]", label):
-            raise ValueError(f"label {label!r} cannot be written into an answer: it has one of ; < > in it")
+        check_label(label)
         special = [f"<loc{loc:04d}>" for loc in locs] + [f"<seg{code:03d}>" for code in seg]
         parts.append(("".join(special) + f" {label}").rstrip())
     return " ; ".join(parts)

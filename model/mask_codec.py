@@ -144,7 +144,7 @@ def _read(file: Path, check_sha256: bool) -> dict[str, Tensor]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (ValueError, OSError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is not a file of numpy arrays: {error}") from error
     names = {name: "codebook" if name == _CODEBOOK else name for name in tensors.keys() - _OF_TRAINING}
     return {ours: tensors[theirs] for theirs, ours in names.items()}
@@ -168,6 +168,35 @@ def to_rle(mask: np.ndarray) -> dict:
 
     rle = encode(np.asfortranarray(mask, np.uint8))
     return rle | dict(counts=rle["counts"].decode())
+
+
+def from_rle(rle: dict) -> np.ndarray:
+    """The other way; counts may also be a list of run lengths. Raises ValueError for any other thing."""
+    try:
+        height, width = rle["size"]
+        runs = np.asarray(_runs(rle["counts"]) if isinstance(rle["counts"], str) else rle["counts"])
+        within = runs.dtype.kind == "i" and ((runs >= 0) & (runs <= height * width)).all()
+        if not within or runs.ndim != 1 or runs.sum() != height * width or min(height, width) < 1:
+            raise ValueError(f"its runs do not fill {width} x {height} pixels")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a run-length encoding ({error})") from error
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, runs).reshape(width, height).T
+
+
+def _runs(text: str) -> list[int]:
+    """Run lengths from COCO's text: five bits a character, low ones first, and a sixth where more follow;
+    from the fourth on, the difference to the last but one."""
+    runs, value, shift = [], 0, 0
+    for byte in text.encode():
+        byte -= 48
+        value |= (byte & 31) << shift
+        shift += 5
+        if not byte & 32:
+            value -= (byte >> 4 & 1) << shift  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
 
 
 def place(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndarray:

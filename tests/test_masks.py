@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools.mask import decode as from_rle
-from pycocotools.mask import encode
+from pycocotools.mask import decode
 
 from model.boxes import parse_answer
 from model.hub import CODEC, NANO
-from model.mask_codec import to_rle
+from model.mask_codec import from_rle, to_rle
 from train import convert
 
 WIDTH, HEIGHT = 100, 60
@@ -39,13 +38,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def coco_file(folder, *segmentations, crowd=0) -> Path:
+def coco_file(folder, *segmentations, crowd=0, width=WIDTH) -> Path:
     data = dict(
-        images=[dict(id=7, file_name="a.png", width=WIDTH, height=HEIGHT)],
+        images=[dict(id=7, file_name="a.png", width=width, height=HEIGHT)],
         categories=[dict(id=3, name="traffic light")],
         annotations=[
-            dict(id=k, image_id=7, category_id=3, bbox=[20, 10, 40, 30], iscrowd=crowd, segmentation=form)
-            for k, form in enumerate(segmentations, 1)
+            dict(id=900 + k, image_id=7, category_id=3, iscrowd=crowd, segmentation=form)
+            for k, form in enumerate(segmentations)
         ],
     )
     file = folder / "instances.json"
@@ -97,7 +96,7 @@ def test_coco(folder, form):
     ((found),) = parse_answer(line["suffix"])
     assert found.label == "traffic light" and len(found.seg) == 16
     assert found.locs == tuple(round(1024 * x) for x in (10 / 60, 20 / 100, 40 / 60, 60 / 100))
-    assert np.array_equal(from_rle(line["mask"]).astype(bool), rectangle())
+    assert np.array_equal(from_rle(line["mask"]), rectangle())
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "I;16"])
@@ -109,7 +108,7 @@ def test_pictures(folder, mode):
         Image.fromarray(mask).convert(mode).save(folder / "m.png")
     (line,), said = run(folder, lines_file(folder, dict(image="b.png", label="cat", mask="m.png")))
     assert not said and line["prefix"] == "segment cat"
-    assert np.array_equal(from_rle(line["mask"]).astype(bool), rectangle())
+    assert np.array_equal(from_rle(line["mask"]), rectangle())
 
 
 def test_lines_and_sheet(folder, capsys):
@@ -136,7 +135,16 @@ FAULTS = {
     "none": (None, "no segmentation"),
     "no polygon": ([[1, 2, 3, 4]], "polygon"),
     "odd polygon": ([[1, 2, 3, 4, 5, 6, 7]], "polygon"),
+    "nested polygon": ([[[1, 2], [3, 4], [5, 6]]], "polygon"),
+    "words": ([["a", 2, 3, 4, 5, 6]], "polygon"),
+    "null": ([[1, 2, None, 4, 5, 6]], "polygon"),
+    "not a number": ([[float("nan"), 2, 3, 4, 5, 6]], "polygon"),
+    "far away": ([[1, 2, 1e12, 4, 5, 6]], "polygon"),
     "no counts": (dict(size=[HEIGHT, WIDTH]), "run-length"),
+    "empty counts": (dict(size=[HEIGHT, WIDTH], counts=""), "do not fill"),
+    "few counts": (dict(size=[HEIGHT, WIDTH], counts=[10]), "do not fill"),
+    "negative counts": (dict(size=[HEIGHT, WIDTH], counts=[-10, HEIGHT * WIDTH + 10]), "do not fill"),
+    "negative size": (dict(size=[-HEIGHT, -WIDTH], counts=[10, HEIGHT * WIDTH - 10]), "do not fill"),
     "outside": ([[200, 200, 220, 200, 220, 230]], "empty"),
 }
 
@@ -151,10 +159,37 @@ def test_faults_of_coco(folder, fault):
         lines == []
         and said.startswith("convert.py: ")
         and words in said
-        and "annotation 2 of image 7" in said
+        and "annotation 901 of image 7" in said
     )
     lines, said = run(folder, data, "--skip-bad")
     assert len(lines) == 1 and not said
+
+
+def test_image_of_another_size(folder):
+    """Polygons do not tell which size they are for: the file's record does."""
+    lines, said = run(folder, coco_file(folder, FORMS["polygon"](), width=2 * WIDTH))
+    assert lines == [] and "200 x 60 pixels, it has 100 x 60" in said
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("categories", dict(name=None), "category 3 has no name"),
+        ("categories", dict(name="c;t"), "c;t"),
+        ("images", dict(file_name=3), "image 7 has no file_name"),
+        ("images", dict(width=None), "width"),
+        ("annotations", dict(image_id=8), "annotation 900 has the image_id 8"),
+        ("annotations", dict(category_id=None), "category_id"),
+        ("annotations", dict(segmentation=3), "annotation 900"),
+    ],
+)
+def test_malformed_coco(folder, part, change, words):
+    file = coco_file(folder, to_rle(rectangle()))
+    data = json.loads(file.read_text())
+    data[part][0] |= change
+    file.write_text(json.dumps(data))
+    lines, said = run(folder, file)
+    assert lines == [] and said.startswith("convert.py: ") and words in said and "\n" not in said
 
 
 def picture(folder, pixels, name="m.png"):
@@ -200,7 +235,11 @@ def test_codec_is_checked(folder):
     assert "none.npz: no such file" in said and (NANO / CODEC).exists()
 
 
-def test_runs_agree():
-    """The test's own run-length encoding is COCO's."""
-    mask = rectangle()
-    assert np.array_equal(from_rle(encode(np.asfortranarray(mask, np.uint8))).astype(bool), mask)
+def test_run_lengths():
+    """Both ways, and from a list of counts; pycocotools reads and writes the same."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mask = rng.random(rng.integers(1, 90, 2)) < rng.choice([0, 0.02, 0.5, 0.98, 1])
+        rle = to_rle(mask)
+        assert decode(rle).astype(bool).tolist() == mask.tolist()
+        assert from_rle(rle).tolist() == mask.tolist() == from_rle(uncompressed(mask)).tolist()

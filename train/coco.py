@@ -90,36 +90,23 @@ class CocoIndex:
         """
         if images is not None and not images.is_dir():
             raise ValueError(f"{images}: no such folder (the images of {file})")
-        try:
-            data = json.loads(file.read_bytes(), object_hook=_without_outlines)
-        except ValueError as error:
-            raise ValueError(f"{file} is not a COCO annotation file: not JSON ({error})") from error
-        categories, pictures, annotations = (
-            _by_id(data, key, file) for key in ("categories", "images", "annotations")
-        )
-        if not pictures:
-            raise ValueError(f"{file} has no images")
+        categories, pictures, annotations = read_records(file, object_hook=_without_outlines)
         if most_classes is not None and len(categories) > most_classes:
             raise ValueError(
                 f"{file} has {len(categories)} categories, but there are tokens for {most_classes}"
             )
         ids = sorted(categories)
-        for i in ids:
-            if not isinstance(categories[i].get("name"), str) or not categories[i]["name"]:
-                raise ValueError(f"{file}: category {i} has no name")
-        names, sizes = [], []
-        for i, record in pictures.items():
-            names.append(_file_name(record, f"{file}: image {i}").encode())
-            sizes.append([_side(record, side, f"{file}: image {i}") for side in ("width", "height")])
+        names = [record["file_name"].encode() for record in pictures.values()]
+        sizes = [[record["width"], record["height"]] for record in pictures.values()]
         crowd, owners, labels, boxes = 0, [], [], []
         image_rows, category_rows = ({i: row for row, i in enumerate(keys)} for keys in (pictures, ids))
         for i, record in annotations.items():
-            owner = _row(record, "image_id", image_rows, f"{file}: annotation {i}")
-            label = _row(record, "category_id", category_rows, f"{file}: annotation {i}")
             if record.get("iscrowd"):
                 crowd += 1
                 continue
-            owners.append(owner), labels.append(label), boxes.append(_bbox(record, f"{file}: annotation {i}"))
+            owners.append(image_rows[record["image_id"]])
+            labels.append(category_rows[record["category_id"]])
+            boxes.append(_bbox(record, f"{file}: annotation {i}"))
 
         owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
         boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)
@@ -145,6 +132,36 @@ class CocoIndex:
         )
 
 
+def read_records(file: Path, object_hook=None) -> tuple[dict[int, dict], dict[int, dict], dict[int, dict]]:
+    """Categories, images and annotations of a COCO file by id, in the file's order. Each category has a name,
+    each image a file_name and whole sides, each annotation an image and a category; that is all it checks.
+
+    Raises ValueError that names the file and the record at fault, OSError if the file cannot be opened.
+    """
+    try:
+        data = json.loads(file.read_bytes(), object_hook=object_hook)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a COCO annotation file: not JSON ({error})") from error
+    categories, pictures, annotations = (
+        _by_id(data, key, file) for key in ("categories", "images", "annotations")
+    )
+    if not pictures:
+        raise ValueError(f"{file} has no images")
+    for i, record in categories.items():
+        if not isinstance(record.get("name"), str) or not record["name"]:
+            raise ValueError(f"{file}: category {i} has no name")
+    for i, record in pictures.items():
+        where = f"{file}: image {i}"
+        _check_file_name(record, where)
+        record |= {side: _side(record, side, where) for side in ("width", "height")}
+    for i, record in annotations.items():
+        for key, known in (("image_id", pictures), ("category_id", categories)):
+            if type(record.get(key)) is not int or record[key] not in known:
+                fault = f"has the {key} {record.get(key)!r}, which the file does not define"
+                raise ValueError(f"{file}: annotation {i} {fault}")
+    return categories, pictures, annotations
+
+
 def _without_outlines(record: dict) -> dict:
     """Outlines are most of a file and used by nobody here: drop them while reading."""
     record.pop("segmentation", None)
@@ -166,13 +183,12 @@ def _by_id(data: dict, key: str, file: Path) -> dict[int, dict]:
     return records
 
 
-def _file_name(record: dict, where: str) -> str:
+def _check_file_name(record: dict, where: str) -> None:
     name = record.get("file_name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where} has no file_name")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{where}: file_name {name!r} leaves the image folder")
-    return name
 
 
 def _side(record: dict, side: str, where: str) -> int:
@@ -180,13 +196,6 @@ def _side(record: dict, side: str, where: str) -> int:
     if type(value) not in (int, float) or not value > 0 or value % 1 != 0:
         raise ValueError(f"{where} has the {side} {value!r}: it must be a whole number of pixels")
     return int(value)
-
-
-def _row(record: dict, key: str, rows: dict[int, int], where: str) -> int:
-    i = record.get(key)
-    if type(i) is not int or i not in rows:
-        raise ValueError(f"{where} has the {key} {i!r}, which the file does not define")
-    return rows[i]
 
 
 def _bbox(record: dict, where: str) -> list[float]:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from model.boxes import format_answer, locs_to_boxes, parse_answer
+from model.boxes import check_label, format_answer, locs_to_boxes, parse_answer
 from model.hub import CODEC, NANO
 from model.image import load_image
 from model.mask_codec import MaskCodec
@@ -65,7 +65,8 @@ def coco_to_jsonl(args: argparse.Namespace) -> str:
     if args.absent < 0 or args.seed < 0 or (most is not None and most < 1):
         raise ValueError("--absent and --seed must be at least 0, --classes-per-line at least 1")
     index = CocoIndex.read(args.data, most_classes=None)
-    format_answer(np.zeros((len(index.classes), 4)), index.classes, 1, 1)  # refuses a name with ; in it now
+    for name in index.classes:
+        check_label(name)
     counts = Counter()
 
     def lines():

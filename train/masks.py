@@ -17,10 +17,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.mask import decode, frPyObjects, merge
 
-from infer.evaluate import read_coco
-from model.boxes import boxes_to_locs, format_answer, locs_to_boxes
+from model.boxes import boxes_to_locs, check_label, format_answer, locs_to_boxes
 from model.image import load_image
-from model.mask_codec import MaskCodec, crop, place, to_rle
+from model.mask_codec import MaskCodec, crop, from_rle, place, to_rle
+from train.coco import read_records
 from train.sentences import segment_prompt
 
 CELL, ACROSS = 160, 4  # of a contact sheet: pixels of a picture, pairs of them in a row
@@ -35,26 +35,24 @@ class Outline:
     label: str
     mask: dict | list | Path  # run-length encoding, polygons, or a picture
     where: str  # for complaints
+    size: tuple[int, int] | None = None  # width and height of the picture, if the file tells them
 
 
 def read_outlines(file: Path, lines: bool) -> Iterator[Outline]:
-    """The objects of a COCO file, crowds left out, or of JSON lines, in the order of images."""
+    """The objects of a COCO file, crowds left out, or of JSON lines, in the order of the file."""
     if lines:
         with open(file, encoding="utf-8") as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
                     yield _of_line(line, file, f"{file}:{number}")
         return
-    coco = read_coco(file)
-    for i in sorted(coco.imgs):
-        for record in coco.imgToAnns[i]:
-            if not record["iscrowd"]:
-                name, where = coco.imgs[i]["file_name"], f"{file}: annotation {record['id']} of image {i}"
-                if record["category_id"] not in coco.cats:
-                    raise ValueError(f"{where} has no known category")
-                yield Outline(
-                    name, coco.cats[record["category_id"]]["name"], record.get("segmentation"), where
-                )
+    categories, pictures, annotations = read_records(file)
+    for i, record in annotations.items():
+        if not record.get("iscrowd"):
+            picture, label = pictures[record["image_id"]], categories[record["category_id"]]["name"]
+            where = f"{file}: annotation {i} of image {record['image_id']}"
+            size = picture["width"], picture["height"]
+            yield Outline(picture["file_name"], label, record.get("segmentation"), where, size)
 
 
 def _of_line(line: str, file: Path, where: str) -> Outline:
@@ -70,54 +68,67 @@ def _of_line(line: str, file: Path, where: str) -> Outline:
 
 def to_mask(outline: Outline, width: int, height: int) -> np.ndarray:
     """The mask bool [H, W] of an object in a picture of this size. Raises ValueError if anything is wrong."""
-    where, mask = outline.where, outline.mask
+    try:
+        check_label(outline.label)
+        if outline.size not in (None, (width, height)):
+            raise ValueError(
+                "the file gives the image {} x {} pixels, it has {} x {}".format(*outline.size, width, height)
+            )
+        mask = np.ascontiguousarray(_read(outline.mask, width, height)).astype(bool)
+        if mask.shape != (height, width):
+            raise ValueError(
+                f"the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}"
+            )
+        if not mask.any():
+            raise ValueError("the mask is empty")
+        if mask.all():
+            raise ValueError("the mask is the whole image; is it turned inside out, or of another file?")
+    except ValueError as error:
+        raise ValueError(f"{outline.where}: {error}") from error
+    return mask
+
+
+def _read(mask: dict | list | Path, width: int, height: int) -> np.ndarray:
     if isinstance(mask, Path):
-        found = _of_picture(mask, where)
-    elif isinstance(mask, list):
-        if not mask or any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in mask):
-            raise ValueError(f"{where}: a polygon must be x, y of three points or more, not {mask!r:.60}")
-        found = decode(merge(frPyObjects(mask, height, width)))
-    elif isinstance(mask, dict):
+        return _of_picture(mask)
+    if isinstance(mask, list):
+        return _of_polygons(mask, width, height)
+    if isinstance(mask, dict):
+        return from_rle(mask)
+    raise ValueError(f"there is no segmentation, but {mask!r:.60}")
+
+
+def _of_polygons(polygons: list, width: int, height: int) -> np.ndarray:
+    outlines, far = [], 10 * max(width, height)
+    for polygon in polygons or [None]:
         try:
-            h, w = mask["size"]
-            compressed = isinstance(mask["counts"], (str, bytes))
-            found = decode(mask if compressed else frPyObjects(mask, h, w))
-        except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{where}: not a run-length encoding ({error!r})") from error
-    else:
-        raise ValueError(f"{where} has no segmentation")
-    if found.shape != (height, width):
-        raise ValueError(
-            f"{where}: the mask has {found.shape[1]} x {found.shape[0]} pixels, its image {width} x {height}"
-        )
-    found = np.ascontiguousarray(found).astype(bool)
-    if not found.any():
-        raise ValueError(f"{where}: the mask is empty")
-    if found.all():
-        raise ValueError(
-            f"{where}: the mask is the whole image; is it turned inside out, or of another file?"
-        )
-    return found
+            points = np.asarray(polygon, float)
+        except (ValueError, TypeError):
+            points = np.zeros(0)
+        if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not (abs(points) < far).all():
+            raise ValueError(f"a polygon must be x, y of three points or more, not {polygon!r:.60}")
+        outlines.append(points.tolist())
+    return decode(merge(frPyObjects(outlines, height, width)))
 
 
-def _of_picture(file: Path, where: str) -> np.ndarray:
+def _of_picture(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as picture:
             values = np.asarray(
                 picture if picture.mode in ("1", "L", "P", "I", "I;16") else picture.convert("RGB")
             )
     except FileNotFoundError as error:
-        raise ValueError(f"{where}: {file}: no such file") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{where}: {file} is not a readable image ({error})") from error
+        raise ValueError(f"{file}: no such file") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is not a readable image ({error})") from error
     if values.ndim == 3:
         if (values != values[..., :1]).any():
-            raise ValueError(f"{where}: {file} has colours; a mask has one channel")
+            raise ValueError(f"{file} has colours; a mask has one channel")
         values = values[..., 0]
     different = np.unique(values)
     if len(different) > 2 or (len(different) == 2 and different[0] != 0):
         told = ", ".join(map(str, different[:4].tolist()))
-        raise ValueError(f"{where}: {file} has the values {told} ...; a mask has 0 and one other")
+        raise ValueError(f"{file} has the values {told} ...; a mask has 0 and one other")
     return values
 
 
