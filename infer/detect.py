@@ -9,7 +9,6 @@ original picture. The exit code is 0 only if every picture was processed.
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from infer.draw import draw_boxes
 from infer.loading import add_detection_arguments, load_detector
 from model.image import SUFFIXES
 from model.mask_codec import to_rle
-from model.weights import write_json
+from model.weights import replacing, write_json
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -71,9 +70,8 @@ def save_picture(picture: Image.Image, out: Path, name: str, taken: set[Path]) -
     while target.resolve() in taken:
         target, number = out / f"{name}-{number}.png", number + 1
     taken.add(target.resolve())
-    temporary = out / f".{os.getpid()}.png"
-    picture.save(temporary)
-    os.replace(temporary, target)
+    with replacing(target) as temporary:
+        picture.save(temporary, "PNG")
     return target
 
 
@@ -103,24 +101,26 @@ def run(args: argparse.Namespace, load=load_detector, program: str = "detect.py"
     for message in complaints:
         print(f"{program}: {message}", file=sys.stderr)
     check_json(args.json)
+    records, taken = [], {file.resolve() for file in files}
+    if args.json and args.json.resolve() in taken:
+        raise ValueError(f"--json {args.json} is one of the pictures")
     detector = load(args, args.score_threshold)
     args.out.mkdir(parents=True, exist_ok=True)
-    records, taken = [], {file.resolve() for file in files}
     bar = None
     if len(files) > 1:
         from tqdm import tqdm
 
         bar = tqdm(total=len(files), unit="image", disable=None)
     for batch in read_ahead(files, args.batch_size or detector.fitting_batch()):
-        images = {}
+        images = []
         for file, reading in batch:
             try:
-                images[file] = reading.result()
+                images.append((file, reading.result()))
             except ValueError as error:
                 complaints.append(str(error))
                 print(f"{program}: {error}", file=sys.stderr)
-        found_all = detector(list(images.values())) if images else []
-        for (file, image), found in zip(images.items(), found_all, strict=True):
+        found_all = detector([image for _, image in images]) if images else []
+        for (file, image), found in zip(images, found_all, strict=True):
             record = entry(file, image, found, detector, args.tokens)
             records.append(record)
             captions = [f"{d['label']} {d['score']:.2f}" for d in record["detections"]]

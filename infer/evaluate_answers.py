@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.mask import decode as from_rle
 from tqdm import tqdm
 
 from infer.detector import check_json
@@ -42,9 +41,9 @@ from infer.loading import (
 from infer.open_set import Asker
 from model.boxes import BINS, locs_to_boxes, parse_answer
 from model.image import load_image
-from model.mask_codec import MaskCodec, place
-from model.weights import write_json
-from train.jsonl import answers, read_lines
+from model.jsonl import answers, read_lines
+from model.mask_codec import MaskCodec, from_rle, place
+from model.weights import write_json, write_lines
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor"}
 TASKS = {"answer": "question", "caption": "caption", "describe": "caption", "cap": "caption"}
@@ -105,6 +104,11 @@ def ask_all(ask: Asker, records: list[dict], images: Path, title: str) -> list[s
     for start in range(0, len(by_image), IMAGES):
         of_call = by_image[start : start + IMAGES]
         pictures = [load_image(images / lines[0]["image"]) for lines in of_call]
+        for picture, lines in zip(pictures, of_call):
+            for height, width in {tuple(line["mask"]["size"]) for line in lines if "mask" in line}:
+                if (width, height) != picture.size:
+                    fault = f"has a mask of {width} x {height} pixels, but {picture.width} x {picture.height}"
+                    raise ValueError(f"{images / lines[0]['image']} {fault}")
         asked = [(i, line["prefix"]) for i, lines in enumerate(of_call) for line in lines]
         said += [ask.tokenizer.decode(tokens).strip() for tokens, _ in ask(pictures, asked)]
         bar.update(len(asked))
@@ -126,7 +130,7 @@ def judge(records: list[dict], said: list[str], codec: MaskCodec | None, bins: i
     for task, pairs in by_task.items():
         figures[task] = dict(lines=len(pairs))
         if task == "mask":
-            overlaps = [overlap(text, mask_of(record), codec, bins) for record, text in pairs]
+            overlaps = [overlap(text, from_rle(record["mask"]), codec, bins) for record, text in pairs]
             figures[task]["mean IoU"] = round(sum(overlaps) / len(overlaps), 4)
             continue
         right = [[text.strip() for text in answers(record)] for record, _ in pairs]
@@ -138,7 +142,7 @@ def judge(records: list[dict], said: list[str], codec: MaskCodec | None, bins: i
             figures[task]["CIDEr-D"] = round(cider_d([text for _, text in pairs], right), 3)
         kinds = defaultdict(list)
         for (record, _), hit in zip(pairs, exact):
-            kinds[record.get("kind")].append(hit)
+            kinds[record.get("kind", "others")].append(hit)
         if len(kinds) > 1:
             figures[task]["kinds"] = {
                 kind: dict(exact=round(sum(hits) / len(hits), 4), lines=len(hits))
@@ -147,14 +151,23 @@ def judge(records: list[dict], said: list[str], codec: MaskCodec | None, bins: i
     return figures
 
 
-def mask_of(record: dict) -> np.ndarray:
-    """The right mask of a line, bool [H, W]. Raises ValueError if it is none."""
-    try:
-        return np.ascontiguousarray(from_rle(record["mask"])).astype(bool)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the line of {record['image']}, {record['prefix']!r}: its 'mask' is not run-length encoded"
-        ) from error
+def checked_lines(data: Path, images: Path) -> list[dict]:
+    """The lines of a file. Raises ValueError for one of which nothing can be measured."""
+    records = []
+    for _, record in read_lines(data, images):
+        try:
+            if task_of(record) is None:
+                raise ValueError(f"begins with none of {', '.join(TASKS)}, and has no mask")
+            if "mask" in record:
+                from_rle(record["mask"])
+            if not isinstance(record.get("kind", ""), str):
+                raise ValueError(f"'kind' must be text, not {record['kind']!r:.60}")
+        except ValueError as error:
+            raise ValueError(f"{data}: {record['image']}, {record['prefix']!r}: {error}") from error
+        records.append(record)
+    if not records:
+        raise ValueError(f"{data} has no lines")
+    return records
 
 
 def report(name: str, figures: dict) -> None:
@@ -203,13 +216,7 @@ def run(args: argparse.Namespace) -> None:
             if split:
                 codec = codec or load_codec(args)
                 write_answers(data.parent, args.count, split, model.config.vision.image_size, codec)
-            records = [record for _, record in read_lines(data, images)]
-            for record in records:
-                if task_of(record) is None:
-                    known = ", ".join(TASKS)
-                    raise ValueError(
-                        f"{data}: prefix {record['prefix']!r} begins with none of {known}, and has no mask"
-                    )
+            records = checked_lines(data, images)
             if any("mask" in record for record in records):
                 codec = codec or load_codec(args)
             said = ask_all(ask, records, images, name)
@@ -219,9 +226,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         write_json(figures, args.json)
     if args.answers:
-        temporary = args.answers.with_name(f".{args.answers.name}.part")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in answered), encoding="utf-8")
-        temporary.replace(args.answers)
+        write_lines((json.dumps(record) + "\n" for record in answered), args.answers)
 
 
 def main() -> None:

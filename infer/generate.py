@@ -94,9 +94,6 @@ def converse(speaker: Speaker) -> None:
     while True:
         try:
             line = input("> ").strip()
-        except EOFError:
-            return print()
-        try:
             command, _, rest = line.partition(" ")
             if command == "/image":
                 speaker.look(Path(rest.strip()))
@@ -104,6 +101,8 @@ def converse(speaker: Speaker) -> None:
                 print(HELP)
             elif line:
                 speaker.answer(line)
+        except EOFError:
+            return print()
         except (ValueError, OSError) as error:
             print(f"generate.py: {str(error).splitlines()[0]}", file=sys.stderr)
 

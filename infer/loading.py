@@ -6,7 +6,7 @@ import difflib
 import torch
 
 from infer.detector import Detector, Selection
-from infer.open_set import OpenSetDetector
+from infer.open_set import Asker, OpenSetDetector
 from model import PaliGemma
 from model.config import PaliGemmaConfig
 from model.decode import EarlyStop, GroupDecoder
@@ -176,8 +176,8 @@ def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector 
             if getattr(args, name):
                 raise ValueError(f"--{name.replace('_', '-')} is of closed-set detection, without --classes")
         names = class_names(args.classes, model.config)
-        options = args.classes_per_call, args.max_tokens, how, args.seed
-        return OpenSetDetector(model, tokenizer, names, *options, selection)
+        ask = Asker(model, tokenizer, args.max_tokens, how, args.seed)
+        return OpenSetDetector(ask, names, args.classes_per_call, selection)
     if args.top_k or args.eos_offset:
         raise ValueError("--top-k and --eos-offset are of open-set detection, with --classes")
     stop = EarlyStop(*args.early_stop) if args.early_stop else None

@@ -1,4 +1,5 @@
-"""Detection in words: "detect cat ; traffic light" is answered by "<loc...> cat ; <loc...> traffic light".
+"""Detection in words: "detect cat ; traffic light" is answered by "<loc...> cat ; <loc...> traffic light";
+"segment cat", by "<loc...><seg...> cat".
 
 Any class that has a name can be asked for, a few in a prompt; the answers to all prompts are put together.
 Axes: P image tokens, D decoder width, n boxes.
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from infer.detector import KEEP_ALL, Detections, Selection, fitting_batch, network_images
 from model import PaliGemma
-from model.boxes import ParsedBox, parse_answer
+from model.boxes import ParsedBox, box_prompt, parse_answer
 from model.generate import GREEDY, Choosing, answers, generate
+from model.mask_codec import MaskCodec
 from model.tokenizer import Tokenizer
 
 
@@ -81,46 +83,47 @@ class Asker:
 
 
 class OpenSetDetector:
-    """Has the form of infer.detector.Detector, for classes given by name."""
+    """Has the form of infer.detector.Detector, for classes given by name; with a mask codec it segments."""
 
     def __init__(
         self,
-        model: PaliGemma,
-        tokenizer: Tokenizer,
+        ask: Asker,
         classes: Sequence[str],
-        per_call: int = 8,
-        max_tokens: int = 200,
-        choosing: Choosing = GREEDY,
-        seed: int = 0,
+        per_call: int = 1,
         selection: Selection = KEEP_ALL,
+        codec: MaskCodec | None = None,
     ):
-        """per_call: classes of a prompt, at most; max_tokens: of an answer."""
-        self.model, self.classes, self.selection = model, tuple(classes), selection
+        """per_call: classes of a prompt, at most; checkpoints are taught to segment one at a time."""
+        self.ask, self.classes, self.selection, self.codec = ask, tuple(classes), selection, codec
         self.chunks = [range(i, min(i + per_call, len(classes))) for i in range(0, len(classes), per_call)]
-        self.ask = Asker(model, tokenizer, max_tokens, choosing, seed)
 
     def __call__(self, images: list[Image.Image]) -> list[Detections]:
         """Detect in a batch of upright RGB images of any sizes."""
         names = [[self.classes[c] for c in chunk] for chunk in self.chunks]
-        asked = [(i, "detect " + " ; ".join(of_call)) for i in range(len(images)) for of_call in names]
-        said = self.ask(images, asked)
-        count = len(self.chunks)
+        prompts = [box_prompt(of_call, masks=self.codec is not None) for of_call in names]
+        said = self.ask(images, [(i, prompt) for i in range(len(images)) for prompt in prompts])
+        count = len(prompts)
         return [
             self._select(image, said[i * count : (i + 1) * count], names) for i, image in enumerate(images)
         ]
 
     def fitting_batch(self) -> int:
         """Images that are worth reading together."""
-        return fitting_batch(self.model, 8 * len(self.chunks[0]), self.ask.max_tokens)
+        return fitting_batch(self.ask.model, 8 * len(self.chunks[0]), self.ask.max_tokens)
 
     def _select(self, image: Image.Image, said, names) -> Detections:
+        """said, names: the answer to each call, and what it asked for. To be segmented, an object needs its
+        16 codes."""
         found = [
-            (one.box.locs, one.score, chunk[one.label])
+            (one.box.locs, one.score, chunk[one.label], one.box.seg)
             for (tokens, log_p), of_call, chunk in zip(said, names, self.chunks, strict=True)
             for one in scored(self.ask.tokenizer, tokens, log_p, of_call)
+            if one.box.seg or self.codec is None
         ]
-        locs, scores, labels = zip(*found) if found else ((), (), ())
+        locs, scores, labels, codes = zip(*found) if found else ((), (), (), ())
         raw = np.array([token for tokens, _ in said for token in tokens], np.int64)
-        return self.selection(
-            image, np.array(locs).reshape(-1, 4), np.array(scores), np.array(labels, np.int64), raw
-        )
+        columns = np.array(locs).reshape(-1, 4), np.array(scores), np.array(labels, np.int64)
+        masks = None
+        if self.codec:
+            masks = self.codec.decode(torch.tensor(codes)).numpy() if found else []
+        return self.selection(image, *columns, raw, masks)

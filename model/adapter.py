@@ -19,7 +19,8 @@ from model.lora import lora_layers, replace_linear
 from model.weights import official_name, read_json, save_tensors, short_name, write_json
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's file
-DETECTION = "detection.json"  # beside it, ours: the classes and groups of a closed-set adapter
+DETECTION = "detection.json"  # beside it, ours: what the adapter was trained to detect
+DETECTION_FIELDS = ("groups", "classes", "open_vocabulary")  # of the config
 
 # What is read (or means nothing for the result); any other key must be off.
 _READ = set(
@@ -120,12 +121,12 @@ def load_adapter(model: nn.Module, source: str | Path) -> None:
 
 
 def detection_overrides(source: str | Path) -> dict:
-    """The groups and classes that a closed-set adapter was trained for; {} if its folder does not say."""
+    """What an adapter was trained to detect, as fields of the config; {} if its folder does not say."""
     file = resolve(source) / DETECTION
     if not file.exists():
         return {}
-    raw = read_json(file)
-    return dict(groups=raw.get("groups"), classes=tuple(raw.get("classes", ())))
+    found = {name: value for name, value in read_json(file).items() if name in DETECTION_FIELDS}
+    return found | dict(classes=tuple(found.get("classes", ())))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -176,7 +177,8 @@ def save_adapter(
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / "adapter_model.safetensors")
-    write_json({"groups": model.config.groups, "classes": list(model.config.classes)}, folder / DETECTION)
+    detection = {name: getattr(model.config, name) for name in DETECTION_FIELDS}
+    write_json(detection, folder / DETECTION)
     write_json(config, folder / "adapter_config.json")
 
 

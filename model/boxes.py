@@ -83,6 +83,11 @@ def parse_answer(text: str) -> list[ParsedBox]:
     return found
 
 
+def box_prompt(names: Sequence[str], masks: bool = False) -> str:
+    """What asks for the boxes of some classes, "detect cat ; traffic light"; with masks, "segment cat"."""
+    return ("segment " if masks else "detect ") + " ; ".join(names)
+
+
 def check_label(label: str) -> None:
     """Raises ValueError for a label that would not come back from an answer."""
     if re.search("[;<>]", label):

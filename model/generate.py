@@ -84,6 +84,7 @@ def generate(
         logits = model.decoder.logits(hidden)
         log_p = logits.log_softmax(-1)
         logits[:, config.eos] -= choosing.eos_offset
+        logits[:, config.image_token :] = -torch.inf  # rows of the embedding that are no text
         tokens = choose(logits, choosing, torch.rand(len(prompts), generator=generator).to(device))
         log_p = log_p.gather(-1, tokens[:, None])[:, 0]
         yield tokens.masked_fill(ended, config.pad), log_p.masked_fill(ended, 0)

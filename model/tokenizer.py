@@ -52,6 +52,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, without bos and eos. <locNNNN> and <segNNN> become their own ids."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text!r:.60} is not text: it was read from bytes that are no UTF-8") from error
         ids = []
         for part in _SPECIAL.split(text):
             if _SPECIAL.fullmatch(part):

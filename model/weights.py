@@ -5,8 +5,10 @@ The hub has used three generations of tensor names for the same checkpoint; all 
 never holds two copies.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -163,24 +165,32 @@ def _assign(model: nn.Module, stored: dict, complaint: str, dtype: torch.dtype, 
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
 
 
-def write_json(value: dict, path: Path) -> None:
-    """Write to a temporary name, then rename: a reader never sees half a file."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, renamed when all is written: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_lines(lines: Iterable[str], path: Path) -> None:
+    """Write text, each line with its own end, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def write_json(value: dict | list, path: Path) -> None:
+    """Write a JSON file whole or not at all."""
+    write_lines([json.dumps(value, indent=2), "\n"], path)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write a safetensors file whole or not at all."""
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_pretrained(

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from model.boxes import BINS, ParsedBox, areas, boxes_to_locs, format_answer, locs_to_boxes, parse_answer
 from model.groups import GROUP, ClosedSet
 from model.image import to_tensor
+from model.jsonl import is_jsonl, read_lines
 from model.tokenizer import Tokenizer
 from train import convert
 from train.augment import FILL, MIN_KEPT, augment, flip, jitter, rescale
 from train.coco import CocoDetections, CocoIndex, closed_set_sample
-from train.jsonl import JsonlPairs, is_jsonl, read_lines
+from train.jsonl import JsonlPairs
 from train.nano import train_tokenizer
 from train.targets import closed_set_target
 

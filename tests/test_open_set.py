@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools.mask import decode as from_rle
 from test_programs import call, coco, here, model, picture  # noqa: F401 - fixtures
 
-from infer import detect, evaluate, segment
+from infer import detect, evaluate, loading, open_set, segment
 from infer.detector import KEEP_ALL, Selection
 from infer.loading import class_names
 from infer.open_set import Asker, OpenSetDetector, scored
-from infer.segment import Segmenter
 from model.config import COCO_CLASSES, PaliGemmaConfig, TextConfig, VisionConfig
 from model.generate import answers, generate
 from model.hub import CODEC, NANO
-from model.mask_codec import MaskCodec, place
+from model.mask_codec import MaskCodec, from_rle, place
 from model.tokenizer import Tokenizer
 
 A, B = "<loc0000><loc0128><loc0512><loc0640>", "<loc0256><loc0256><loc1023><loc1023>"
@@ -86,7 +84,7 @@ class Said:
 
     def __init__(self, tokenizer, by_prompt, p=0.9):
         self.tokenizer, self.by_prompt, self.p = tokenizer, by_prompt, p
-        self.asked, self.max_tokens = [], 50
+        self.asked, self.max_tokens, self.model = [], 50, None
 
     def __call__(self, images, asked):
         self.asked += asked
@@ -95,9 +93,7 @@ class Said:
 
 
 def detector(tokenizer, by_prompt, classes, per_call, selection=KEEP_ALL):
-    made = OpenSetDetector(None, tokenizer, classes, per_call, selection=selection)
-    made.ask = Said(tokenizer, by_prompt)
-    return made
+    return OpenSetDetector(Said(tokenizer, by_prompt), classes, per_call, selection)
 
 
 def test_classes_are_asked_for_a_few_at_a_time(tokenizer):
@@ -132,7 +128,7 @@ def test_masks(tokenizer):
     """Codes become a mask inside their box, in pixels of the picture; an answer without codes is none."""
     codec = MaskCodec.load(NANO / CODEC)
     said = {"segment cat": f"{A}{SEGS} cat ; {B} cat", "segment dog": f"{B}{SEGS[:-8]} dog"}
-    made = Segmenter(Said(tokenizer, said), codec, ["cat", "dog"])
+    made = OpenSetDetector(Said(tokenizer, said), ["cat", "dog"], codec=codec)
     (found,) = made([Image.new("RGB", (200, 100))])
     assert found.labels.tolist() == [0] and found.boxes.tolist() == [[25, 0, 125, 50]]
     right = place(codec.decode(torch.arange(16)[None])[0].numpy(), found.boxes[0], 200, 100)
@@ -194,16 +190,18 @@ def run(monkeypatch, capsys, program, *argv):
     return code, out, err.splitlines()
 
 
-def test_detect_by_name(monkeypatch, capsys, model, here):  # noqa: F811
+def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):  # noqa: F811
     """Writes what closed-set detection writes; class_id counts the classes asked for."""
+    ask = Said(tokenizer, {"detect cat ; traffic light": f"{A} traffic light ; {B} cat ; {B} dog"})
+    monkeypatch.setattr(loading, "Asker", lambda *_: ask)
+    monkeypatch.setattr(open_set, "fitting_batch", lambda *_: 4)
     argv = "--image", picture(here / "a.png"), "--model", model, "--classes", "cat ; traffic light"
-    code, out, err = run(
-        monkeypatch, capsys, detect, *argv, "--json", "out.json", "--tokens", "--max-tokens", 20
-    )
+    code, out, err = run(monkeypatch, capsys, detect, *argv, "--json", "out.json", "--tokens")
     assert (code, err) == (0, [])
     (record,) = json.loads((here / "out.json").read_text())
     assert set(record) == {"image", "width", "height", "detections", "tokens"}
-    assert all(d["label"] == ["cat", "traffic light"][d["class_id"]] for d in record["detections"])
+    found = {(d["label"], d["class_id"], d["score"]) for d in record["detections"]}
+    assert found == {("cat", 0, 0.9), ("traffic light", 1, 0.9)}
 
 
 @pytest.mark.parametrize(
@@ -243,7 +241,7 @@ def test_segment(monkeypatch, capsys, model, here, tokenizer):  # noqa: F811
     said = {"segment cat": f"{A}{SEGS} cat", "segment hair drier": f"{B}{SEGS} hair drier"}
     ask = Said(tokenizer, said)
     monkeypatch.setattr(segment, "Asker", lambda *_: ask)
-    monkeypatch.setattr(segment, "fitting_batch", lambda *_: 4)
+    monkeypatch.setattr(open_set, "fitting_batch", lambda *_: 4)
     argv = [
         "--image",
         picture(here / "a.png"),
@@ -255,7 +253,6 @@ def test_segment(monkeypatch, capsys, model, here, tokenizer):  # noqa: F811
         "out.json",
     ]
     argv += ["--classes", "cat ; hair drier"]
-    ask.model = None
     code, out, err = run(monkeypatch, capsys, segment, *argv)
     assert (code, err) == (0, [])
     (record,) = json.loads((here / "out.json").read_text())
@@ -263,7 +260,7 @@ def test_segment(monkeypatch, capsys, model, here, tokenizer):  # noqa: F811
     assert {file.name for file in (here / "detections").iterdir()} == names
     for found in record["detections"]:
         mask = np.asarray(Image.open(here / found["mask"])) > 0
-        assert mask.shape == (60, 90) and np.array_equal(from_rle(found["segmentation"]).astype(bool), mask)
+        assert mask.shape == (60, 90) and np.array_equal(from_rle(found["segmentation"]), mask)
         rows, columns = np.nonzero(mask)
         x0, y0, x1, y1 = found["box"]
         assert x0 - 1 <= columns.min() and columns.max() < x1 and y0 - 1 <= rows.min() and rows.max() < y1

@@ -14,33 +14,22 @@ Masks come from a COCO file or from pictures (train/masks.py); a line of them as
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from model.boxes import check_label, format_answer, locs_to_boxes, parse_answer
+from model.boxes import box_prompt, check_label, format_answer, locs_to_boxes, parse_answer
 from model.hub import CODEC, NANO
 from model.image import load_image
+from model.jsonl import answers, read_lines
 from model.mask_codec import MaskCodec
+from model.weights import replacing, write_json, write_lines
 from train.coco import CocoIndex
-from train.jsonl import answers, read_lines
 from train.masks import Sheet, read_outlines, segment_lines
-
-
-def write(out: Path, parts: Iterable[str]) -> None:
-    """Write to a temporary name, then rename: a reader never sees half a file."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(parts)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def lines_of(
@@ -57,7 +46,7 @@ def lines_of(
         chunk = asked[first : first + most]
         rows = [row for row, name in enumerate(names) if name in chunk]
         suffix = format_answer(boxes[rows], [names[row] for row in rows], *index.sizes[item].tolist())
-        yield dict(image=index.name(item), prefix="detect " + " ; ".join(chunk), suffix=suffix)
+        yield dict(image=index.name(item), prefix=box_prompt(chunk), suffix=suffix)
 
 
 def coco_to_jsonl(args: argparse.Namespace) -> str:
@@ -76,7 +65,7 @@ def coco_to_jsonl(args: argparse.Namespace) -> str:
             counts.update(lines=len(records), without=not records)
             yield from (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    write(args.out, lines())
+    write_lines(lines(), args.out)
     return (
         f"{counts['lines']} lines of {len(index)} images; {counts['without']} images without a line, "
         f"skipped {index.skipped_crowd} crowd and {index.skipped_degenerate} degenerate boxes"
@@ -105,7 +94,7 @@ def jsonl_to_coco(args: argparse.Namespace) -> str:
     ]
     categories = [dict(id=i, name=label) for label, i in ids.items()]
     data = dict(images=list(images.values()), annotations=annotations, categories=categories)
-    write(args.out, [json.dumps(data)])
+    write_json(data, args.out)
     return (
         f"{len(objects)} boxes of {len(ids)} categories in {len(images)} images; skipped "
         f"{counts['unlabelled']} boxes without a label, {counts['degenerate']} degenerate ones "
@@ -116,6 +105,8 @@ def jsonl_to_coco(args: argparse.Namespace) -> str:
 def masks_to_jsonl(args: argparse.Namespace) -> str:
     if args.most < 1:
         raise ValueError("--most must be at least 1")
+    if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
+        raise ValueError(f"--sheet {args.sheet}: must be a .png file in a folder that exists")
     codec, sheet, counts = MaskCodec.load(args.codec), Sheet(), Counter()
     outlines = read_outlines(args.data, lines=is_json_lines(args.data))
 
@@ -127,11 +118,10 @@ def masks_to_jsonl(args: argparse.Namespace) -> str:
             counts["lines"] += 1
             yield json.dumps(record, ensure_ascii=False) + "\n"
 
-    write(args.out, lines())
+    write_lines(lines(), args.out)
     if args.sheet and sheet.cells:
-        temporary = args.sheet.with_name(f".{os.getpid()}.png")
-        sheet.picture().save(temporary)
-        temporary.replace(args.sheet)
+        with replacing(args.sheet) as temporary:
+            sheet.picture().save(temporary, "PNG")
     mean = sum(sheet.overlaps) / max(1, len(sheet.overlaps))
     return (
         f"{counts['objects']} objects in {counts['lines']} lines; mean IoU of what comes back of their masks "

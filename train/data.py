@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 from model import PaliGemma
 from model.groups import ClosedSet
 from model.image import pixels_to_tensor
+from model.jsonl import is_jsonl
 from model.mask_codec import MaskCodec
 from model.tokenizer import Tokenizer
 from train.coco import CocoDetections, CocoIndex, answer_sample, closed_set_sample
-from train.jsonl import JsonlPairs, is_jsonl
+from train.jsonl import JsonlPairs
 from train.patch_head import patch_targets
 from train.scenes import Scene, make_scene
 from train.targets import closed_set_target, text_target

@@ -17,11 +17,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.mask import decode, frPyObjects, merge
 
-from model.boxes import boxes_to_locs, check_label, format_answer, locs_to_boxes
+from model.boxes import box_prompt, boxes_to_locs, check_label, format_answer, locs_to_boxes
 from model.image import load_image
 from model.mask_codec import MaskCodec, crop, from_rle, place, to_rle
 from train.coco import read_records
-from train.sentences import segment_prompt
 
 CELL, ACROSS = 160, 4  # of a contact sheet: pixels of a picture, pairs of them in a row
 MOST_SHOWN = 24
@@ -200,7 +199,7 @@ def segment_lines(
             crops = np.stack([crop(mask, box) for mask, box in zip(masks, boxes)])
             codes = codec.encode(torch.from_numpy(crops))
             suffix = format_answer(boxes, [label] * len(masks), *image.size, codes.numpy())
-            line = dict(image=name, prefix=segment_prompt(label), suffix=suffix)
+            line = dict(image=name, prefix=box_prompt([label], masks=True), suffix=suffix)
             if len(masks) == 1:
                 line["mask"] = to_rle(masks[0])
             rounded = locs_to_boxes(boxes_to_locs(boxes, *image.size), *image.size)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from model.boxes import box_prompt
 from model.config import COCO_CLASSES
 
 NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
@@ -241,14 +242,6 @@ def answer_prompt(question: str) -> str:
     return f"answer en {question}"
 
 
-def detect_prompt(names: Sequence[str]) -> str:
-    return "detect " + " ; ".join(names)
-
-
-def segment_prompt(name: str) -> str:
-    return f"segment {name}"
-
-
 # ---- the vocabulary ----------------------------------------------------------------------------------------
 
 
@@ -267,7 +260,7 @@ def random_sentences(rng: np.random.Generator) -> list[str]:
     """Prompts and answers of every kind about a scene that is made up."""
     things = made_up_things(rng)
     names = rng.choice(COCO_CLASSES, 3).tolist()
-    said = ["detect all classes", detect_prompt(names), " ; ".join(names), segment_prompt(names[0])]
+    said = ["detect all classes", box_prompt(names), " ; ".join(names), box_prompt(names[:1], masks=True)]
     said += [CAPTION, caption(things), caption(things[:1])]
     for kind in QUESTIONS.values():
         if asked := kind(rng, things):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.boxes import format_answer
+from model.boxes import box_prompt, format_answer
 from model.config import COCO_CLASSES
 from model.hub import CODEC, NANO
 from model.mask_codec import MaskCodec, crop, to_rle
@@ -28,6 +28,7 @@ SHARES = {"caption": 0.18, "answer": 0.3, "detect": 0.22, "segment": 0.3}  # of 
 MOST_ASKED = 10  # classes of an open-set prompt
 MOST_BOXES = 7  # of an open-set answer
 MOST_MASKS = 2
+ABSENT = 0.1  # share of segmentation prompts whose class is not there
 PREVAILS = 0.55  # share of an object's pixels that have its colour
 
 
@@ -90,17 +91,17 @@ def detect(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
     names = [COCO_CLASSES[label] for label in rng.permutation(asked)]
     size = scene.owner.shape[0]
     said = format_answer(scene.boxes[rows], [COCO_CLASSES[k] for k in scene.labels[rows]], size, size)
-    return sentences.detect_prompt(names), said
+    return box_prompt(names), said
 
 
 def segment(rng: np.random.Generator, scene: Scene, codec: MaskCodec) -> tuple[str, str]:
     """A class of the scene with few objects, from left to right; now and then one that is not there."""
     present, absent = _classes(rng, scene)
     few = [label for label in present if (scene.labels == label).sum() <= MOST_MASKS]
-    label = few[0] if few and rng.random() < 0.97 else absent[0]
+    label = few[0] if few and rng.random() > ABSENT else absent[0]
     rows = np.flatnonzero(scene.labels == label)
     rows = rows[scene.boxes[rows, 0].argsort(kind="stable")]
-    return sentences.segment_prompt(COCO_CLASSES[label]), cut_out(scene, rows, codec)
+    return box_prompt([COCO_CLASSES[label]], masks=True), cut_out(scene, rows, codec)
 
 
 def cut_out(scene: Scene, rows: np.ndarray, codec: MaskCodec) -> str:
@@ -137,7 +138,7 @@ def lines(rng: np.random.Generator, scene: Scene, codec: MaskCodec) -> Iterator[
     alone = [k for k, label in enumerate(scene.labels) if (scene.labels == label).sum() == 1]
     if alone:
         k = alone[rng.integers(len(alone))]
-        prefix = sentences.segment_prompt(COCO_CLASSES[scene.labels[k]])
+        prefix = box_prompt([COCO_CLASSES[scene.labels[k]]], masks=True)
         said = cut_out(scene, np.array([k]), codec)
         yield dict(kind="segment", prefix=prefix, suffix=said, mask=to_rle(scene.owner == k))
 

@@ -29,6 +29,7 @@ from infer.processes import gathered, join, leave
 from model import PaliGemma, lora
 from model.groups import ClosedSet
 from model.hub import BESIDE, CODEC, resolve
+from model.jsonl import is_jsonl
 from model.mask_codec import MaskCodec
 from model.tokenizer import Tokenizer
 from model.weights import load_config, read_json, write_json
@@ -121,6 +122,7 @@ def train(args: argparse.Namespace) -> int:
     beside = {file.name: file.read_bytes() for name in BESIDE if (file := base / name).exists()}
     known = load_config(str(base)).classes
     overrides = dict(classes=classes_for(args.data, args.images, known)) if args.data else {}
+    overrides |= dict(open_vocabulary=True) if args.data and is_jsonl(args.data) else {}
     options = dict(dtype=getattr(torch, args.dtype), device=device) | overrides
     model = PaliGemma.from_pretrained(str(base), adapter=found if args.lora else None, **options)
     if args.lora and not found:
