@@ -63,7 +63,8 @@ def category_ids(coco: COCO, classes: tuple[str, ...], file: Path) -> list[int]:
     by_name = {category["name"]: category["id"] for category in coco.dataset["categories"]}
     unknown = [name for name in by_name if name not in classes]
     if unknown:
-        raise ValueError(f"{file} has categories that the model was not taught: {', '.join(unknown[:5])}")
+        told = ", ".join(unknown[:5])
+        raise ValueError(f"{file} has categories that are not among the {len(classes)} to detect: {told}")
     return [by_name.get(name, -1) for name in classes]
 
 

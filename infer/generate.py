@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infer.loading import add_choosing_arguments, add_model_arguments, choosing, load_model
+from infer.loading import add_choosing_arguments, add_model_arguments, choosing, class_names, load_model
 from model import PaliGemma
 from model.generate import generate
+from model.groups import PROMPT
 from model.image import load_image, to_tensor
 from model.tokenizer import Tokenizer
 
@@ -42,6 +43,8 @@ def arguments(argv=None) -> argparse.Namespace:
         raise ValueError('--prompt is empty; write --prompt "caption en", or leave it out for a conversation')
     if args.max_tokens < 1 or args.samples < 1:
         raise ValueError("--max-tokens and --samples must be at least 1")
+    if args.samples > 1 and args.temperature == 0:
+        raise ValueError("--samples are all alike at temperature 0; give --temperature 1, for example")
     return args
 
 
@@ -62,7 +65,13 @@ class Speaker:
             self.image_tokens: Tensor = self.model.encode(pixels[None].to(self.model.projector.weight.device))
 
     def answer(self, prompt: str) -> None:
-        """Print the answers to a prompt: one as it comes, several when all have ended."""
+        """Print the answers to a prompt: one as it comes, several when all have ended.
+
+        Raises ValueError for a prompt that is too long, or asks for what the model cannot know.
+        """
+        verb, _, names = prompt.partition(" ")
+        if verb in ("detect", "segment") and prompt != PROMPT:
+            class_names(names, self.model.config)
         image, ids = self.image_tokens.expand(self.samples, -1, -1), self.tokenizer.encode_prompt(prompt)
         steps = generate(
             self.model, image, [ids] * self.samples, self.max_tokens, self.choosing, self.generator
@@ -90,6 +99,7 @@ def converse(speaker: Speaker) -> None:
     """Read prompts until the input ends; a mistake costs a line, not the conversation."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history and editing
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text shall cost their own line only
     print(HELP)
     while True:
         try:

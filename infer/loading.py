@@ -13,13 +13,15 @@ from model.decode import EarlyStop, GroupDecoder
 from model.generate import Choosing
 from model.groups import ClosedSet
 from model.head import Sampling
-from model.hub import CODEC, resolve
+from model.hub import CODEC, OFFICIAL_CODEC, codec_file, resolve
 from model.lora import fold
-from model.mask_codec import OFFICIAL, MaskCodec
+from model.mask_codec import MaskCodec
 from model.repack import can_pack, pack, quantize
 from model.tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PER_CALL = 8  # classes of an open-set prompt
+LONGEST = 200  # tokens of an answer in words
 SMALL = 1 << 30  # bytes of weights up to which float32 is the faster choice on a CPU
 
 
@@ -88,7 +90,7 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         help="of two boxes of a class that overlap more, the better stays; 1: off",
     )
     add("--min-size", type=float, default=0.0, help="drop boxes with a side shorter than this, in pixels")
-    add("--max-tokens", type=int, default=200, help="longest answer in words")
+    add("--max-tokens", type=int, help=f"longest answer in words (default: {LONGEST})")
     add(
         "--batch-size",
         type=int,
@@ -98,23 +100,18 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--codec", metavar="FILE", help=f"weights of the mask codec (default: {CODEC} or {OFFICIAL} "
+    add("--codec", metavar="FILE", help=f"weights of the mask codec (default: {CODEC} or {OFFICIAL_CODEC} "
         "beside the model's)")  # fmt: skip
-    add("--check-codec", action="store_true", help=f"accept only big_vision's own {OFFICIAL}, by its sha256")
+    add(
+        "--check-codec",
+        action="store_true",
+        help=f"accept only big_vision's {OFFICIAL_CODEC}, by its sha256",
+    )
 
 
 def load_codec(args: argparse.Namespace) -> MaskCodec:
     """Raises ValueError if there is none, or it is not what it should be."""
-    if args.codec:
-        return MaskCodec.load(args.codec, args.check_codec)
-    folder = resolve(args.model, weights=False)
-    for name in (CODEC, OFFICIAL):
-        if (folder / name).exists():
-            return MaskCodec.load(folder / name, args.check_codec)
-    raise ValueError(
-        f"{args.model} has no mask codec: fetch big_vision's {OFFICIAL}, from "
-        f"https://storage.googleapis.com/big_vision/paligemma/{OFFICIAL}, and give it with --codec"
-    )
+    return MaskCodec.load(args.codec or codec_file(args.model), args.check_codec)
 
 
 def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +121,7 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add_choosing_arguments(parser)
     add = parser.add_argument
     add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
-    add("--classes-per-call", type=int, default=8, help="of an open-set prompt, at most")
+    add("--classes-per-call", type=int, help=f"of an open-set prompt, at most (default: {PER_CALL})")
     add("--groups", type=int, help="boxes decoded an image instead of the checkpoint's number")
     add(
         "--noise-feedback",
@@ -145,7 +142,10 @@ def class_names(text: str, config: PaliGemmaConfig) -> tuple[str, ...]:
     """The names of --classes "A ; B". Raises ValueError if there are none, or the model cannot know one."""
     if text.strip() == "all":
         return config.classes
-    names = tuple(dict.fromkeys(" ".join(name.split()) for name in text.split(";") if name.strip()))
+    names = ()
+    for name in (" ".join(part.split()) for part in text.split(";")):
+        if name and name.casefold() not in map(str.casefold, names):
+            names += (name,)
     if not names:
         raise ValueError(f'--classes {text!r} names nothing; write --classes "cat ; traffic light"')
     for name in names:
@@ -155,7 +155,7 @@ def class_names(text: str, config: PaliGemmaConfig) -> tuple[str, ...]:
             near = difflib.get_close_matches(name, config.classes, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "an official checkpoint may"
             raise ValueError(
-                f"--classes: {name!r} is none of the {len(config.classes)} classes this model knows; {hint}"
+                f"{name!r} is none of the {len(config.classes)} classes that this model knows; {hint}"
             )
     return names
 
@@ -166,20 +166,24 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
+OPEN_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")  # options
+CLOSED_ONLY = ("groups", "noise_feedback", "early_stop")
+
+
 def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector | OpenSetDetector:
     """The detector that the arguments ask for. Raises ValueError for anything a user can get wrong."""
     check_counts(args, "groups", "batch_size", "classes_per_call", "max_tokens")
     how, selection = choosing(args), Selection(score_threshold, args.nms_iou, args.min_size)
+    open_set = args.classes is not None
+    for name in CLOSED_ONLY if open_set else OPEN_ONLY:
+        if getattr(args, name):
+            mode = "closed-set detection, without" if open_set else "open-set detection, with"
+            raise ValueError(f"--{name.replace('_', '-')} is of {mode} --classes")
     model, tokenizer = load_model(args)
-    if args.classes is not None:
-        for name in ("groups", "noise_feedback", "early_stop"):
-            if getattr(args, name):
-                raise ValueError(f"--{name.replace('_', '-')} is of closed-set detection, without --classes")
+    if open_set:
         names = class_names(args.classes, model.config)
-        ask = Asker(model, tokenizer, args.max_tokens, how, args.seed)
-        return OpenSetDetector(ask, names, args.classes_per_call, selection)
-    if args.top_k or args.eos_offset:
-        raise ValueError("--top-k and --eos-offset are of open-set detection, with --classes")
+        ask = Asker(model, tokenizer, args.max_tokens or LONGEST, how, args.seed)
+        return OpenSetDetector(ask, names, args.classes_per_call or PER_CALL, selection)
     stop = EarlyStop(*args.early_stop) if args.early_stop else None
     language, sampling = ClosedSet.of(model.config, tokenizer), Sampling(how.temperature, how.top_p)
     decode = GroupDecoder(

@@ -14,6 +14,7 @@ import argparse
 from infer import detect
 from infer.detector import Selection
 from infer.loading import (
+    LONGEST,
     add_choosing_arguments,
     add_codec_arguments,
     add_model_arguments,
@@ -46,7 +47,7 @@ def load_segmenter(args: argparse.Namespace, score_threshold: float) -> OpenSetD
     how, selection = choosing(args), Selection(score_threshold, args.nms_iou, args.min_size)
     codec = load_codec(args)
     model, tokenizer = load_model(args)
-    ask = Asker(model, tokenizer, args.max_tokens, how, args.seed)
+    ask = Asker(model, tokenizer, args.max_tokens or LONGEST, how, args.seed)
     names = class_names(args.classes, model.config)
     return OpenSetDetector(ask, names, selection=selection, codec=codec)
 

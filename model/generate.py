@@ -34,6 +34,8 @@ class Choosing:
                 f"temperature {self.temperature}, top-k {self.top_k}, top-p {self.top_p}: "
                 "want at least 0, at least 0, and in (0, 1]"
             )
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise ValueError("top-k and top-p need a temperature above 0, such as 1: at 0 nothing is drawn")
 
 
 GREEDY = Choosing()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 NANO = Path(__file__).parent / "nano"
 CODEC = "codec.safetensors"  # weights of model/mask_codec.py
-BESIDE = ("tokenizer.model", CODEC)  # what a checkpoint has beside config and weights
+OFFICIAL_CODEC = "vae-oid.npz"  # the same, as big_vision has them
+BESIDE = ("tokenizer.model", CODEC, OFFICIAL_CODEC)  # what a checkpoint has beside config and weights
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
@@ -52,3 +53,13 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
         raise ValueError(
             f"{source!r} is no folder here, and the hub could not be reached: {error}"
         ) from error
+
+
+def codec_file(source: str | Path) -> Path:
+    """The mask codec beside a checkpoint. Raises ValueError that says where to get one."""
+    folder = resolve(source, weights=False)
+    for name in (CODEC, OFFICIAL_CODEC):
+        if (folder / name).exists():
+            return folder / name
+    url = f"https://storage.googleapis.com/big_vision/paligemma/{OFFICIAL_CODEC}"
+    raise ValueError(f"{source} has no mask codec: fetch {url}, and put it there, or give it with --codec")

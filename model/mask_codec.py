@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from model.hub import OFFICIAL_CODEC
 from model.weights import save_tensors
 
 SIDE, TOKENS, CODES = 64, 16, 128  # pixels a side, codes of a mask, codes there are
-OFFICIAL = "vae-oid.npz"  # gs://big_vision/paligemma/vae-oid.npz
-OFFICIAL_BYTES = 8_479_556
+OFFICIAL_BYTES = 8_479_556  # gs://big_vision/paligemma/vae-oid.npz
 OFFICIAL_SHA256 = "5586010257b8536dddefab65e7755077f21d5672d5674dacf911f73ae95a4447"
 _CODEBOOK = "_vq_vae._embedding"  # the official name of `codebook`
 _OF_TRAINING = {"_vq_vae._ema_cluster_size", "_vq_vae._ema_w"}
@@ -131,16 +131,18 @@ def _relu(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
 def _read(file: Path, check_sha256: bool) -> dict[str, Tensor]:
     """The tensors of a file under our names."""
     if not file.is_file():
-        raise ValueError(f"{file}: no such file (the weights of the mask codec)")
+        raise ValueError(f"{file}: no such file; a mask codec is {OFFICIAL_CODEC}, or made by train/codec.py")
     if check_sha256 and (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != OFFICIAL_SHA256:
-        raise ValueError(f"{file} is not big_vision's {OFFICIAL}: its sha256 is {digest}")
+        raise ValueError(f"{file} is not big_vision's {OFFICIAL_CODEC}: its sha256 is {digest}")
     if file.suffix != ".npz":
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a safetensors file: {error}") from error
     if (size := file.stat().st_size) != OFFICIAL_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes, {OFFICIAL} has {OFFICIAL_BYTES:,}: download it again")
+        raise ValueError(
+            f"{file} has {size:,} bytes, {OFFICIAL_CODEC} has {OFFICIAL_BYTES:,}: download it again"
+        )
     try:
         with np.load(file, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}

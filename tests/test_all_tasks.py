@@ -9,7 +9,7 @@ from test_train import language_of, run, tiny, train, weights  # noqa: F401 - a 
 
 from model import PaliGemma
 from model.config import COCO_CLASSES
-from model.hub import BESIDE, CODEC, NANO
+from model.hub import CODEC, NANO
 from model.mask_codec import MaskCodec
 from model.tokenizer import Tokenizer
 from train import codec as codec_program
@@ -88,14 +88,18 @@ def test_an_image_is_encoded_once(scenes, with_codec):
 def test_training(with_codec, tmp_path):
     """The files beside the weights go along; the weights move."""
     run(with_codec, tmp_path / "run", "--tasks all --steps 2")
-    assert {file.name for file in (tmp_path / "run" / "final").iterdir()} >= {"model.safetensors", *BESIDE}
+    assert {file.name for file in (tmp_path / "run" / "final").iterdir()} >= {
+        "model.safetensors",
+        "tokenizer.model",
+        CODEC,
+    }
     before, after = weights(with_codec), weights(tmp_path / "run" / "final")
     assert before.keys() == after.keys()
     assert any(not torch.equal(after[name].float(), before[name].bfloat16().float()) for name in before)
 
 
 def test_all_tasks_need_a_codec(tiny, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match=CODEC):
+    with pytest.raises(ValueError, match="no mask codec: fetch"):
         run(tiny, tmp_path / "run", "--tasks all --steps 2")
 
 
@@ -104,7 +108,12 @@ def test_a_nano_that_detects_learns_to_speak(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     nano.main(["--out", str(old), "--seed", "3"])  # another seed: other sentences, other pieces
     nano.main(["--out", str(new), "--start", str(old), "--codec", str(NANO / CODEC)])
-    assert {file.name for file in new.iterdir()} == {"config.json", "model.safetensors", *BESIDE}
+    assert {file.name for file in new.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        CODEC,
+    }
     words, known = Tokenizer(new), Tokenizer(old)
     models = [PaliGemma.from_pretrained(str(folder), dtype=torch.float32) for folder in (old, new)]
     before, after = (model.decoder.embed.weight for model in models)

@@ -66,7 +66,6 @@ def test_greedy_equals_transformers(both):
 
 
 def test_batch_equals_one_by_one(both):
-    """Sampled answers too, if the random numbers are the same."""
     hf, ours = both
     images, prompts = inputs(hf)
     tokens, log_p = answers(ours, images, prompts)
@@ -137,8 +136,10 @@ def ask(model, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
 
     def ask(*options, lines=None):
+        """lines: of standard input, text or bytes."""
         monkeypatch.setattr("sys.argv", ["generate.py", "--image", "a.png", "--model", str(model), *options])
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines or [])))
+        typed = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines or [])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
         code = 0
         try:
             program.main()
@@ -162,13 +163,15 @@ def test_one_answer(ask):
 
 def test_conversation(ask):
     """Commands, mistakes and prompts in turn: each costs a line, and the end of input ends it."""
-    lines = ["a", "", "/help", "/image none.png", "/image a.png", "a", "/nonsense", "word " * 2000]
+    lines = ["a", "", "/help", "/image none.png", "/image a.png", "/nonsense"]
+    lines += ["word " * 2000, "detect zebras", b"\xff", "a"]
     code, out, err = ask("--max-tokens", "5", lines=lines)
     assert code == 0 and out.count("/image FILE") == 3
     answers = [line for line in err if line.endswith("a second")]
     mistakes = [line for line in err if line.startswith("generate.py: ")]
-    assert len(answers) == 2 and len(mistakes) == 2
-    assert "none.png: no such file" in mistakes[0] and "positions" in mistakes[1]
+    assert len(answers) == 2 and len(mistakes) == 4
+    for line, words in zip(mistakes, ("none.png: no such file", "positions", "zebra", "UTF-8"), strict=True):
+        assert words in line
 
 
 @pytest.mark.parametrize(
@@ -178,6 +181,10 @@ def test_conversation(ask):
         (["--prompt", "a", "--max-tokens", "0"], "--max-tokens"),
         (["--prompt", "a", "--top-p", "2"], "top-p"),
         (["--prompt", "word " * 2000], "positions"),
+        (["--prompt", "cat \udcff"], "UTF-8"),
+        (["--prompt", "detect zebras"], "did you mean 'zebra'"),
+        (["--prompt", "a", "--top-k", "3"], "temperature"),
+        (["--prompt", "a", "--samples", "3"], "temperature"),
         (["--prompt", "  "], "--prompt is empty"),
         (["--prompt", "a", "--model", "nowhere/"], "nowhere"),
     ],

@@ -172,7 +172,7 @@ def config():
 
 
 def test_class_names(config):
-    assert class_names(" cat ;traffic   light; cat;", config) == ("cat", "traffic light")
+    assert class_names(" cat ;traffic   light; Cat;", config) == ("cat", "traffic light")
     assert class_names("all", config) == COCO_CLASSES
     assert class_names("unicorn", config) == ("unicorn",)
     for text, words in ((" ; ", "names nothing"), ("a<loc0001>", "< or >")):

@@ -1,6 +1,6 @@
 """Train nano's mask codec on the practice set's masks and on random shapes.
 
-    python train/codec.py --out runs/codec --steps 12000
+    python train/codec.py --out runs/codec --steps 8000
 
 Writes OUT/codec.safetensors and prints the intersection over union of held-out masks and what is left of
 them after 16 codes. The recipe is that of AiT (arXiv 2301.02229): squared error in [-1, 1], a codebook that
@@ -105,15 +105,19 @@ def main(argv=None) -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True)
-    add("--steps", type=int, default=12_000, help=f"of {SCENES} scenes")
+    add("--steps", type=int, default=8000, help=f"of {SCENES} scenes")
     add("--channels", type=int, default=64, help="a multiple of 8; the official codec has 128")
     add("--width", type=int, default=128, help="of a code; the official codec has 512")
     add("--lr", type=float, default=1e-3)
     add("--workers", type=int, default=1)
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.channels < 8 or args.channels % 8 or args.steps < 1:
-        parser.exit(1, "codec.py: --channels must be a multiple of 8, --steps at least 1\n")
+    if args.channels < 8 or args.channels % 8 or args.steps < 1 or args.width < 1:
+        parser.exit(1, "codec.py: --channels must be a multiple of 8, --steps and --width at least 1\n")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.exit(1, f"codec.py: --out: {error}\n")
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -141,7 +145,6 @@ def main(argv=None) -> None:
         if step % 50 == 0:
             bar.set_postfix(error=f"{error.item():.4f}", codes=codes.unique().numel())
 
-    args.out.mkdir(parents=True, exist_ok=True)
     codec.save(args.out / CODEC)
     codec = MaskCodec.load(args.out / CODEC)  # as it is stored
     for split in ("same", "vendor", "crowded"):

@@ -14,6 +14,7 @@ import argparse
 import io
 import math
 import shutil
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from model import PaliGemma
 from model.config import PaliGemmaConfig, TextConfig, VisionConfig
 from model.hub import CODEC
+from model.mask_codec import MaskCodec
 from model.tokenizer import LOCS, SEGS, Tokenizer
+from model.weights import load_config
 from train.sentences import plural, random_sentences
 
 PIECES = 900  # of text, at most; the trainer may find fewer worth having
@@ -155,18 +158,23 @@ def main(argv=None):
     parser.add_argument("--codec", type=Path, help="file of train/codec.py, for --tasks all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.codec and not args.codec.is_file():
-        parser.exit(1, f"nano.py: --codec {args.codec}: no such file\n")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.codec:
-        shutil.copy(args.codec, args.out / CODEC)
-    train_tokenizer(args.out / "tokenizer.model", args.seed)
-    tokenizer = Tokenizer(args.out)
-    model = PaliGemma(nano_config(tokenizer))
-    initialise(model, tokenizer, args.seed)
-    if args.start:
-        take_over(model, tokenizer, args.start)
-    model.save_pretrained(args.out, torch.float32)
+    try:
+        if args.codec:
+            MaskCodec.load(args.codec)
+        if args.start:
+            load_config(str(args.start))
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.codec:
+            shutil.copy(args.codec, args.out / CODEC)
+        train_tokenizer(args.out / "tokenizer.model", args.seed)
+        tokenizer = Tokenizer(args.out)
+        model = PaliGemma(nano_config(tokenizer))
+        initialise(model, tokenizer, args.seed)
+        if args.start:
+            take_over(model, tokenizer, args.start)
+        model.save_pretrained(args.out, torch.float32)
+    except (ValueError, OSError) as error:
+        sys.exit(f"nano.py: {error}")
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.size} pieces")
 
 

@@ -259,7 +259,9 @@ def make_scene(seed, size=128, split="train", folder=SPRITES):
 
 def write_coco(out, count, split="same", size=128, seed=0, folder=SPRITES, more=None):
     """Writes out/images/*.png and out/instances.json, all of them or nothing. more(folder, image records)
-    adds files. Raises ValueError if out is there and not empty."""
+    adds files. Raises ValueError if out is there and not empty, or there is nothing to draw."""
+    if count < 1 or size < 32:
+        raise ValueError(f"--count {count} --size {size}: must be at least 1 scene of 32 pixels a side")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out or remove it")
     names = json.loads((folder / "sprites.json").read_text())["classes"]

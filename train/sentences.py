@@ -24,6 +24,7 @@ import numpy as np
 
 from model.boxes import box_prompt
 from model.config import COCO_CLASSES
+from model.groups import PROMPT
 
 NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
 COLOURS = "red orange yellow green blue purple pink brown black white grey".split()
@@ -260,7 +261,7 @@ def random_sentences(rng: np.random.Generator) -> list[str]:
     """Prompts and answers of every kind about a scene that is made up."""
     things = made_up_things(rng)
     names = rng.choice(COCO_CLASSES, 3).tolist()
-    said = ["detect all classes", box_prompt(names), " ; ".join(names), box_prompt(names[:1], masks=True)]
+    said = [PROMPT, box_prompt(names), " ; ".join(names), box_prompt(names[:1], masks=True)]
     said += [CAPTION, caption(things), caption(things[:1])]
     for kind in QUESTIONS.values():
         if asked := kind(rng, things):

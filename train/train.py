@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from infer.processes import gathered, join, leave
 from model import PaliGemma, lora
 from model.groups import ClosedSet
-from model.hub import BESIDE, CODEC, resolve
+from model.hub import BESIDE, codec_file, resolve
 from model.jsonl import is_jsonl
 from model.mask_codec import MaskCodec
 from model.tokenizer import Tokenizer
@@ -139,7 +139,8 @@ def train(args: argparse.Namespace) -> int:
         options = args.seed, args.augment, args.allow_outside
         data = open_data(args.data, args.images, model, tokenizer, *options)
     else:
-        codec, vision = MaskCodec.load(base / CODEC) if args.tasks == "all" else None, model.config.vision
+        codec = MaskCodec.load(codec_file(base)) if args.tasks == "all" else None
+        vision = model.config.vision
         scenes = args.first_scene, "train", tokenizer, codec
         data = PracticeScenes(language, vision.image_size, vision.patch_size, *scenes)
     closed_set = hasattr(data, "language") and args.tasks == "closed-set"
