@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model.config_json import config_from_json, config_to_json
-from model.hub import resolve
+from model.hub import CODEC, resolve
 
 # our name -> official name (transformers up to 4.51), longest prefix first
 _NAMES = {
@@ -92,7 +92,7 @@ def _open_shards(folder: Path) -> dict:
         files = sorted(
             path.name
             for path in folder.glob("*.safetensors")
-            if not path.name.startswith(("adapter_", "codec"))
+            if path.name != CODEC and not path.name.startswith("adapter_")
         )
     if not files:
         raise ValueError(f"{folder} has no *.safetensors")

@@ -1,5 +1,7 @@
 """What is said about a scene: right, unambiguous, and told from the facts alone."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from model.hub import CODEC, NANO
 from model.mask_codec import MaskCodec, crop, place
 from train import sentences
 from train.scenes import Scene, make_scene
-from train.sentences import QUESTIONS, Thing, ask, caption, counted, made_up_things, plural
+from train.sentences import QUESTIONS, Thing, ask, caption, counted, made_up_things, plural, random_sentences
 from train.tasks import MOST_ASKED, MOST_BOXES, MOST_MASKS, SHARES, colour_of, lines, tasks, things_of
 
 CAT = Thing("cat", (0.05, 0.1, 0.25, 0.3), "black")  # top left, small
@@ -118,9 +120,17 @@ def test_every_kind_is_asked(rng):
 
 
 def test_the_module_shows_what_it_says():
-    """Each kind of prompt of the docstring is one that the grammar makes."""
-    for start in ("caption en", "answer en", "detect ", "segment "):
-        assert start in sentences.__doc__
+    """Each prompt and answer of the docstring is one that the grammar makes, of other classes perhaps."""
+    names = sorted({*COCO_CLASSES, *map(plural, COCO_CLASSES)}, key=len, reverse=True)
+
+    def form(text):
+        return re.sub("|".join(names), "X", text.split(" ; ")[0]).replace("an X", "a X")
+
+    made = {form(text) for seed in range(300) for text in random_sentences(np.random.default_rng(seed))}
+    shown = [re.split("  +", line.strip()) for line in sentences.__doc__.splitlines() if line[:1] == " "]
+    assert len(shown) == 11
+    for prompt, answer in shown:
+        assert form(prompt) in made and ("<loc" in answer or form(answer) in made)
 
 
 # Of drawn scenes --------------------------------------------------------------------------------------------
