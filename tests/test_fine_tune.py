@@ -28,6 +28,7 @@ from model.config import VARIANTS
 from model.config_json import config_to_json
 from model.gemma import Gemma
 from model.lora import lora_layers
+from model.weights import load_config
 from train import checkpoint, objective
 from train.loss import allowed_loss, vocabulary_loss
 from train.scenes import write_coco
@@ -174,6 +175,16 @@ def test_jsonl(tiny, pairs, tmp_path):  # noqa: F811
     losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]
     assert metrics(tmp_path / "run")[-1]["val_loss"] < losses[0]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_jsonl_brings_new_words(tiny, pairs, tmp_path, adapter):  # noqa: F811
+    """A model that knew its classes only may now have heard of others."""
+    assert not load_config(str(tiny)).open_vocabulary
+    run(tiny, tmp_path / "run", f"{PLAIN} --data {pairs} --steps 1{' --lora' if adapter else ''}")
+    final = tmp_path / "run" / "final"
+    source = dict(source=str(tiny), adapter=str(final)) if adapter else dict(source=str(final))
+    assert PaliGemma.from_pretrained(**source).config.open_vocabulary
 
 
 def test_adapter_run(tiny, scenes, tmp_path):  # noqa: F811

@@ -100,6 +100,23 @@ def run_detect(monkeypatch, capsys, model, here):
 # detect.py --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_picture_twice(run_detect, here, batch):
+    file = picture(here / "a.jpg")
+    code, out, _ = run_detect("--image", file, file, "--json", "out.json", "--batch-size", batch)
+    one, other = json.loads((here / "out.json").read_text())
+    assert code == 0 and one == other and "a-2.png" in out
+
+
+def test_json_over_a_picture(run_detect, here):
+    """It would be lost."""
+    file = picture(here / "a.png")
+    code, _, err = run_detect("--image", file, "--json", file)
+    assert (
+        code == 1 and len(err) == 1 and "one of the pictures" in err[0] and Image.open(file).size == (90, 60)
+    )
+
+
 def test_one_picture(run_detect, here):
     """A table, and the picture with its boxes under detections/; no JSON unless asked for; nothing else."""
     code, out, err = run_detect("--image", picture(here / "a.jpg"))
