@@ -94,7 +94,8 @@ class OpenSetDetector:
         codec: MaskCodec | None = None,
     ):
         """per_call: classes of a prompt, at most; checkpoints are taught to segment one at a time."""
-        self.ask, self.classes, self.selection, self.codec = ask, tuple(classes), selection, codec
+        self.ask, self.model, self.selection, self.codec = ask, ask.model, selection, codec
+        self.classes = tuple(classes)
         self.chunks = [range(i, min(i + per_call, len(classes))) for i in range(0, len(classes), per_call)]
 
     def __call__(self, images: list[Image.Image]) -> list[Detections]:
@@ -109,7 +110,7 @@ class OpenSetDetector:
 
     def fitting_batch(self) -> int:
         """Images that are worth reading together."""
-        return fitting_batch(self.ask.model, 8 * len(self.chunks[0]), self.ask.max_tokens)
+        return fitting_batch(self.model, 8 * len(self.chunks[0]), self.ask.max_tokens)
 
     def _select(self, image: Image.Image, said, names) -> Detections:
         """said, names: the answer to each call, and what it asked for. To be segmented, an object needs its
