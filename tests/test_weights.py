@@ -208,7 +208,7 @@ def test_dtype(wanted, stored, checkpoint):
 
 
 def test_hub_source(checkpoint, monkeypatch):
-    """A hub id with a revision downloads just that: config, safetensors, tokenizer, nothing that can run."""
+    """A hub id with a revision downloads just that: config, weights, tokenizer, nothing that can run."""
     asked = {}
 
     def snapshot_download(repo, revision=None, allow_patterns=None):
@@ -220,7 +220,8 @@ def test_hub_source(checkpoint, monkeypatch):
     assert asked["repo"] == "google/paligemma2-3b-pt-224" and asked["revision"] is None
     load("google/paligemma-3b-pt-224@bfloat16")
     assert asked["repo"] == "google/paligemma-3b-pt-224" and asked["revision"] == "bfloat16"
-    assert {pattern.rpartition(".")[2] for pattern in asked["patterns"]} == {"json", "safetensors", "model"}
+    kinds = {pattern.rpartition(".")[2] for pattern in asked["patterns"]}
+    assert kinds == {"json", "safetensors", "model", "npz"}
 
 
 def test_gated_hub_source(monkeypatch):
