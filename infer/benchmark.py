@@ -24,16 +24,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infer.loading import DTYPES
-from infer.random_weights import build
+from infer.lib.measuring import build
+from infer.lib.options import DTYPES
 from model import PaliGemma
 from model.config import VARIANTS
-from model.decode import GroupDecoder
-from model.groups import GROUP, ClosedSet
-from model.hub import resolve
-from model.repack import can_pack, pack, quantize
-from model.tokenizer import LOCS, Tokenizer
-from model.weights import load_config, write_json
+from model.decoding.closed_set import GroupDecoder
+from model.decoding.groups import GROUP, ClosedSet
+from model.decoding.packing import can_pack, pack, quantize
+from model.io.hub import resolve
+from model.io.tokenizer import LOCS, Tokenizer
+from model.io.weights import load_config, write_json
 
 OFFICIAL_IDS = dict(prompt=(2, 8557, 832, 7695, 108), loc0=256_000, class0=7, eos=1)
 COPY = 1 << 28  # bytes

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from infer.detector import Detections, Detector, check_json, read_ahead
-from infer.draw import draw_boxes
-from infer.loading import add_detection_arguments, load_detector
-from model.image import SUFFIXES
-from model.mask_codec import to_rle
-from model.weights import replacing, write_json
+from infer.lib.draw import draw_boxes
+from infer.lib.options import add_detection_arguments, load_detector
+from model.decoding.detector import Detections, Detector, check_json, read_ahead
+from model.decoding.masks import to_rle
+from model.io.image import SUFFIXES
+from model.io.weights import replacing, write_json
 
 
 def arguments(argv=None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ Figures are pycocotools' own (AP and AR over IoU 0.50 to 0.95, 100 boxes an imag
 without objects too. Beside them: AP when the class is ignored, and how far a score is from the share of right
 boxes (expected calibration error, ten bins).
 
---out keeps the predictions for report.py and makes a run that was stopped go on (infer/predictions.py).
+--out keeps the predictions for report.py and makes a run that was stopped go on (infer/lib/predictions.py).
 """
 
 import argparse
@@ -25,11 +25,11 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from infer.detector import Detector, check_json
-from infer.loading import add_detection_arguments, load_detector
-from infer.predictions import file_stamps, predict, remember
-from infer.processes import gathered, join, leave, process
-from model.weights import write_json
+from infer.lib.options import add_detection_arguments, load_detector
+from infer.lib.predictions import file_stamps, predict, remember
+from model.decoding.detector import Detector, check_json
+from model.io.weights import write_json
+from train.run.processes import gathered, join, leave, process
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor", "crowded": "crowded scenes"}
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # in pycocotools' order
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
             remember(out, settings | dict(name=name, data_changed=changed) | where)
             gathered(None)  # every process has looked before one goes on
             if split and process()[0] == 0 and not data.exists():
-                from train.scenes import write_coco
+                from train.practice.scenes import write_coco
 
                 write_coco(data.parent, args.count, split, detector.model.config.vision.image_size)
             gathered(None)  # the scenes are drawn

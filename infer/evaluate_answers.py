@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from infer.detector import check_json
-from infer.loading import (
+from infer.lib.options import (
     add_choosing_arguments,
     add_codec_arguments,
     add_model_arguments,
@@ -38,12 +37,13 @@ from infer.loading import (
     load_codec,
     load_model,
 )
-from infer.open_set import Asker
-from model.boxes import BINS, locs_to_boxes, parse_answer
-from model.image import load_image
-from model.jsonl import answers, read_lines
-from model.mask_codec import MaskCodec, from_rle, place
-from model.weights import write_json, write_lines
+from model.decoding.boxes import BINS, locs_to_boxes, parse_answer
+from model.decoding.detector import check_json
+from model.decoding.masks import MaskCodec, from_rle, place
+from model.decoding.open_set import Asker
+from model.io.image import load_image
+from model.io.weights import write_json, write_lines
+from train.data.lines import answers, read_lines
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor"}
 TASKS = {"answer": "question", "caption": "caption", "describe": "caption", "cap": "caption"}
@@ -199,7 +199,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from train.tasks import write_answers
+    from train.practice.tasks import write_answers
 
     check_counts(args, "count", "max_tokens")
     check_json(args.json)

@@ -5,7 +5,7 @@
 
 The answer is printed as it comes, then its length and speed. The official checkpoints know prompts such as
 "caption en", "answer en how many dogs?", "detect cat ; dog", "segment cat", "ocr". What the shipped nano
-understands is listed in train/sentences.py.
+understands is listed in train/practice/sentences.py.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infer.loading import add_choosing_arguments, add_model_arguments, choosing, class_names, load_model
+from infer.lib.options import add_choosing_arguments, add_model_arguments, choosing, class_names, load_model
 from model import PaliGemma
-from model.generate import generate
-from model.groups import PROMPT
-from model.image import load_image, to_tensor
-from model.tokenizer import Tokenizer
+from model.decoding.generate import generate
+from model.decoding.groups import PROMPT
+from model.io.image import load_image, to_tensor
+from model.io.tokenizer import Tokenizer
 
 HELP = "ask about the image, or: /image FILE (look at another), /help, Ctrl-D (end)"
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from infer.draw import draw_boxes
 from infer.evaluate import HELD_OUT, judged, read_coco, run_cocoeval
-from infer.plots import (
+from infer.lib.draw import draw_boxes
+from infer.lib.plots import (
     ap_per_class,
     box_sizes,
     boxes_per_image,
@@ -29,8 +29,8 @@ from infer.plots import (
     score_distribution,
     validation_curve,
 )
-from model.image import load_image
-from model.weights import read_json
+from model.io.image import load_image
+from model.io.weights import read_json
 
 STYLE = {
     "font.size": 11,
@@ -180,7 +180,7 @@ def arguments(argv=None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--eval", type=Path, required=True, metavar="DIR", help="the --out of evaluate.py")
-    add("--run", type=Path, metavar="DIR", help="the --out of train.py")
+    add("--run", type=Path, metavar="DIR", help="the --out of fit.py")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures and index.html")
     add("--images", type=int, default=5, help="best and worst images shown of each set")
     return parser.parse_args(argv)

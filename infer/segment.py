@@ -4,16 +4,15 @@
     python infer/segment.py --image a.jpg folder/ --classes all --json out.json --out drawn/
 
 Each class is asked for on its own, "segment cat"; an answer has a box and 16 codes for each object, and the
-mask codec (model/mask_codec.py) turns the codes into a mask. Writes each picture with its masks and boxes to
---out, and each mask as a picture of its own; --json has them in COCO's run-length encoding too. The exit code
-is 0 only if every picture was processed.
+mask codec (model/decoding/masks.py) turns the codes into a mask. Writes each picture with its masks and boxes
+to --out, and each mask as a picture of its own; --json has them in COCO's run-length encoding too. The exit
+code is 0 only if every picture was processed.
 """
 
 import argparse
 
 from infer import detect
-from infer.detector import Selection
-from infer.loading import (
+from infer.lib.options import (
     LONGEST,
     add_choosing_arguments,
     add_codec_arguments,
@@ -25,7 +24,8 @@ from infer.loading import (
     load_codec,
     load_model,
 )
-from infer.open_set import Asker, OpenSetDetector
+from model.decoding.detector import Selection
+from model.decoding.open_set import Asker, OpenSetDetector
 
 
 def arguments(argv=None) -> argparse.Namespace:

@@ -18,15 +18,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from infer.benchmark import seconds  # noqa: E402
-from infer.detector import Detector, Selection  # noqa: E402
 from infer.evaluate import evaluate  # noqa: E402
 from model import PaliGemma  # noqa: E402
-from model.decode import EarlyStop, GroupDecoder  # noqa: E402
-from model.groups import ClosedSet  # noqa: E402
-from model.hub import resolve  # noqa: E402
-from model.image import load_image, to_tensor  # noqa: E402
-from model.tokenizer import Tokenizer  # noqa: E402
-from train.scenes import write_coco  # noqa: E402
+from model.decoding.closed_set import EarlyStop, GroupDecoder  # noqa: E402
+from model.decoding.detector import Detector, Selection  # noqa: E402
+from model.decoding.groups import ClosedSet  # noqa: E402
+from model.io.hub import resolve  # noqa: E402
+from model.io.image import load_image, to_tensor  # noqa: E402
+from model.io.tokenizer import Tokenizer  # noqa: E402
+from train.practice.scenes import write_coco  # noqa: E402
 
 BATCH = 16
 TIMED = 60  # images, one at a time

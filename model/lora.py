@@ -3,7 +3,7 @@
     names = add_lora(model, TARGETS["published"], rank=16, alpha=16)    # only A and B are trainable now
     fold(model)                                                         # merged: plain Linears again
 
-Adapters on disk: model/adapter.py.
+Adapters on disk: model/io/adapter.py.
 """
 
 import math

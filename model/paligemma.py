@@ -7,12 +7,12 @@ image and prefix read each other freely, the suffix is causal.
 import torch
 from torch import Tensor, nn
 
-from model import weights
-from model.adapter import detection_overrides, load_adapter
 from model.attention import prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
 from model.gemma import Gemma, at
+from model.io import weights
+from model.io.adapter import detection_overrides, load_adapter
 from model.lora import lora_layers
 from model.siglip import SigLIP
 

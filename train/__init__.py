@@ -1,1 +1,1 @@
-"""Training: data, sequences, loss, optimizer. Programs: train.py, scenes.py, nano.py, sprite_pack.py."""
+"""Training: the loop (fit.py), and rooms for what it needs."""

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.decoding.groups import ClosedSet
 from model.gemma import Gemma
-from model.groups import ClosedSet
 
 CHUNK = 128  # positions whose full-vocabulary logits are in memory together, 132 MB for the official sizes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from model import PaliGemma
-from model.hub import BESIDE, resolve
+from model.io.hub import BESIDE, resolve
 from model.lora import fold
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

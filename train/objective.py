@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from model import PaliGemma
-from model.groups import ClosedSet
-from train.data import ROUND, network_input
+from model.decoding.groups import ClosedSet
+from train.data.samples import ROUND, network_input
 from train.loss import allowed_loss, vocabulary_loss
-from train.patch_head import PatchHead
+from train.nano.patch_head import PatchHead
 
 
 class Objective(nn.Module):

@@ -12,17 +12,17 @@ from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from infer.detector import Detector, Selection
 from infer.evaluate import category_ids, read_coco, run_cocoeval
-from infer.predictions import predict
-from infer.processes import gathered, process
+from infer.lib.predictions import predict
 from model import PaliGemma
-from model.decode import GroupDecoder
-from model.groups import ClosedSet
-from model.tokenizer import Tokenizer
-from train.coco import CocoDetections
-from train.data import collate, open_data
-from train.scenes import write_coco
+from model.decoding.closed_set import GroupDecoder
+from model.decoding.detector import Detector, Selection
+from model.decoding.groups import ClosedSet
+from model.io.tokenizer import Tokenizer
+from train.data.coco import CocoDetections
+from train.data.samples import collate, open_data
+from train.practice.scenes import write_coco
+from train.run.processes import gathered, process
 
 BATCH = 16
 

@@ -5,7 +5,7 @@
 #   MODEL, COCO, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone.
 set -euo pipefail
 COCO=${COCO:-coco}
-${LAUNCH:-torchrun --standalone --nproc_per_node=8} "$(dirname "$0")/../train.py" \
+${LAUNCH:-torchrun --standalone --nproc_per_node=8} "$(dirname "$0")/../fit.py" \
     --model "${MODEL:-google/paligemma2-3b-pt-448}" --out "${OUT:-runs/coco-3b}" \
     --data "$COCO/annotations/instances_train2017.json" --images "$COCO/train2017" --augment --shard \
     --steps 92412 --batch-size 64 --lr 1e-5 --min-lr 0 --warmup 4620 --recompute --workers 4 "$@"

@@ -4,7 +4,7 @@
 #   MODEL, COCO, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone.
 set -euo pipefail
 COCO=${COCO:-coco}
-${LAUNCH:-torchrun --standalone --nproc_per_node=4} "$(dirname "$0")/../train.py" \
+${LAUNCH:-torchrun --standalone --nproc_per_node=4} "$(dirname "$0")/../fit.py" \
     --model "${MODEL:-google/paligemma2-10b-pt-448}" --out "${OUT:-runs/coco-10b-lora}" \
     --data "$COCO/annotations/instances_train2017.json" --images "$COCO/train2017" --augment \
     --lora --lora-targets published --lora-rank 16 --lora-alpha 16 --lora-dropout 0.05 \

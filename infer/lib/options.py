@@ -1,0 +1,192 @@
+"""From options to a model or a detector: what every program of infer/ shares."""
+
+import argparse
+import difflib
+
+import torch
+
+from model import PaliGemma
+from model.config import PaliGemmaConfig
+from model.decoding.closed_set import EarlyStop, GroupDecoder
+from model.decoding.detector import Detector, Selection
+from model.decoding.generate import Choosing
+from model.decoding.groups import ClosedSet
+from model.decoding.head import Sampling
+from model.decoding.masks import MaskCodec
+from model.decoding.open_set import Asker, OpenSetDetector
+from model.decoding.packing import can_pack, pack, quantize
+from model.io.hub import CODEC, OFFICIAL_CODEC, codec_file, resolve
+from model.io.tokenizer import Tokenizer
+from model.lora import fold
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PER_CALL = 8  # classes of an open-set prompt
+LONGEST = 200  # tokens of an answer in words
+SMALL = 1 << 30  # bytes of weights up to which float32 is the faster choice on a CPU
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that choose and load a model."""
+    add = parser.add_argument
+    add("--model", default="nano", help="a folder, a hub id (owner/name or owner/name@revision), or nano")
+    add("--adapter", metavar="PATH_OR_ID", help="a LoRA adapter for it, as PEFT or fit.py writes them")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 for small models on a CPU")
+    add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")
+    add("--final-cap", type=float, help="soft cap of the logits instead of the checkpoint's; 0: off")
+    add("--int8", action="store_true", help="the decoder's matrices in 8 bits: half the memory")
+    add("--compile", action="store_true", help="torch.compile the decoder: slow to start, meant for a GPU")
+    add("--seed", type=int, default=0, help="of torch's random numbers; greedy decoding draws none")
+
+
+def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
+    """What the arguments ask for. Raises ValueError for anything a user can get wrong."""
+    torch.manual_seed(args.seed)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
+    folder = resolve(args.model)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    small_cpu = device == "cpu" and weights < SMALL
+    dtype = DTYPES.get(args.dtype) or (torch.float32 if small_cpu else torch.bfloat16)
+    overrides = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    source = dict(dtype=dtype, device=device, adapter=args.adapter)
+    model = PaliGemma.from_pretrained(str(folder), **source, **overrides)
+    if args.int8:
+        quantize(fold(model))
+    elif can_pack(model) and not args.compile:
+        pack(model)
+    if args.compile:
+        model.decoder.compile()
+    return model, Tokenizer(folder)
+
+
+def add_choosing_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of how tokens are chosen."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    add("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that together reach p")
+    add("--eos-offset", type=float, default=0.0, help="make the end less likely: longer answers")
+
+
+def choosing(args: argparse.Namespace) -> Choosing:
+    return Choosing(args.temperature, args.top_k, args.top_p, args.eos_offset)
+
+
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of answers with boxes: which are kept, and how much is done at a time."""
+    add = parser.add_argument
+    add(
+        "--nms-iou",
+        type=float,
+        default=0.5,
+        help="of two boxes of a class that overlap more, the better stays; 1: off",
+    )
+    add("--min-size", type=float, default=0.0, help="drop boxes with a side shorter than this, in pixels")
+    add("--max-tokens", type=int, help=f"longest answer in words (default: {LONGEST})")
+    add(
+        "--batch-size",
+        type=int,
+        help="pictures decoded together (default: what memory holds, at most 16 or 64)",
+    )
+
+
+def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--codec", metavar="FILE", help=f"weights of the mask codec (default: {CODEC} or {OFFICIAL_CODEC} "
+        "beside the model's)")  # fmt: skip
+    add(
+        "--check-codec",
+        action="store_true",
+        help=f"accept only big_vision's {OFFICIAL_CODEC}, by its sha256",
+    )
+
+
+def load_codec(args: argparse.Namespace) -> MaskCodec:
+    """Raises ValueError if there is none, or it is not what it should be."""
+    return MaskCodec.load(args.codec or codec_file(args.model), args.check_codec)
+
+
+def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the model and of decoding, for every detection program."""
+    add_model_arguments(parser)
+    add_selection_arguments(parser)
+    add_choosing_arguments(parser)
+    add = parser.add_argument
+    add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
+    add("--classes-per-call", type=int, help=f"of an open-set prompt, at most (default: {PER_CALL})")
+    add("--groups", type=int, help="boxes decoded an image instead of the checkpoint's number")
+    add(
+        "--noise-feedback",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="feed the noise token back where it is likeliest, instead of the best class",
+    )
+    add(
+        "--early-stop",
+        nargs=2,
+        type=float,
+        metavar=("P", "K"),
+        help="stop an image behind K boxes in a row whose noise probability exceeds P",
+    )
+
+
+def class_names(text: str, config: PaliGemmaConfig) -> tuple[str, ...]:
+    """The names of --classes "A ; B". Raises ValueError if there are none, or the model cannot know one."""
+    if text.strip() == "all":
+        return config.classes
+    names = ()
+    for name in (" ".join(part.split()) for part in text.split(";")):
+        if name and name.casefold() not in map(str.casefold, names):
+            names += (name,)
+    if not names:
+        raise ValueError(f'--classes {text!r} names nothing; write --classes "cat ; traffic light"')
+    for name in names:
+        if "<" in name or ">" in name:
+            raise ValueError(f"--classes: {name!r} cannot be asked for: it has < or > in it")
+        if name not in config.classes and not config.open_vocabulary:
+            near = difflib.get_close_matches(name, config.classes, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "an official checkpoint may"
+            raise ValueError(
+                f"{name!r} is none of the {len(config.classes)} classes that this model knows; {hint}"
+            )
+    return names
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+OPEN_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")  # options
+CLOSED_ONLY = ("groups", "noise_feedback", "early_stop")
+
+
+def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector | OpenSetDetector:
+    """The detector that the arguments ask for. Raises ValueError for anything a user can get wrong."""
+    check_counts(args, "groups", "batch_size", "classes_per_call", "max_tokens")
+    how, selection = choosing(args), Selection(score_threshold, args.nms_iou, args.min_size)
+    open_set = args.classes is not None
+    for name in CLOSED_ONLY if open_set else OPEN_ONLY:
+        if getattr(args, name):
+            mode = "closed-set detection, without" if open_set else "open-set detection, with"
+            raise ValueError(f"--{name.replace('_', '-')} is of {mode} --classes")
+    model, tokenizer = load_model(args)
+    if open_set:
+        names = class_names(args.classes, model.config)
+        ask = Asker(model, tokenizer, args.max_tokens or LONGEST, how, args.seed)
+        return OpenSetDetector(ask, names, args.classes_per_call or PER_CALL, selection)
+    stop = EarlyStop(*args.early_stop) if args.early_stop else None
+    language, sampling = ClosedSet.of(model.config, tokenizer), Sampling(how.temperature, how.top_p)
+    decode = GroupDecoder(
+        model, language, args.groups, args.noise_feedback, sampling=sampling, early_stop=stop
+    )
+    return Detector(decode, selection)

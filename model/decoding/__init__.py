@@ -1,0 +1,1 @@
+"""From hidden states to answers: boxes, masks, text."""

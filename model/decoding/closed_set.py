@@ -1,0 +1,142 @@
+"""Decoding of the closed-set language: prefill once, then G groups of five tokens.
+
+Axes: B batch, G groups, I = 5 slots of a group, D width.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from model.decoding.groups import GROUP, ClosedSet
+from model.decoding.head import GREEDY, Choice, Head, Sampling
+from model.paligemma import PaliGemma
+
+
+@dataclass
+class Answer:
+    """What was decoded.
+
+    tokens int64 [B, G, 5] as fed back; locs int64 [B, G, 4], y0, x0, y1, x1 in 0..1023; labels int64 [B, G],
+    the best real class; scores float32 [B, G], its probability; noise [B, G], that of noise; live bool
+    [B, G], False behind an early stop.
+    """
+
+    tokens: Tensor
+    locs: Tensor
+    labels: Tensor
+    scores: Tensor
+    noise: Tensor
+    live: Tensor
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Stop an image behind `patience` groups in a row whose noise is likelier than `noise`."""
+
+    noise: float
+    patience: int
+
+    def __post_init__(self):
+        if not (0 <= self.noise < 1 and self.patience >= 1 and self.patience == int(self.patience)):
+            raise ValueError(
+                f"early stop {self.noise} {self.patience}: want a probability and a count of groups"
+            )
+
+
+class GroupDecoder:
+    """Detects in batches of images. The cache, and on a GPU its CUDA graph, serve the next batch too.
+
+    groups: None for the checkpoint's. noise_feedback: where noise is likelier than every class, True feeds
+    the noise token back, False the best real class. fused_head: on a GPU, the kernel of
+    model/decoding/head_kernel.py.
+    """
+
+    def __init__(
+        self,
+        model: PaliGemma,
+        language: ClosedSet,
+        groups: int | None = None,
+        noise_feedback: bool = False,
+        sampling: Sampling = GREEDY,
+        early_stop: EarlyStop | None = None,
+        fused_head: bool = True,
+    ):
+        self.model, self.language, self.groups = model, language, groups or language.groups
+        self.early_stop = early_stop
+        allowed = [language.allowed(slot) for slot in range(GROUP)]
+        head = Head
+        if fused_head and model.projector.weight.is_cuda and find_spec("triton"):  # Windows has none
+            from model.decoding.head_kernel import FusedHead as head
+        self.head = head(model.decoder, allowed, noise_feedback, sampling)
+        self.batch_size = None
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Answer:
+        """Images [B, 3, S, S] -> Answer. generator: of the random numbers of sampling, on the CPU."""
+        B, language = len(images), self.language
+        if self.batch_size != B:
+            self._prepare(B, images.device)
+        uniform = torch.rand(self.groups, GROUP, B, generator=generator).to(images.device)
+        prompt = torch.tensor(language.prompt, device=images.device).expand(B, -1)
+        self.hidden.copy_(self.model.prefill(self.model.encode(images), prompt, self.cache))
+        answers, live, quiet = [], torch.ones(B, dtype=torch.bool, device=images.device), 0
+        for group in range(self.groups):
+            self.uniform.copy_(uniform[group])
+            answers.append((*(x.clone() for x in self.group(last=group + 1 == self.groups)), live))
+            if self.early_stop:
+                quiet = (answers[-1][-2] > self.early_stop.noise) * (quiet + 1)  # groups of noise in a row
+                live = live & (quiet < self.early_stop.patience)
+                if not live.any():
+                    break
+        fed, best, scores, noise, live = (torch.stack(column, dim=1) for column in zip(*answers, strict=True))
+        return Answer(
+            fed, best[..., :-1] - language.loc0, best[..., -1] - language.class0, scores, noise, live
+        )
+
+    def _prepare(self, batch_size: int, device: torch.device) -> None:
+        """Everything that a step reads or writes, where it stays."""
+        prompt = len(self.language.prompt)
+        self.cache = self.model.new_cache(batch_size, prompt + GROUP * self.groups)
+        self.hidden = self.model.projector.weight.new_zeros(batch_size, self.model.config.text.width)
+        self.uniform = torch.empty(GROUP, batch_size, device=device)
+        self.group, self.batch_size = self._group, batch_size
+        if device.type == "cuda":
+            one = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
+            replay = captured(self._group, prepare=lambda: self.cache.start(one, one.long()))
+            self.group = lambda last: replay()
+
+    def _group(self, last: bool = False) -> tuple[Tensor, ...]:
+        """Decode a group: fed [B, 5], best [B, 5], score and noise [B] of its class. last: none follows."""
+        choices: list[Choice] = []
+        for slot in range(GROUP):
+            choices.append(self.head(self.hidden, slot, self.uniform[slot]))
+            if not (last and slot + 1 == GROUP):
+                self.hidden.copy_(self.model.step(choices[-1].fed, self.cache))
+        fed, best = (torch.stack([getattr(c, name) for c in choices], dim=1) for name in ("fed", "best"))
+        return fed, best, choices[-1].score, choices[-1].noise
+
+
+def captured(function, prepare):
+    """A function of tensors that stay in their places, as a CUDA graph; prepare() before each trial run.
+
+    Calling the result costs one launch. It returns the same tensors each time, overwritten.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles kernels, sets up cuBLAS
+            prepare()
+            function()
+        prepare()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay

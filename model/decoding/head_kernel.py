@@ -1,0 +1,138 @@
+"""The restricted head as one Triton kernel: what `choose` of model/decoding/head.py does, in a single launch.
+
+A program takes BLOCK_R allowed rows of the tied embedding and BLOCK_B hidden states, and leaves their logits
+in a scratch buffer. The last one to arrive for its hidden states, told by a counter, finds all logits there
+and does the rest: softmax, choice, score. So nothing waits, and no second launch is needed. Which rows are
+allowed follows from the position, which is read on the device: one CUDA graph serves every step.
+
+Axes: B batch, D width, R allowed rows (1,024 coordinates, or classes and noise).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.decoding.head import Choice, Sampling
+from model.gemma import Gemma
+
+R = tl.constexpr(1024)  # coordinates, the larger of the two sets of allowed ids
+BLOCKS = dict(BLOCK_B=16, BLOCK_R=16, BLOCK_D=128)
+INTERPRETED = triton.knobs.runtime.interpret  # its tl.dot takes the bits of bfloat16 for integers
+
+
+@triton.jit
+def soft_cap(x, cap):
+    """cap * tanh(x / cap); infinity is no cap. tanh(y) = 2 sigmoid(2 y) - 1."""
+    finite = tl.where(cap == float("inf"), 1.0, cap)
+    return tl.where(cap == float("inf"), x, finite * (2 * tl.sigmoid(2 * x / finite) - 1))
+
+
+@triton.jit
+def nucleus(p, top_p):
+    """Of probabilities [R]: the largest t so that those of at least t reach top_p together.
+
+    Bisection over the bit patterns of positive floats, which are ordered as the floats are: 31 exact steps.
+    """
+    low, high = tl.zeros([], tl.int32), tl.full([], 0x3F800001, tl.int32)  # 0 <= t < next after 1.0
+    for _ in range(31):
+        middle = (low + high) // 2
+        enough = tl.sum(tl.where(p >= middle.to(tl.float32, bitcast=True), p, 0.0)) >= top_p
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    return low.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def draw(p, u, i):
+    """A sample of weights p [R], given u in [0, 1): the first index whose running sum exceeds u * sum."""
+    running = tl.cumsum(p)
+    total = tl.max(running)
+    return tl.min(tl.where((running > u * total) & (p > 0), i, R))
+
+
+@triton.jit
+def restricted_head(
+    hidden, embed, position, uniform, scratch, arrived, fed, best_id, score, noise,
+    B, D, loc0, class0, classes, cap, temperature, top_p,
+    GROUP: tl.constexpr, NOISE_FEEDBACK: tl.constexpr, SAMPLE: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    is_class = tl.load(position) % GROUP == GROUP - 1
+    first = tl.where(is_class, class0, loc0)
+    rows = tl.where(is_class, classes + 1, R)
+    tile, batch = tl.program_id(0), tl.program_id(1)
+    if tile * BLOCK_R < rows:
+        r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        b = batch * BLOCK_B + tl.arange(0, BLOCK_B)
+        h = hidden + b[:, None] * D
+        w = embed + (first + r).to(tl.int64)[None, :] * D
+        logits = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            h_tile = tl.load(h + d[None, :], (b[:, None] < B) & (d[None, :] < D), 0.0)
+            w_tile = tl.load(w + d[:, None], (r[None, :] < rows) & (d[:, None] < D), 0.0)
+            if WIDEN:
+                h_tile, w_tile = h_tile.to(tl.float32), w_tile.to(tl.float32)
+            logits = tl.dot(h_tile, w_tile, logits, input_precision="ieee")
+        tl.store(scratch + b[:, None] * R + r[None, :], soft_cap(logits, cap), b[:, None] < B)
+
+    tl.debug_barrier()  # all of this program's logits are stored before it counts itself
+    if tl.atomic_add(arrived + batch, 1) == tl.num_programs(0) - 1:
+        tl.debug_barrier()
+        tl.store(arrived + batch, 0)  # ready for the next launch
+        i = tl.arange(0, R)
+        real = i < tl.where(is_class, classes, R)  # noise counts in p, but is never chosen
+        for row in range(batch * BLOCK_B, min(B, (batch + 1) * BLOCK_B)):
+            x = tl.load(scratch + row * R + i, i < rows, float("-inf"), cache_modifier=".cg")
+            real_x = tl.where(real, x, float("-inf"))
+            e = tl.exp(x - tl.max(x))
+            p = e / tl.sum(e)
+            p_noise = tl.sum(tl.where(real, 0.0, p))
+            if SAMPLE:
+                hot = tl.exp((real_x - tl.max(real_x)) / temperature)
+                hot = hot / tl.sum(hot)
+                hot = tl.where(hot >= nucleus(hot, top_p), hot, 0.0)
+                best = draw(hot, tl.load(uniform + row), i)
+            else:
+                best = tl.argmax(real_x, axis=0)
+            is_noise = NOISE_FEEDBACK & (p_noise > tl.max(tl.where(real, p, 0.0)))
+            tl.store(best_id + row, first + best)
+            tl.store(fed + row, tl.where(is_noise, class0 + classes, first + best))
+            tl.store(score + row, tl.sum(tl.where(i == best, p, 0.0)))
+            tl.store(noise + row, p_noise)
+
+
+class FusedHead:
+    """Does what Head does, in one launch. Its buffers grow with the batch, and are otherwise reused."""
+
+    def __init__(
+        self, decoder: Gemma, allowed: list[tuple[int, int]], noise_feedback: bool, sampling: Sampling
+    ):
+        weight = decoder.embed.weight
+        (loc0, _), (class0, after) = allowed[0], allowed[-1]
+        self.embed, self.group, self.sampling = weight, len(allowed), sampling
+        self.ids = loc0, class0, after - class0 - 1
+        self.cap = decoder.config.final_cap or float("inf")
+        self.noise_feedback = noise_feedback
+        self.slots = torch.arange(self.group, device=weight.device)
+        self.scratch = torch.empty(0, R.value, device=weight.device)
+        self.arrived = torch.zeros(0, dtype=torch.int32, device=weight.device)
+
+    def __call__(self, hidden: Tensor, slot: int | Tensor, uniform: Tensor) -> Choice:
+        """Hidden [B, D], slot of the group (a number, or int64 on the device, and any position of the answer
+        will do), uniform [B] -> Choice."""
+        B, D = hidden.shape
+        if len(self.scratch) < B:
+            self.scratch = hidden.new_empty(B, R.value, dtype=torch.float32)
+            self.arrived = self.slots.new_zeros(triton.cdiv(B, BLOCKS["BLOCK_B"]), dtype=torch.int32)
+        best, fed = self.slots.new_empty(2, B)
+        score, noise = self.scratch.new_empty(2, B)
+        position = slot if isinstance(slot, Tensor) else self.slots[slot:]
+        grid = triton.cdiv(R.value, BLOCKS["BLOCK_R"]), triton.cdiv(B, BLOCKS["BLOCK_B"])
+        restricted_head[grid](
+            hidden.contiguous(), self.embed, position, uniform, self.scratch, self.arrived,
+            fed, best, score, noise, B, D, *self.ids, self.cap,
+            self.sampling.temperature, self.sampling.top_p, GROUP=self.group, WIDEN=INTERPRETED,
+            NOISE_FEEDBACK=self.noise_feedback, SAMPLE=self.sampling.temperature > 0, **BLOCKS,
+        )  # fmt: skip
+        return Choice(best, fed, score, noise)

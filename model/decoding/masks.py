@@ -1,0 +1,217 @@
+"""Masks as sixteen tokens: the vector-quantised autoencoder behind <seg000> to <seg127> (arXiv 2301.02229).
+
+An object's mask is cut out at its box, resized to 64 x 64 and encoded as a 4 x 4 grid of codes out of 128;
+box and codes together give the mask back. Layers and names are those of big_vision's vae-oid.npz.
+
+Axes: n masks, C channels, H, W pixels of the picture.
+"""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model.io.hub import OFFICIAL_CODEC
+from model.io.weights import save_tensors
+
+SIDE, TOKENS, CODES = 64, 16, 128  # pixels a side, codes of a mask, codes there are
+OFFICIAL_BYTES = 8_479_556  # gs://big_vision/paligemma/vae-oid.npz
+OFFICIAL_SHA256 = "5586010257b8536dddefab65e7755077f21d5672d5674dacf911f73ae95a4447"
+_CODEBOOK = "_vq_vae._embedding"  # the official name of `codebook`
+_OF_TRAINING = {"_vq_vae._ema_cluster_size", "_vq_vae._ema_w"}
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+class MaskCodec(nn.Module):
+    """channels: of the 4 x 4 grid, a multiple of 8; width: of a code. The official codec has 128 and 512."""
+
+    def __init__(self, channels: int = 128, width: int = 512):
+        super().__init__()
+        c = channels
+        self.encoder = nn.Sequential(
+            *_relu(nn.Conv2d(1, c // 8, 4, 2, 1)),
+            *_relu(nn.Conv2d(c // 8, c // 4, 4, 2, 1)),
+            *_relu(nn.Conv2d(c // 4, c // 2, 4, 2, 1)),
+            *_relu(nn.Conv2d(c // 2, c, 4, 2, 1)),
+            Residual(c),
+            Residual(c),
+            nn.Conv2d(c, width, 1),
+        )
+        self.decoder = nn.Sequential(
+            *_relu(nn.Conv2d(width, c, 1)),
+            Residual(c),
+            Residual(c),
+            *_relu(nn.ConvTranspose2d(c, c, 4, 2, 1)),
+            *_relu(nn.ConvTranspose2d(c, c // 2, 4, 2, 1)),
+            *_relu(nn.ConvTranspose2d(c // 2, c // 4, 4, 2, 1)),
+            *_relu(nn.ConvTranspose2d(c // 4, c // 8, 4, 2, 1)),
+            nn.Conv2d(c // 8, 1, 1),
+        )
+        self.register_buffer("codebook", torch.randn(CODES, width))
+
+    def features(self, masks: Tensor) -> Tensor:
+        """Masks [n, 64, 64] in [-1, 1] -> what is quantised [n, 16, width], the grid row by row."""
+        return self.encoder(masks[:, None]).flatten(2).mT
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """[n, 16, width] -> the nearest codes int64 [n, 16]."""
+        distances = self.codebook.square().sum(-1) - 2 * features @ self.codebook.T  # but for a constant
+        return distances.argmin(-1)
+
+    def reconstruct(self, quantised: Tensor) -> Tensor:
+        """[n, 16, width] -> masks [n, 64, 64], about -1 to 1."""
+        grid = quantised.mT.unflatten(2, (4, 4))
+        return self.decoder(grid)[:, 0]
+
+    @torch.no_grad()
+    def encode(self, masks: Tensor) -> Tensor:
+        """Masks [n, 64, 64] in [-1, 1] -> codes int64 [n, 16] in 0..127."""
+        return self.nearest(self.features(masks))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [n, 16] -> masks [n, 64, 64]: inside where above 0."""
+        return self.reconstruct(self.codebook[codes])
+
+    @classmethod
+    def load(cls, file: str | Path, check_sha256: bool = False) -> "MaskCodec":
+        """From vae-oid.npz or a .safetensors file of `save`. check_sha256: only the official file will do.
+
+        Raises ValueError that says what is wrong with the file.
+        """
+        file = Path(file)
+        tensors = _read(file, check_sha256)
+        try:
+            channels, width = tensors["decoder.0.weight"].shape[:2]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{file} is no mask codec: it has no decoder.0.weight of four axes") from error
+        if channels < 8 or channels % 8:
+            raise ValueError(f"{file}: decoder.0.weight has {channels} channels, not a multiple of 8")
+        with torch.device("meta"):
+            codec = cls(channels, width)
+        expected = codec.state_dict()
+        for name in sorted(expected.keys() | tensors.keys()):
+            want, have = (tuple(t[name].shape) if name in t else None for t in (expected, tensors))
+            if want != have:
+                fault = f"is {have}, not {want}" if want and have else "is missing" if want else "is too many"
+                raise ValueError(f"{file} is no mask codec of {channels} channels: {name} {fault}")
+        codec.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+        return codec.eval().requires_grad_(False)
+
+    def save(self, file: str | Path) -> None:
+        """Write a .safetensors file in bfloat16, whole or not at all."""
+        state = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in self.state_dict().items()}
+        save_tensors(state, Path(file))
+
+
+def _relu(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return layer, nn.ReLU()
+
+
+def _read(file: Path, check_sha256: bool) -> dict[str, Tensor]:
+    """The tensors of a file under our names."""
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: no such file; a mask codec is {OFFICIAL_CODEC}, or made by train/nano/codec.py"
+        )
+    if check_sha256 and (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != OFFICIAL_SHA256:
+        raise ValueError(f"{file} is not big_vision's {OFFICIAL_CODEC}: its sha256 is {digest}")
+    if file.suffix != ".npz":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    if (size := file.stat().st_size) != OFFICIAL_BYTES:
+        raise ValueError(
+            f"{file} has {size:,} bytes, {OFFICIAL_CODEC} has {OFFICIAL_BYTES:,}: download it again"
+        )
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (ValueError, OSError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is not a file of numpy arrays: {error}") from error
+    names = {name: "codebook" if name == _CODEBOOK else name for name in tensors.keys() - _OF_TRAINING}
+    return {ours: tensors[theirs] for theirs, ours in names.items()}
+
+
+def crop(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """A mask bool [H, W] and its box, x0, y0, x1, y1 in pixels -> float32 [64, 64] in [-1, 1] for `encode`.
+
+    Raises ValueError if the rounded box is empty.
+    """
+    x0, y0, x1, y1 = np.round(box).astype(int).clip(0, [*mask.shape[::-1]] * 2).tolist()
+    if x1 <= x0 or y1 <= y0:
+        raise ValueError(f"the box {x0}, {y0}, {x1}, {y1} holds no pixel of the mask")
+    part = Image.fromarray(mask[y0:y1, x0:x1].astype(np.float32))
+    return np.asarray(part.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) * 2 - 1
+
+
+def to_rle(mask: np.ndarray) -> dict:
+    """A mask bool [H, W] in COCO's run-length encoding, as JSON takes it."""
+    from pycocotools.mask import encode
+
+    rle = encode(np.asfortranarray(mask, np.uint8))
+    return rle | dict(counts=rle["counts"].decode())
+
+
+def from_rle(rle: dict) -> np.ndarray:
+    """The other way; counts may also be a list of run lengths. Raises ValueError for any other thing."""
+    try:
+        height, width = rle["size"]
+        runs = np.asarray(_runs(rle["counts"]) if isinstance(rle["counts"], str) else rle["counts"])
+        within = runs.dtype.kind == "i" and ((runs >= 0) & (runs <= height * width)).all()
+        if not within or runs.ndim != 1 or runs.sum() != height * width or min(height, width) < 1:
+            raise ValueError(f"its runs do not fill {width} x {height} pixels")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a run-length encoding ({error})") from error
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, runs).reshape(width, height).T
+
+
+def _runs(text: str) -> list[int]:
+    """Run lengths from COCO's text: five bits a character, low ones first, and a sixth where more follow;
+    from the fourth on, the difference to the last but one."""
+    runs, value, shift = [], 0, 0
+    for byte in text.encode():
+        byte -= 48
+        value |= (byte & 31) << shift
+        shift += 5
+        if not byte & 32:
+            value -= (byte >> 4 & 1) << shift  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
+def place(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndarray:
+    """What `decode` gave, float [64, 64], and a box in pixels -> the mask bool [height, width] of a picture.
+
+    Sides are cut to whole pixels, as big_vision evaluates; a box without a pixel gives an empty mask.
+    """
+    whole = np.zeros((height, width), bool)
+    x0, y0, x1, y1 = np.asarray(box).clip(0, [width, height] * 2).astype(int).tolist()
+    if x1 > x0 and y1 > y0:
+        part = Image.fromarray(np.asarray(mask, np.float32))
+        part = part.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
+        whole[y0:y1, x0:x1] = np.asarray(part) > 0
+    return whole

@@ -1,0 +1,1 @@
+"""Between disk and network: checkpoints, adapters, tokenizer, images."""

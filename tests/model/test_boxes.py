@@ -1,0 +1,146 @@
+"""Boxes: pixels <-> location tokens and back, areas, overlaps, suppression, each against a slow loop."""
+
+import numpy as np
+import pytest
+
+from model.decoding.boxes import BINS, areas, boxes_to_locs, iou, locs_to_boxes, nms
+
+SIZES = [(1024, 1024), (128, 128), (640, 480), (333, 517), (1, 1), (5000, 3), (0.5, 2000.5)]
+
+
+def random_boxes(rng, n, width=100.0, height=100.0, whole=False):
+    """[n, 4] of x0, y0, x1, y1 in order; whole: on whole pixels, so that overlaps of exactly 1/2 occur."""
+    points = rng.random((n, 2, 2)) * (width, height)
+    boxes = np.concatenate((points.min(1), points.max(1)), axis=1)
+    return boxes.round() if whole else boxes
+
+
+# Location tokens --------------------------------------------------------------------------------------------
+
+
+def test_order():
+    """Pixels are x0, y0, x1, y1; tokens are y0, x0, y1, x1, in 1/1024 of height and width."""
+    assert boxes_to_locs(np.array([[50, 20, 150, 30]]), 200, 40).tolist() == [[512, 256, 768, 768]]
+    assert locs_to_boxes(np.array([[512, 256, 768, 768]]), 200, 40).tolist() == [[50, 20, 150, 30]]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pixels_and_back(size):
+    """Within half a bin; in the last bin, which stands for the edge, within one and a half."""
+    rng = np.random.default_rng(0)
+    boxes = random_boxes(rng, 4000, *size)
+    boxes[:8] *= 0
+    boxes[8:16] = [*size, *size]
+    locs = boxes_to_locs(boxes, *size)
+    assert locs.dtype == np.int64 and locs.shape == boxes.shape
+    bin_size = np.array([*size, *size]) / BINS
+    error = np.abs(locs_to_boxes(locs, *size) - boxes) / bin_size
+    last = (locs == BINS - 1)[:, [1, 0, 3, 2]]
+    assert last.any() and (error[~last] <= 0.5 + 1e-9).all() and (error[last] <= 1.5 + 1e-9).all()
+    edge = boxes == [*size, *size]
+    assert edge.any() and (error[edge] == 0).all()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_tokens_and_back(size):
+    """Every location comes back as itself."""
+    bins = np.arange(BINS)
+    locs = np.stack((bins, bins[::-1], np.roll(bins, 1), np.roll(bins, -7)), axis=1)
+    assert (boxes_to_locs(locs_to_boxes(locs, *size), *size) == locs).all()
+
+
+def test_never_1024():
+    """A box at or beyond the edge gets the last bin, or the first; there is no <loc1024>."""
+    boxes = np.array(
+        [[0, 0, 100, 50], [-20, -1, 100.01, 50.01], [99.99, 49.99, 1e9, 1e9], [-1e9, -9, -5, -1]]
+    )
+    locs = boxes_to_locs(boxes, 100, 50)
+    assert locs.tolist() == [[0, 0, 1023, 1023], [0, 0, 1023, 1023], [1023] * 4, [0] * 4]
+    assert locs_to_boxes(locs, 100, 50)[0].tolist() == [0, 0, 100, 50]
+
+
+def test_shapes():
+    """No boxes are no error; batches of quadruples keep their shape; float32 loses nothing."""
+    assert boxes_to_locs(np.zeros((0, 4)), 10, 10).shape == (0, 4)
+    assert boxes_to_locs([], 10, 10).shape == (0, 4)
+    assert locs_to_boxes(np.zeros((2, 3, 4), int), 10, 10).shape == (2, 3, 4)
+    boxes = random_boxes(np.random.default_rng(1), 50, whole=True)
+    assert (boxes_to_locs(boxes.astype(np.float32), 128, 128) == boxes_to_locs(boxes, 128, 128)).all()
+
+
+# Arithmetic -------------------------------------------------------------------------------------------------
+
+
+def test_areas():
+    boxes = np.array([[1, 2, 4, 6], [4, 2, 1, 6], [1, 6, 4, 2], [4, 6, 1, 2], [3, 3, 3, 9]])
+    assert areas(boxes).tolist() == [12, 0, 0, 0, 0]
+    assert areas(np.zeros((2, 3, 4))).shape == (2, 3)
+
+
+def slow_iou(a, b):
+    """Of one pair, counted from the sides of their intersection."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    return width * height / union
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["any", "whole pixels"])
+def test_iou(whole):
+    rng = np.random.default_rng(2)
+    a, b = random_boxes(rng, 30, whole=whole), random_boxes(rng, 20, whole=whole)
+    b[:5] = a[:5]
+    slow = np.array([[slow_iou(x, y) for y in b] for x in a])
+    assert np.allclose(iou(a, b), slow, atol=1e-12) and (slow > 0).any() and (slow == 0).any()
+    assert np.allclose(np.diag(iou(a, b))[:5], 1)
+
+
+def test_iou_of_nothing():
+    """Empty boxes overlap with nothing, themselves included, and there may be none."""
+    boxes = np.array([[1.0, 1, 1, 5], [0, 0, 4, 4], [5, 5, 3, 3], [9, 9, 9, 9]])
+    assert iou(boxes, boxes).tolist() == np.diag([0.0, 1, 0, 0]).tolist()
+    assert iou(boxes, np.zeros((0, 4))).shape == (4, 0) and iou(np.zeros((0, 4)), boxes).shape == (0, 4)
+
+
+# Suppression ------------------------------------------------------------------------------------------------
+
+
+def slow_nms(boxes, scores, labels, threshold):
+    """Take the best that is left, the first among equals; strike out what it suppresses; again."""
+    left, kept = list(range(len(boxes))), []
+    while left:
+        best = max(left, key=lambda i: (scores[i], -i))
+        kept.append(best)
+        left = [
+            i
+            for i in left
+            if i != best and (labels[i] != labels[best] or slow_iou(boxes[i], boxes[best]) <= threshold)
+        ]
+    return kept
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5, 0.7, 1.0])
+def test_nms(threshold):
+    """Random scenes of few classes, many overlaps and tied scores."""
+    suppressed = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(0, 25))
+        boxes = random_boxes(rng, n, 12, 12, whole=seed % 2 == 0)
+        boxes[n // 2 :] = boxes[: n - n // 2]  # twins
+        scores, labels = rng.integers(0, 6, n) / 5, rng.integers(0, 3, n)
+        kept = nms(boxes, scores, labels, threshold)
+        assert kept.dtype == np.int64 and kept.tolist() == slow_nms(boxes, scores, labels, threshold)
+        assert (np.diff(scores[kept]) <= 0).all()
+        suppressed += n - len(kept)
+    assert (suppressed == 0) == (threshold == 1)
+
+
+def test_nms_keeps_at_the_threshold():
+    """Overlaps of exactly the threshold stay; other classes never suppress."""
+    boxes, scores = np.array([[0.0, 0, 2, 2], [0, 0, 2, 1]]), np.array([0.3, 0.9])
+    assert nms(boxes, scores, np.array([4, 4]), 0.5).tolist() == [1, 0]
+    assert nms(boxes, scores, np.array([4, 4]), 0.49).tolist() == [1]
+    assert nms(boxes, scores, np.array([4, 5]), 0.0).tolist() == [1, 0]

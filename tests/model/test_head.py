@@ -1,0 +1,190 @@
+"""The restricted head: the Triton kernel against the plain form, in Triton's interpreter or on a GPU."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import TextConfig
+from model.decoding.head import GREEDY, Head, Sampling, choose, nucleus
+from model.gemma import Gemma
+
+triton = pytest.importorskip("triton")
+from model.decoding.head_kernel import FusedHead  # noqa: E402 - needs Triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py asks for the interpreter on a CPU
+VOCAB, LOC0, CLASS0 = 1400, 150, 7
+NEAR = dict(rtol=1e-5, atol=1e-6)
+
+
+def heads(width, classes=80, dtype=torch.float32, cap=30.0, noise_feedback=True, sampling=GREEDY, seed=0):
+    """The plain head and the kernel, on the same random embedding."""
+    shape = dict(width=width, mlp=8, layers=1, heads=1, kv_heads=1, head_dim=8, query_scale=1.0)
+    config = TextConfig(version=2, vocab_size=VOCAB, final_cap=cap, **shape)
+    decoder = Gemma(config)
+    noise = torch.randn(VOCAB, width, generator=torch.Generator().manual_seed(seed))
+    decoder.embed.weight = torch.nn.Parameter((noise * 3 / width**0.5).to(DEVICE, dtype), requires_grad=False)
+    allowed = [(LOC0, LOC0 + 1024)] * 4 + [(CLASS0, CLASS0 + classes + 1)]
+    options = decoder, allowed, noise_feedback, sampling
+    return Head(*options), FusedHead(*options)
+
+
+def inputs(batch, width, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, width, generator=generator).to(DEVICE, dtype)
+    return hidden, torch.rand(batch, generator=generator).to(DEVICE)
+
+
+def check(plain, fused):
+    for field in fields(plain):
+        a, b = getattr(plain, field.name), getattr(fused, field.name)
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert torch.equal(a, b) if a.dtype == torch.int64 else torch.allclose(a, b, **NEAR), field.name
+
+
+@pytest.mark.parametrize("cap", [30.0, None])
+@pytest.mark.parametrize("noise_feedback", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "width", "classes"), [(1, 16, 80), (3, 130, 1), (17, 64, 97), (256, 33, 5)]
+)
+def test_kernel_greedy(batch, width, classes, noise_feedback, cap):
+    """Sizes that fill no block, one row and many, each slot of the group; the buffers serve every call."""
+    plain, fused = heads(width, classes, cap=cap, noise_feedback=noise_feedback)
+    for slot in (0, 3, 4):
+        hidden, uniform = inputs(batch, width, seed=slot)
+        check(plain(hidden, slot, uniform), fused(hidden, slot, uniform))
+
+
+def test_kernel_largest_batch():
+    plain, fused = heads(33, classes=5)
+    hidden, uniform = inputs(256, 33)
+    check(plain(hidden, 4, uniform), fused(hidden, 4, uniform))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.3), (1.0, 1e-6)])
+def test_kernel_samples(temperature, top_p):
+    """The same random numbers choose the same ids."""
+    sampling = Sampling(temperature, top_p)
+    plain, fused = heads(48, classes=20, sampling=sampling)
+    for slot in (2, 4):
+        hidden, uniform = inputs(40, 48, seed=slot)
+        check(plain(hidden, slot, uniform), fused(hidden, slot, uniform))
+
+
+def test_kernel_bfloat16():
+    """Weights and states in bfloat16, sums in float32: nearer to the exact logits than the plain form's."""
+    _, fused = heads(96, dtype=torch.bfloat16)
+    exact, _ = heads(96, dtype=torch.bfloat16)
+    exact.decoder.embed.weight = torch.nn.Parameter(exact.decoder.embed.weight.float(), requires_grad=False)
+    hidden, uniform = inputs(9, 96, torch.bfloat16)
+    for slot in (0, 4):
+        check(exact(hidden.float(), slot, uniform), fused(hidden, slot, uniform))
+
+
+def test_kernel_reads_the_position_on_the_device():
+    """Any position of the answer, as a number in the device's memory."""
+    plain, fused = heads(32)
+    hidden, uniform = inputs(2, 32)
+    position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for value in (0, 4, 9, 123):
+        check(plain(hidden, value % 5, uniform), fused(hidden, position.fill_(value), uniform))
+
+
+def test_ties():
+    """Equal logits: the first id, in both; noise as likely as a class is not noise."""
+    plain, fused = heads(16, classes=6)
+    hidden, uniform = torch.zeros(5, 16, device=DEVICE), torch.rand(5, device=DEVICE)
+    for slot, first, count in ((0, LOC0, 1024), (4, CLASS0, 7)):
+        choice = plain(hidden, slot, uniform)
+        check(choice, fused(hidden, slot, uniform))
+        assert (choice.best == first).all() and (choice.fed == first).all()
+        assert torch.allclose(choice.score, torch.full_like(choice.score, 1 / count))
+
+
+@pytest.mark.parametrize("noise_feedback", [True, False])
+def test_all_noise(noise_feedback):
+    """Noise takes nearly all the probability: still a class is the answer, noise is fed back or not."""
+    plain, fused = heads(16, classes=6, cap=None, noise_feedback=noise_feedback)
+    weight = plain.decoder.embed.weight
+    weight[CLASS0 + 6] = 100.0
+    hidden, uniform = torch.ones(3, 16, device=DEVICE), torch.rand(3, device=DEVICE)
+    choice = plain(hidden, 4, uniform)
+    check(choice, fused(hidden, 4, uniform))
+    assert (choice.noise == 1).all() and (choice.score < 1e-30).all()
+    assert (choice.best < CLASS0 + 6).all()
+    assert ((choice.fed == CLASS0 + 6) if noise_feedback else (choice.fed == choice.best)).all()
+
+
+# The plain form ---------------------------------------------------------------------------------------------
+
+
+def test_choose_by_hand():
+    """Three classes and noise: the score counts noise, the choice does not."""
+    p = torch.tensor([[0.1, 0.3, 0.2, 0.4], [0.2, 0.5, 0.1, 0.2]])
+    choice = choose(p.log(), 10, True, True, GREEDY, torch.zeros(2))
+    assert choice.best.tolist() == [11, 11] and choice.fed.tolist() == [13, 11]
+    assert torch.allclose(choice.score, torch.tensor([0.3, 0.5]))
+    assert torch.allclose(choice.noise, torch.tensor([0.4, 0.2]))
+    fed = choose(p.log(), 10, True, False, GREEDY, torch.zeros(2)).fed
+    assert fed.tolist() == [11, 11]
+
+
+def test_nucleus():
+    p = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    kept = {0.4: [[0], [3]], 0.5: [[0], [2, 3]], 0.75: [[0, 2], [1, 2, 3]], 0.85: [[0, 1, 2, 3], [1, 2, 3]]}
+    for top_p, rows in kept.items():
+        assert [row.nonzero()[:, 0].tolist() for row in nucleus(p, top_p)] == rows
+
+
+def test_sampling_has_the_right_frequencies():
+    """20,000 draws over four classes: within five standard errors of softmax(logits / temperature)."""
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5, 3.0]).expand(20_000, -1)  # the last is noise
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    choice = choose(logits, 0, True, True, Sampling(temperature=2.0), uniform)
+    expected = torch.softmax(logits[0, :4] / 2, dim=-1)
+    found = choice.best.bincount(minlength=4) / 20_000
+    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
+
+
+@pytest.mark.parametrize("options", [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1), (float("nan"), 1.0)])
+def test_sampling_refuses(options):
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(*options)
+
+
+# For GPUs that are not here ---------------------------------------------------------------------------------
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from model.decoding.head_kernel import BLOCKS, restricted_head
+weight, sample, target = {weight!r}, {sample}, {target}
+pointers = dict(hidden=weight, embed=weight, position="*i64", uniform="*fp32", scratch="*fp32")
+pointers |= dict(arrived="*i32", fed="*i64", best_id="*i64", score="*fp32", noise="*fp32")
+numbers = dict.fromkeys(["B", "D", "loc0", "class0", "classes"], "i32")
+numbers |= dict.fromkeys(["cap", "temperature", "top_p"], "fp32")
+constants = dict(GROUP=5, NOISE_FEEDBACK=True, SAMPLE=sample, WIDEN=False) | BLOCKS
+signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
+source = ASTSource(restricted_head, signature, constants)
+compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
+assert len(compiled.asm["cubin"]) > 1000
+assert ("mma" in compiled.asm["ptx"]) == (weight == "*bf16")
+print("shared bytes", compiled.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize(("weight", "sample"), [("*bf16", False), ("*fp32", True)])
+def test_compiles_without_a_gpu(weight, sample, target, tmp_path):
+    """For sm_80 and sm_90; bfloat16 products run on the tensor cores."""
+    environment = os.environ | dict(
+        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(Path(__file__).parents[2])
+    )
+    code = COMPILE.format(weight=weight, sample=sample, target=target)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

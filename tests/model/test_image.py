@@ -1,0 +1,230 @@
+"""Image files: pixel for pixel transformers' input, upright, RGB from every mode; broken files named."""
+
+import io
+
+import numpy as np
+import pytest
+import reference  # noqa: F401 - keeps transformers offline, so it comes first
+import torch
+from PIL import Image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from model.io.image import load_image, pixels_to_tensor, to_tensor
+
+SHAPES = [(640, 480), (333, 517), (56, 56), (57, 55), (1200, 31), (40, 900), (9, 7), (1, 1)]  # width, height
+ORIENTATION, DESCRIPTION, COMMENT = 0x0112, 0x010E, "a picture"
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth shapes, hard edges, grain and clipped lights, as in a photograph."""
+    rng = np.random.default_rng([seed, width, height])
+    rough = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    pixels = np.asarray(rough.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
+    y, x = np.mgrid[:height, :width]
+    pixels += 90 * ((x // 7 + y // 5) % 3 == 0)[..., None] + rng.normal(0, 12, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def theirs(image: Image.Image, size: int) -> torch.Tensor:
+    """What transformers' processor makes of it, with the settings of the official checkpoints."""
+    settings = dict(resample=3, do_convert_rgb=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = SiglipImageProcessorPil(size={"height": size, "width": size}, **settings)
+    return processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def write(image: Image.Image, file, **options):
+    image.save(file, **options)
+    return file
+
+
+def unlike(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference of two RGB images, in levels."""
+    assert a.mode == b.mode == "RGB" and a.size == b.size
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+# Pixels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [56, 224])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_transformers(shape, size):
+    """Resized and scaled alike: 1e-6 is far less than a hundredth of a grey level."""
+    image = photo(*shape)
+    ours = to_tensor(image, size)
+    assert ours.shape == (3, size, size) and ours.dtype == torch.float32
+    assert (ours - theirs(image, size)).abs().max() <= 1e-6
+    assert ours.min() >= -1 and ours.max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "1"])
+def test_modes_as_transformers(mode, tmp_path):
+    """Whatever mode a file has, it is turned into RGB as transformers does, and resized then."""
+    source = photo(90, 70).convert(mode)
+    file = write(source, tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png"))
+    with Image.open(file) as image:
+        assert image.mode == mode
+        assert (to_tensor(load_image(file), 56) - theirs(image, 56)).abs().max() <= 1e-6
+
+
+def test_batches_of_pixels():
+    """Bytes 0 and 255 are exactly -1 and 1; leading dimensions stay; the source is not written to."""
+    pixels = np.zeros((2, 4, 5, 3), np.uint8)
+    pixels[1, 2, 3] = 255, 51, 102
+    before = pixels.copy()
+    tensor = pixels_to_tensor(pixels)
+    assert tensor.shape == (2, 3, 4, 5) and tensor[0].eq(-1).all()
+    assert torch.allclose(tensor[1, :, 2, 3], torch.tensor([1.0, -0.6, -0.2]), atol=1e-6)
+    assert tensor[1, 0, 2, 3] == 1 and (pixels == before).all()
+
+
+# Files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_orientation(orientation, suffix, tmp_path):
+    """A photograph whose camera was turned comes out upright, its marked corner where a person sees it."""
+    upright = Image.new("RGB", (48, 32), "grey")
+    upright.paste("red", (0, 0, 24, 16))
+    upright.paste("blue", (24, 16, 48, 32))
+    flip = Image.Transpose
+    undo = {  # how the sensor saw it: the inverse of what EXIF asks for
+        1: [], 2: [flip.FLIP_LEFT_RIGHT], 3: [flip.ROTATE_180], 4: [flip.FLIP_TOP_BOTTOM],
+        5: [flip.TRANSPOSE], 6: [flip.ROTATE_90], 7: [flip.TRANSVERSE], 8: [flip.ROTATE_270],
+    }[orientation]  # fmt: skip
+    sensor = upright
+    for step in undo:
+        sensor = sensor.transpose(step)
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[DESCRIPTION] = orientation, COMMENT
+    lossless = {"jpg": dict(quality=100, subsampling=0), "webp": dict(lossless=True)}.get(suffix, {})
+    image = load_image(write(sensor, tmp_path / f"a.{suffix}", exif=exif, **lossless))
+    assert unlike(image, upright) <= 4
+
+
+def test_grey_and_palette(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    grey = Image.fromarray(np.repeat(ramp[..., None], 3, axis=2))
+    assert unlike(load_image(write(Image.fromarray(ramp), tmp_path / "grey.png")), grey) == 0
+    assert unlike(load_image(write(Image.fromarray(ramp), tmp_path / "grey.gif")), grey) == 0
+    colours = photo(20, 20).quantize(17)
+    assert unlike(load_image(write(colours, tmp_path / "palette.png")), colours.convert("RGB")) == 0
+
+
+def test_transparency_is_dropped(tmp_path):
+    """As in transformers: the colours under transparent pixels show."""
+    image = photo(30, 20)
+    layered = image.copy()
+    layered.putalpha(Image.linear_gradient("L").resize((30, 20)))
+    assert unlike(load_image(write(layered, tmp_path / "a.png")), image) == 0
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits(suffix, tmp_path):
+    """Grey levels of 16 bits keep their order: cut off at 255, all but the darkest would be white."""
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    image = load_image(write(Image.fromarray(ramp.astype(np.uint16)), tmp_path / f"a.{suffix}"))
+    assert np.abs(np.asarray(image, float) - (ramp / 257)[..., None]).max() <= 1
+
+
+def test_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    file = write(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert unlike(load_image(file), frames[0]) == 0
+
+
+def test_suffix_does_not_matter(tmp_path):
+    """A PNG that is called .jpg is a picture all the same."""
+    assert load_image(write(photo(20, 10), tmp_path / "a.jpg", format="PNG")).size == (20, 10)
+
+
+def test_file_can_be_removed_afterwards(tmp_path):
+    """The image does not depend on its file any more."""
+    file = write(photo(20, 10), tmp_path / "a.png")
+    image = load_image(str(file))
+    file.unlink()
+    assert np.asarray(image).shape == (10, 20, 3)
+
+
+# Broken files -----------------------------------------------------------------------------------------------
+
+
+def complaint(file) -> str:
+    """The message of the ValueError that reading must end in; one line, with the file's name."""
+    with pytest.raises(ValueError) as error:
+        load_image(file)
+    message = str(error.value)
+    assert str(file) in message and "\n" not in message
+    return message
+
+
+def encoded(form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    photo(60, 50).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_missing(tmp_path):
+    assert complaint(tmp_path / "none.jpg").endswith("no such file")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_truncated(form, tmp_path):
+    """A download that broke off, wherever it did."""
+    whole = encoded(form)
+    file = tmp_path / f"a.{form.lower()}"
+    for share in (0.05, 0.5, 0.8):
+        file.write_bytes(whole[: int(share * len(whole))])
+        complaint(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"<svg></svg>", bytes(1000)], ids=repr)
+def test_no_picture(content, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert "not a readable image" in complaint(tmp_path / "a.jpg")
+
+
+def test_folder(tmp_path):
+    complaint(tmp_path)
+
+
+def test_bomb(tmp_path, monkeypatch):
+    """A small file of enormous size is refused before it fills the memory."""
+    file = write(Image.new("RGB", (60, 50)), tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    complaint(file)
+
+
+def test_nonsense_in_exif(tmp_path):
+    """An editor's broken entry: text where a number belongs, in a file that must be turned."""
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[DESCRIPTION] = 6, COMMENT
+    tile_width = b"\x01\x42"
+    raw = exif.tobytes().replace(DESCRIPTION.to_bytes(2, "big"), tile_width, 1)
+    (tmp_path / "a.jpg").write_bytes(encoded("JPEG", exif=raw))
+    try:
+        assert load_image(tmp_path / "a.jpg").size in [(60, 50), (50, 60)]
+    except ValueError as error:
+        assert str(tmp_path / "a.jpg") in str(error)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_random_damage(form, tmp_path):
+    """Bytes changed at random: an image, or a ValueError with the file's name, and nothing else."""
+    rng = np.random.default_rng(7)
+    whole = np.frombuffer(encoded(form), np.uint8)
+    file = tmp_path / "a.bin"
+    outcomes = set()
+    for _ in range(60):
+        damaged = whole.copy()
+        where = rng.integers(0, min(len(whole), int(rng.choice([60, 400, len(whole)]))), 4)
+        damaged[where] = rng.integers(0, 256, 4)
+        file.write_bytes(damaged.tobytes())
+        try:
+            outcomes.add(load_image(file).mode)
+        except ValueError as error:
+            assert str(file) in str(error)
+            outcomes.add("refused")
+    assert "refused" in outcomes and ("RGB" in outcomes or form == "PNG")  # PNG has checksums

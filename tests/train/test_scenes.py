@@ -1,0 +1,129 @@
+"""The practice scenes: same seed, same bytes; boxes that fit; held-out drawings kept out; COCO files."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from train.practice import scenes
+from train.practice.scenes import (
+    COCO_IDS,
+    DISTRACTOR,
+    MIN_VISIBLE,
+    SPLITS,
+    Stack,
+    load_sprites,
+    main,
+    make_scene,
+    paste,
+)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_scenes_are_well_formed(split):
+    for seed in range(40):
+        scene = make_scene(seed, split=split)
+        n = len(scene.labels)
+        assert scene.image.shape == (128, 128, 3) and scene.image.dtype == np.uint8
+        assert scene.boxes.shape == (n, 4) and scene.boxes.dtype == np.float32
+        assert scene.labels.dtype == np.int64 and ((scene.labels >= 0) & (scene.labels < 80)).all()
+        assert 1 <= n <= 12
+        assert (scene.boxes >= 0).all() and (scene.boxes <= 128).all()
+        assert set(np.unique(scene.owner)) - {-1} == set(range(n))
+        for k, (x0, y0, x1, y1) in enumerate(scene.boxes.astype(int)):
+            seen = scene.owner == k
+            assert seen.sum() >= 36
+            assert seen[y0:y1, x0:x1].sum() == seen.sum()  # nothing outside, and something on every side
+            assert seen[y0].any() and seen[y1 - 1].any() and seen[:, x0].any() and seen[:, x1 - 1].any()
+
+
+def test_same_seed_same_bytes():
+    a, b = make_scene(5), make_scene(5)
+    assert a.image.tobytes() == b.image.tobytes() and a.boxes.tobytes() == b.boxes.tobytes()
+    assert (a.labels == b.labels).all()
+
+
+def test_seeds_and_splits_differ():
+    images = {make_scene(seed, split=split).image.tobytes() for seed in range(5) for split in SPLITS}
+    assert len(images) == 5 * len(SPLITS)
+
+
+def test_other_sizes():
+    scene = make_scene(3, size=224)
+    assert scene.image.shape == (224, 224, 3) and scene.owner.shape == (224, 224)
+    assert scene.boxes.max() > 128
+
+
+def test_held_out_sources_are_disjoint():
+    def sources(held_out):
+        return {s.source for groups in load_sprites(held_out).values() for group in groups for s in group}
+
+    assert sources(True) and sources(False) and not sources(True) & sources(False)
+    assert set(range(80)) <= set(load_sprites(False)), "every class must have a training sprite"
+
+
+def test_crowded_is_crowded():
+    def mean(split):
+        return np.mean([len(make_scene(seed, split=split).labels) for seed in range(60)])
+
+    assert mean("crowded") > 7 and 3 < mean("train") < 6
+
+
+def test_boxes_are_where_the_paint_is(monkeypatch):
+    """White silhouettes on black: what is white belongs to an object, but for soft rims upon soft rims."""
+
+    def silhouette(rng, canvas, sprite, piece, x, y):
+        if sprite.label != DISTRACTOR:
+            paste(canvas, piece[..., [3, 3, 3, 3]], x, y)
+
+    monkeypatch.setattr(scenes, "background", lambda rng, size, *_: np.zeros((size, size, 3), np.float32))
+    monkeypatch.setattr(scenes, "camera", lambda rng, canvas: canvas.round().astype(np.uint8))
+    monkeypatch.setattr(scenes, "paint", silhouette)
+    for seed in range(30):
+        scene = make_scene(seed)
+        white, owned = scene.image[..., 0] > 127, scene.owner >= 0
+        assert white[owned].all() and (white == owned).mean() > 0.995
+
+
+def test_stack_refuses_to_hide_objects():
+    def square(side):
+        return np.full((side, side, 4), 255, np.float32)
+
+    stack = Stack(64, 4)
+    assert not stack.add(square(5), 10, 10)  # too small
+    assert not stack.add(square(20), -5, 10)  # cut by a quarter
+    assert stack.add(square(20), 10, 10)
+    assert not stack.add(square(30), 5, 5)  # would cover it
+    assert stack.add(square(20), 20, 10)  # covers half
+    assert stack.visible[0] == MIN_VISIBLE * stack.whole[0] == 200
+    assert stack.boxes().tolist() == [[10, 10, 20, 30], [20, 10, 40, 30]]
+    assert not stack.add(square(6), 12, 12)  # not one pixel more
+
+
+def test_files_are_coco(tmp_path):
+    out = tmp_path / "new" / "set"
+    out.mkdir(parents=True)  # an empty folder is as good as none
+    main(["--out", str(out), "--count", "5", "--split", "vendor", "--seed", "7"])
+    coco = COCO(out / "instances.json")
+    assert coco.getCatIds() == COCO_IDS and len(COCO_IDS) == 80 and COCO_IDS[-1] == 90
+    assert coco.loadCats(18)[0]["name"] == "dog"
+    assert len(coco.getImgIds()) == 5 and [p.name for p in out.parent.iterdir()] == ["set"]
+    for i in coco.getImgIds():
+        scene = make_scene(7 + i, split="vendor")
+        with Image.open(out / "images" / coco.imgs[i]["file_name"]) as image:
+            assert (np.asarray(image) == scene.image).all()
+        boxes = np.array([a["bbox"] for a in coco.imgToAnns[i]])
+        boxes[:, 2:] += boxes[:, :2]
+        assert (boxes == scene.boxes).all()
+        assert [a["category_id"] for a in coco.imgToAnns[i]] == [COCO_IDS[c] for c in scene.labels]
+    assert json.loads((out / "instances.json").read_text())["info"]["split"] == "vendor"
+
+
+def test_existing_files_are_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path), "--count", "1"])
+    assert stop.value.code.startswith("scenes.py: ") and "not an empty folder" in stop.value.code
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,264 @@
+"""Closed-set training samples from a COCO instances file.
+
+A sample is a dict of tensors. Axes: S image side, T text positions.
+    image       uint8 [S, S, 3]
+    text        int64 [T]       prompt and answer as fed to the network; the image comes before it
+    labels      int64 [T]       the token to be predicted after each text position; 0 before the answer
+    weights     float32 [T]     of each position in the loss
+    prefix_len  int64 []        length of the prompt; its last position predicts the answer's first token
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from model.decoding.groups import ClosedSet
+from model.io.image import load_image
+from train.data.augment import augment
+from train.data.targets import Target, closed_set_target
+
+MOST_CLASSES = 98  # with noise they must fit <unused0..98>
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """PIL image -> uint8 [size, size, 3], bicubic and squashed as model.io.image.to_tensor does."""
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def answer_sample(image: np.ndarray, prompt: Sequence[int], target: Target) -> dict[str, Tensor]:
+    """A sample (see above) from uint8 [S, S, 3], the prompt's ids and the answer that ends in eos.
+
+    Labels of weight 0 within the answer stay what they are: each position has its own range of ids.
+    """
+    unsupervised = len(prompt) - 1
+    return dict(
+        image=torch.tensor(image),
+        text=torch.from_numpy(np.concatenate((np.array(prompt, np.int64), target.inputs[:-1]))),
+        labels=torch.from_numpy(np.concatenate((np.zeros(unsupervised, np.int64), target.tokens))),
+        weights=torch.from_numpy(np.concatenate((np.zeros(unsupervised, np.float32), target.weights))),
+        prefix_len=torch.tensor(len(prompt)),
+    )
+
+
+def closed_set_sample(image: np.ndarray, target: Target, language: ClosedSet) -> dict[str, Tensor]:
+    """The sample of an image uint8 [S, S, 3] with its closed-set answer."""
+    return answer_sample(image, language.prompt, target)
+
+
+@dataclass(frozen=True, eq=False)
+class CocoIndex:
+    """N images and A objects of an instances file as flat tensors in shared memory: workers copy nothing."""
+
+    classes: tuple[str, ...]  # names of the file's categories in the order of their ids
+    category_ids: tuple[int, ...]
+    image_ids: Tensor  # int64 [N], in the order of the file
+    sizes: Tensor  # int64 [N, 2] width, height
+    offsets: Tensor  # int64 [N + 1]: image i has the objects offsets[i] .. offsets[i + 1]
+    boxes: Tensor  # float64 [A, 4] x0, y0, x1, y1 in pixels, cut at the image
+    labels: Tensor  # int64 [A] positions in `classes`
+    names: Tensor  # uint8: the file names in UTF-8, one after the other
+    name_offsets: Tensor  # int64 [N + 1]
+    skipped_crowd: int
+    skipped_degenerate: int  # without width or height inside the image, or not finite
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def name(self, item: int) -> str:
+        """File name of an image, relative to the image folder."""
+        return bytes(self.names[self.name_offsets[item] : self.name_offsets[item + 1]].numpy()).decode()
+
+    def objects(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes float64 [n, 4] and labels int64 [n] of an image."""
+        span = slice(self.offsets[item], self.offsets[item + 1])
+        return self.boxes[span].numpy(), self.labels[span].numpy()
+
+    @classmethod
+    def read(
+        cls, file: Path, images: Path | None = None, most_classes: int | None = MOST_CLASSES
+    ) -> "CocoIndex":
+        """Index a file; images: their folder, where it is to be checked; most_classes None: no limit.
+
+        Raises ValueError that names the file and the record at fault, OSError if the file cannot be opened.
+        """
+        if images is not None and not images.is_dir():
+            raise ValueError(f"{images}: no such folder (the images of {file})")
+        categories, pictures, annotations = read_records(file, object_hook=_without_outlines)
+        if most_classes is not None and len(categories) > most_classes:
+            raise ValueError(
+                f"{file} has {len(categories)} categories, but there are tokens for {most_classes}"
+            )
+        ids = sorted(categories)
+        names = [record["file_name"].encode() for record in pictures.values()]
+        sizes = [[record["width"], record["height"]] for record in pictures.values()]
+        crowd, owners, labels, boxes = 0, [], [], []
+        image_rows, category_rows = ({i: row for row, i in enumerate(keys)} for keys in (pictures, ids))
+        for i, record in annotations.items():
+            if record.get("iscrowd"):
+                crowd += 1
+                continue
+            owners.append(image_rows[record["image_id"]])
+            labels.append(category_rows[record["category_id"]])
+            boxes.append(_bbox(record, f"{file}: annotation {i}"))
+
+        owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
+        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)
+        boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+        boxes = boxes.clip(0, np.tile(np.array(sizes), 2)[owners])
+        order = np.argsort(owners, kind="stable")
+        order = order[(boxes[:, 2:] > boxes[:, :2]).all(1)[order]]
+        arrays = dict(
+            image_ids=np.array(list(pictures), np.int64),
+            sizes=np.array(sizes, np.int64),
+            offsets=np.searchsorted(owners[order], np.arange(len(pictures) + 1)),
+            boxes=boxes[order],
+            labels=np.array(labels, np.int64)[order],
+            names=np.frombuffer(bytearray(b"".join(names)), np.uint8),
+            name_offsets=np.cumsum([0, *map(len, names)]),
+        )
+        return cls(
+            classes=tuple(categories[i]["name"] for i in ids),
+            category_ids=tuple(ids),
+            **{name: torch.from_numpy(array).share_memory_() for name, array in arrays.items()},
+            skipped_crowd=crowd,
+            skipped_degenerate=len(boxes) - len(order),
+        )
+
+
+def read_records(file: Path, object_hook=None) -> tuple[dict[int, dict], dict[int, dict], dict[int, dict]]:
+    """Categories, images and annotations of a COCO file by id, in the file's order. Each category has a name,
+    each image a file_name and whole sides, each annotation an image and a category; that is all it checks.
+
+    Raises ValueError that names the file and the record at fault, OSError if the file cannot be opened.
+    """
+    try:
+        data = json.loads(file.read_bytes(), object_hook=object_hook)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a COCO annotation file: not JSON ({error})") from error
+    categories, pictures, annotations = (
+        _by_id(data, key, file) for key in ("categories", "images", "annotations")
+    )
+    if not pictures:
+        raise ValueError(f"{file} has no images")
+    for i, record in categories.items():
+        if not isinstance(record.get("name"), str) or not record["name"]:
+            raise ValueError(f"{file}: category {i} has no name")
+    for i, record in pictures.items():
+        where = f"{file}: image {i}"
+        _check_file_name(record, where)
+        record |= {side: _side(record, side, where) for side in ("width", "height")}
+    for i, record in annotations.items():
+        for key, known in (("image_id", pictures), ("category_id", categories)):
+            if type(record.get(key)) is not int or record[key] not in known:
+                fault = f"has the {key} {record.get(key)!r}, which the file does not define"
+                raise ValueError(f"{file}: annotation {i} {fault}")
+    return categories, pictures, annotations
+
+
+def _without_outlines(record: dict) -> dict:
+    """Outlines are most of a file and used by nobody here: drop them while reading."""
+    record.pop("segmentation", None)
+    return record
+
+
+def _by_id(data: dict, key: str, file: Path) -> dict[int, dict]:
+    """The records of one of the file's lists by id, in the list's order."""
+    if not isinstance(data, dict) or not isinstance(data.get(key), list):
+        raise ValueError(f"{file} is not a COCO annotation file: no {key!r} list")
+    records = {}
+    for record in data[key]:
+        i = record.get("id") if isinstance(record, dict) else None
+        if type(i) is not int or abs(i) >= 2**63:
+            raise ValueError(f"{file}: an entry of {key!r} has no whole number as id: {record!r:.80}")
+        if i in records:
+            raise ValueError(f"{file}: two entries of {key!r} have the id {i}")
+        records[i] = record
+    return records
+
+
+def _check_file_name(record: dict, where: str) -> None:
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where} has no file_name")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where}: file_name {name!r} leaves the image folder")
+
+
+def _side(record: dict, side: str, where: str) -> int:
+    value = record.get(side)
+    if type(value) not in (int, float) or not value > 0 or value % 1 != 0:
+        raise ValueError(f"{where} has the {side} {value!r}: it must be a whole number of pixels")
+    return int(value)
+
+
+def _bbox(record: dict, where: str) -> list[float]:
+    box = record.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
+        raise ValueError(f"{where} has the bbox {box!r:.60}: it must be [x, y, width, height]")
+    return box
+
+
+class CocoDetections(Dataset):
+    """Closed-set samples. A key is (draw, item): the running number of the sample in the run, and the
+    image's number. All chance comes from seed and draw, so a sample is the same on every worker and rank."""
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        images: Path,
+        language: ClosedSet,
+        label_of: Sequence[int],
+        size: int,
+        seed: int = 0,
+        augment: bool = False,
+    ):
+        """label_of: the model's class number of each of the file's classes. size: S, the image's side.
+
+        Raises ValueError if label_of does not fit the file or the model.
+        """
+        self.label_of = np.asarray(label_of, np.int64)
+        if self.label_of.shape != (len(index.classes),):
+            raise ValueError(
+                f"label_of must have {len(index.classes)} entries, one for each class of the file"
+            )
+        for name, label in zip(index.classes, self.label_of, strict=True):
+            if not 0 <= label < len(language.classes):
+                raise ValueError(
+                    f"class {name!r} of the file is given the model's class {label}, not one of it"
+                )
+        self.index, self.images, self.language = index, images, language
+        self.size, self.seed, self.augment = size, seed, augment
+        # Where real boxes lie on whole pixels noise must too, or the two differ by arithmetic.
+        self.grid = float((index.boxes == index.boxes.round()).all())
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def name(self, item: int) -> str:
+        return self.index.name(item)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """A sample (see above). Raises ValueError for an image that is unreadable or of another size."""
+        draw, item = key
+        rng = np.random.default_rng([self.seed, draw])
+        file = self.images / self.name(item)
+        image, (width, height) = load_image(file), self.index.sizes[item].tolist()
+        if image.size != (width, height):
+            raise ValueError(
+                f"{file} has {image.width}x{image.height} pixels (upright), "
+                f"its annotations are for {width}x{height}"
+            )
+        boxes, labels = self.index.objects(item)
+        if self.augment:
+            image, boxes, kept = augment(rng, image, boxes)
+            labels = labels[kept]
+        labels = self.label_of[labels]
+        target = closed_set_target(rng, boxes, labels, *image.size, self.language, self.grid)
+        return closed_set_sample(square(image, self.size), target, self.language)

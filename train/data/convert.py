@@ -1,0 +1,185 @@
+"""COCO instances <-> JSON lines for open-set detection, and masks -> JSON lines for segmentation.
+
+    python train/data/convert.py coco-to-jsonl --data instances.json --out train.jsonl --absent 2
+    python train/data/convert.py jsonl-to-coco --data train.jsonl --images photos/ --out instances.json
+    python train/data/convert.py masks-to-jsonl --data instances.json --images photos/ --out train.jsonl
+
+A line asks for classes, {"image": "a.jpg", "prefix": "detect cat ; dog", "suffix": "<loc...> cat"}, and its
+answer is empty where none of them is there. The way back reads the sizes from the images; boxes come back to
+half a location, 1/2048 of the image's side (in the last one, which stands for the edge, to three halves).
+
+Masks come from a COCO file or from pictures (train/data/masks.py); a line of them asks for a class, {"image":
+"a.jpg", "prefix": "segment cat", "suffix": "<loc...><seg...> cat"}. --sheet shows what 16 codes keep of them.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from model.decoding.boxes import box_prompt, check_label, format_answer, locs_to_boxes, parse_answer
+from model.decoding.masks import MaskCodec
+from model.io.hub import CODEC, NANO
+from model.io.image import load_image
+from model.io.weights import replacing, write_json, write_lines
+from train.data.coco import CocoIndex
+from train.data.lines import answers, read_lines
+from train.data.masks import Sheet, read_outlines, segment_lines
+
+
+def lines_of(
+    rng: np.random.Generator, index: CocoIndex, item: int, absent: int, most: int | None
+) -> Iterator[dict]:
+    """The lines of an image: its classes and `absent` others in random order, at most `most` a line."""
+    boxes, labels = index.objects(item)
+    names = [index.classes[label] for label in labels]
+    others = [name for name in dict.fromkeys(index.classes) if name not in names]
+    asked = [*dict.fromkeys(names), *(others[i] for i in rng.permutation(len(others))[:absent])]
+    asked = [asked[i] for i in rng.permutation(len(asked))]
+    most = most or len(asked) or 1
+    for first in range(0, len(asked), most):
+        chunk = asked[first : first + most]
+        rows = [row for row, name in enumerate(names) if name in chunk]
+        suffix = format_answer(boxes[rows], [names[row] for row in rows], *index.sizes[item].tolist())
+        yield dict(image=index.name(item), prefix=box_prompt(chunk), suffix=suffix)
+
+
+def coco_to_jsonl(args: argparse.Namespace) -> str:
+    most = args.classes_per_line
+    if args.absent < 0 or args.seed < 0 or (most is not None and most < 1):
+        raise ValueError("--absent and --seed must be at least 0, --classes-per-line at least 1")
+    index = CocoIndex.read(args.data, most_classes=None)
+    for name in index.classes:
+        check_label(name)
+    counts = Counter()
+
+    def lines():
+        for item in range(len(index)):
+            rng = np.random.default_rng([args.seed, item])
+            records = list(lines_of(rng, index, item, args.absent, most))
+            counts.update(lines=len(records), without=not records)
+            yield from (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    write_lines(lines(), args.out)
+    return (
+        f"{counts['lines']} lines of {len(index)} images; {counts['without']} images without a line, "
+        f"skipped {index.skipped_crowd} crowd and {index.skipped_degenerate} degenerate boxes"
+    )
+
+
+def jsonl_to_coco(args: argparse.Namespace) -> str:
+    images, objects, counts = {}, [], Counter()
+    for _, record in tqdm(read_lines(args.data, args.images), unit="line", leave=False, disable=None):
+        name, answer = record["image"], answers(record)[0]  # of several right answers, the first
+        if name not in images:
+            width, height = load_image(args.images / name).size
+            images[name] = dict(id=len(images) + 1, file_name=name, width=width, height=height)
+        image, found = images[name], parse_answer(answer)
+        counts["loose"] += answer.count("<loc") - 4 * len(found)
+        for box in found:
+            x0, y0, x1, y1 = locs_to_boxes(box.locs, image["width"], image["height"]).tolist()
+            if not box.label or x1 <= x0 or y1 <= y0:
+                counts["unlabelled" if not box.label else "degenerate"] += 1
+                continue
+            objects.append((box.label, image["id"], [x0, y0, x1 - x0, y1 - y0]))
+    ids = {label: i for i, label in enumerate(sorted({label for label, *_ in objects}), 1)}
+    annotations = [
+        dict(id=i, image_id=image, category_id=ids[label], bbox=box, area=box[2] * box[3], iscrowd=0)
+        for i, (label, image, box) in enumerate(objects, 1)
+    ]
+    categories = [dict(id=i, name=label) for label, i in ids.items()]
+    data = dict(images=list(images.values()), annotations=annotations, categories=categories)
+    write_json(data, args.out)
+    return (
+        f"{len(objects)} boxes of {len(ids)} categories in {len(images)} images; skipped "
+        f"{counts['unlabelled']} boxes without a label, {counts['degenerate']} degenerate ones "
+        f"and {counts['loose']} locations outside of boxes"
+    )
+
+
+def masks_to_jsonl(args: argparse.Namespace) -> str:
+    if args.most < 1:
+        raise ValueError("--most must be at least 1")
+    if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
+        raise ValueError(f"--sheet {args.sheet}: must be a .png file in a folder that exists")
+    codec, sheet, counts = MaskCodec.load(args.codec), Sheet(), Counter()
+    outlines = read_outlines(args.data, lines=is_json_lines(args.data))
+
+    def lines():
+        parts = segment_lines(outlines, args.images, codec, args.most, args.skip_bad, counts)
+        for record, image, objects in tqdm(parts, unit="line", leave=False, disable=None):
+            for box, label, before, after in objects:
+                sheet.add(image, box, label, before, after)
+            counts["lines"] += 1
+            yield json.dumps(record, ensure_ascii=False) + "\n"
+
+    write_lines(lines(), args.out)
+    if args.sheet and sheet.cells:
+        with replacing(args.sheet) as temporary:
+            sheet.picture().save(temporary, "PNG")
+    mean = sum(sheet.overlaps) / max(1, len(sheet.overlaps))
+    return (
+        f"{counts['objects']} objects in {counts['lines']} lines; mean IoU of what comes back of their masks "
+        f"{mean:.3f}; left out: {counts['crowded']} of classes with more than {args.most} in an image, "
+        f"{counts['bad']} bad ones"
+    )
+
+
+def is_json_lines(file: Path) -> bool:
+    """True for one JSON object a line, False for a COCO file."""
+    with open(file, encoding="utf-8") as handle:
+        first = next((line for line in handle if line.strip()), "")
+    try:
+        return "images" not in json.loads(first)
+    except (ValueError, TypeError):
+        return False
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True)
+    to_jsonl = commands.add_parser("coco-to-jsonl", help="open-set lines from a COCO instances file")
+    to_jsonl.set_defaults(convert=coco_to_jsonl)
+    to_jsonl.add_argument("--absent", type=int, default=0, help="classes asked for that are not there")
+    to_jsonl.add_argument(
+        "--classes-per-line", type=int, metavar="K", help="at most; default: all in one line"
+    )
+    to_jsonl.add_argument("--seed", type=int, default=0, help="of the absent classes and the order")
+    to_coco = commands.add_parser("jsonl-to-coco", help="a COCO instances file from open-set lines")
+    to_coco.set_defaults(convert=jsonl_to_coco)
+    to_coco.add_argument("--images", type=Path, required=True, help="the folder of the images")
+    of_masks = commands.add_parser("masks-to-jsonl", help="segmentation lines from outlines or mask pictures")
+    of_masks.set_defaults(convert=masks_to_jsonl)
+    of_masks.add_argument("--images", type=Path, required=True, help="the folder of the images")
+    of_masks.add_argument("--codec", type=Path, default=NANO / CODEC, help="vae-oid.npz, or nano's own")
+    of_masks.add_argument("--most", type=int, default=8, help="objects of a class and image")
+    of_masks.add_argument("--skip-bad", action="store_true", help="leave bad masks out instead of stopping")
+    of_masks.add_argument("--sheet", type=Path, metavar="PNG", help="a picture of masks before and after")
+    for command in (to_jsonl, to_coco, of_masks):
+        command.add_argument("--data", type=Path, required=True, help="the file to read")
+        command.add_argument("--out", type=Path, required=True, help="the file to write")
+        command.add_argument("--force", action="store_true", help="overwrite --out")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = arguments(argv)
+    try:
+        if not args.out.parent.is_dir():
+            raise ValueError(f"{args.out.parent}: no such folder (for --out)")
+        if args.out.exists() and not args.force:
+            raise ValueError(f"{args.out} exists: choose another --out, or overwrite it with --force")
+        print(f"{args.out}: {args.convert(args)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert.py: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Train nano's mask codec on the practice set's masks and on random shapes.
+
+    python train/nano/codec.py --out runs/codec --steps 8000
+
+Writes OUT/codec.safetensors and prints the intersection over union of held-out masks and what is left of
+them after 16 codes. The recipe is that of AiT (arXiv 2301.02229): squared error in [-1, 1], a codebook that
+follows the mean of what it stands for, a commitment of 0.25, straight-through gradients.
+
+Axes: n masks, W width of a code.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from model.decoding.masks import CODES, SIDE, MaskCodec, crop
+from model.io.hub import CODEC
+from train.practice.scenes import make_scene
+
+DECAY, COMMITMENT = 0.99, 0.25  # of the codebook; of features to their codes
+SCENES = 24  # a step
+HELD_OUT = 300  # scenes that are measured
+SHAPES = 1 / 3  # of a step's masks are made up
+RARE = 0.05  # mean uses a step below which a code is thrown away for a feature of the batch
+
+
+def random_shape(rng: np.random.Generator) -> np.ndarray:
+    """An ellipse, a polygon or a star with as many corners as it likes, bool [64, 64], touching all sides."""
+    corners = int(rng.integers(3, 13))
+    angles = np.sort(rng.uniform(0, 2 * math.pi, corners))
+    radii = rng.uniform(0.3, 1, corners) if rng.random() < 0.7 else np.ones(corners)
+    points = np.stack((np.cos(angles), np.sin(angles)), 1) * radii[:, None]
+    low, high = points.min(0), points.max(0)
+    points = (points - low) / np.maximum(high - low, 1e-6) * (SIDE - 1)
+    canvas = Image.new("1", (SIDE, SIDE))
+    draw = ImageDraw.Draw(canvas)
+    if rng.random() < 0.2:
+        draw.ellipse((0, 0, SIDE - 1, SIDE - 1), fill=1)
+    else:
+        draw.polygon([tuple(point) for point in points.tolist()], fill=1)
+    if rng.random() < 0.3:  # something lies before it
+        x, y = rng.integers(0, SIDE, 2).tolist()
+        draw.ellipse((x - 16, y - 16, x + 16, y + 16), fill=0)
+    return np.asarray(canvas)
+
+
+def scene_masks(seed: int, split: str = "train") -> list[np.ndarray]:
+    """The objects of a practice scene, float32 [64, 64] in [-1, 1]."""
+    scene = make_scene(seed, split=split)
+    return [crop(scene.owner == k, box) for k, box in enumerate(scene.boxes)]
+
+
+class Masks(Dataset):
+    """An item is the masks of so many scenes and made-up ones, float32 [n, 64, 64]; n varies."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Tensor:
+        rng = np.random.default_rng([step, 7])
+        masks = [mask for i in range(SCENES) for mask in scene_masks(step * SCENES + i)]
+        masks += [random_shape(rng) * np.float32(2) - 1 for _ in range(round(len(masks) * SHAPES))]
+        return torch.from_numpy(np.stack(masks))
+
+
+class Codebook:
+    """Moving sums of the features that each code stands for; the code is their mean."""
+
+    def __init__(self, codec: MaskCodec):
+        self.codec = codec
+        self.count, self.sum = torch.ones(CODES), codec.codebook.clone()
+
+    @torch.no_grad()
+    def update(self, features: Tensor, codes: Tensor, generator: torch.Generator) -> None:
+        """features [n, W] and the code [n] of each."""
+        one_hot = F.one_hot(codes, CODES).to(features.dtype)
+        self.count.lerp_(one_hot.sum(0), 1 - DECAY)
+        self.sum.lerp_(one_hot.T @ features, 1 - DECAY)
+        unused = self.count < RARE
+        drawn = torch.randint(len(features), (int(unused.sum()),), generator=generator)
+        self.sum[unused], self.count[unused] = features[drawn], 1.0
+        self.codec.codebook.copy_(self.sum / self.count[:, None])
+
+
+def overlap(codec: MaskCodec, masks: Tensor) -> float:
+    """Mean intersection over union of masks [n, 64, 64] and what comes back of them."""
+    a, b = masks > 0, codec.decode(codec.encode(masks)) > 0
+    return ((a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)).mean().item()
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True)
+    add("--steps", type=int, default=8000, help=f"of {SCENES} scenes")
+    add("--channels", type=int, default=64, help="a multiple of 8; the official codec has 128")
+    add("--width", type=int, default=128, help="of a code; the official codec has 512")
+    add("--lr", type=float, default=1e-3)
+    add("--workers", type=int, default=1)
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.channels < 8 or args.channels % 8 or args.steps < 1 or args.width < 1:
+        parser.exit(1, "codec.py: --channels must be a multiple of 8, --steps and --width at least 1\n")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.exit(1, f"codec.py: --out: {error}\n")
+
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    codec = MaskCodec(args.channels, args.width).to(memory_format=torch.channels_last)  # twice as fast
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=args.lr, weight_decay=0.0)
+    loader = DataLoader(Masks(args.steps), batch_size=None, num_workers=args.workers)
+    bar = tqdm(loader, unit="step")
+    for step, masks in enumerate(bar):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        features = codec.features(masks)
+        if step == 0:  # codes begin as features of the first batch
+            first = features.detach().flatten(0, 1)
+            codec.codebook.copy_(first[torch.randperm(len(first), generator=generator)[:CODES]])
+            codebook = Codebook(codec)
+        codes = codec.nearest(features.detach())
+        quantised = codec.codebook[codes]
+        straight = features + (quantised - features).detach()
+        error = F.mse_loss(codec.reconstruct(straight), masks)
+        loss = error + COMMITMENT * F.mse_loss(features, quantised)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        codebook.update(features.detach().flatten(0, 1), codes.flatten(), generator)
+        if step % 50 == 0:
+            bar.set_postfix(error=f"{error.item():.4f}", codes=codes.unique().numel())
+
+    codec.save(args.out / CODEC)
+    codec = MaskCodec.load(args.out / CODEC)  # as it is stored
+    for split in ("same", "vendor", "crowded"):
+        held_out = torch.from_numpy(
+            np.stack([mask for seed in range(HELD_OUT) for mask in scene_masks(seed, split)])
+        )
+        print(f"{split:<8} {len(held_out)} masks, mean IoU {overlap(codec, held_out):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What every run needs: options, plan, checkpoints, log, processes."""

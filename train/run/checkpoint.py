@@ -1,0 +1,149 @@
+"""Training state on disk: safetensors and JSON only, complete or not there at all.
+
+A checkpoint is a folder OUT/step-0000500 that holds a PaliGemma checkpoint as every program loads it (or, of
+a LoRA run, the adapter), and beside it `optimizer.safetensors` and `trainer.json`. There is no state of
+random generators or data: each step derives its own from the seed and its number.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from model import PaliGemma
+from model.io import weights
+from model.io.adapter import adapter_tensors, save_adapter
+from model.io.weights import read_json, save_tensors, write_json
+from model.lora import lora_layers
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together on the CPU (all ranks must ask for it); any other as it is."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def _names(optimizer: Optimizer, trained: nn.Module) -> list[str]:
+    """The names of an optimizer's parameters, in its own order."""
+    names = {parameter: name for name, parameter in trained.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _flat_state(optimizers: list[Optimizer], trained: nn.Module) -> dict[str, Tensor]:
+    """{"parameter name/state name": tensor} of all optimizers."""
+    flat = {}
+    for optimizer in optimizers:
+        names = _names(optimizer, trained)
+        for index, state in optimizer.state_dict()["state"].items():
+            flat |= {f"{names[index]}/{key}": whole(torch.as_tensor(value)) for key, value in state.items()}
+    return flat
+
+
+def save_model(model: PaliGemma, folder: Path, base: str, beside: dict[str, bytes], dtype=None) -> None:
+    """What was trained: the adapter if there is one (base: what it belongs to), or else all weights, and the
+    files that lie beside them. Every rank calls it; only the first writes."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    if lora_layers(model):
+        tensors = {name: whole(tensor) for name, tensor in adapter_tensors(model).items()}
+        if first:
+            save_adapter(model, folder, base, tensors)
+        return
+    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    if first:
+        weights.save_pretrained(model, folder, dtype, state=state)
+        for name, content in beside.items():
+            (folder / name).write_bytes(content)
+
+
+def save_checkpoint(
+    out: Path,
+    trainer: dict,
+    model: PaliGemma,
+    trained: nn.Module,
+    optimizers: list[Optimizer],
+    base: str,
+    beside: dict[str, bytes],
+    keep: int,
+) -> None:
+    """Write OUT/step-..., then delete all but the newest `keep` and the best.
+
+    trainer: "step", and "best" {"step", ...} once something was validated; trained: all that is optimized.
+    Raises OSError, with the older checkpoints intact, if the disk is full.
+    """
+    first = int(os.environ.get("RANK", 0)) == 0
+    final = out / f"step-{trainer['step']:07d}"
+    partial = out / f".{final.name}.partial"
+    own = set(model.parameters())
+    extra = {f"module/{name}": whole(p) for name, p in trained.named_parameters() if p not in own}
+    state = _flat_state(optimizers, trained) | extra
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        save_model(model, partial, base, beside)
+        if first:
+            save_tensors(state, partial / "optimizer.safetensors")
+            write_json(trainer, partial / "trainer.json")
+            for file in partial.iterdir():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+    if first:
+        best = out / f"step-{trainer.get('best', trainer)['step']:07d}"
+        for old in checkpoints(out)[:-keep]:
+            if old != best:
+                shutil.rmtree(old)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(out.glob("step-*"))
+
+
+def newest(out: Path) -> Path | None:
+    """The newest checkpoint that can be read, or None. A damaged one is skipped with a warning."""
+    for folder in reversed(checkpoints(out)):
+        try:
+            read_json(folder / "trainer.json")
+            for file in folder.glob("*.safetensors"):
+                with safe_open(file, framework="pt"):  # compares the file's length with what it should hold
+                    pass
+            return folder
+        except (OSError, ValueError, SafetensorError) as error:
+            print(f"fit.py: {folder} is damaged ({error}); trying the one before", file=sys.stderr)
+    return None
+
+
+def load_trainer_state(folder: Path, trained: nn.Module, optimizers: list[Optimizer]) -> dict:
+    """Restore optimizers and the parameters that are not the model's; returns what trainer.json holds."""
+    stored = load_file(folder / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if f"module/{name}" in stored:
+                parameter.copy_(_like(parameter, stored.pop(f"module/{name}")))
+    parameters = dict(trained.named_parameters())
+    for optimizer in optimizers:
+        state = {}
+        for index, name in enumerate(_names(optimizer, trained)):
+            keys = [key for key in stored if key.rpartition("/")[0] == name]
+            state[index] = {key.rpartition("/")[2]: _like(parameters[name], stored[key]) for key in keys}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return read_json(folder / "trainer.json")
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor, sharded as the parameter is; single numbers (step counters) stay as they are."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value

@@ -1,0 +1,68 @@
+"""What fit.py tells while it runs, and what it is told: progress, metrics.jsonl, signals."""
+
+import argparse
+import contextlib
+import json
+import resource
+import signal
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+
+def stop_on_signals() -> dict[str, bool]:
+    """SIGTERM and SIGINT are heard at the end of a step; a second SIGINT ends the program at once."""
+    stopping = {"now": False}
+
+    def handler(number, _frame):
+        stopping["now"] = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return stopping
+
+
+class Log:
+    """The progress bar, OUT/metrics.jsonl, and TensorBoard where it is installed."""
+
+    def __init__(self, args: argparse.Namespace, first_step: int, world: int, device: torch.device):
+        path = args.out / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        self.file = path.open("a")
+        self.bar = tqdm(total=args.steps, initial=first_step, unit="step", mininterval=2)
+        self.step, self.time, self.batch, self.device = first_step, time.monotonic(), args.batch_size, device
+        self.board = None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.out)
+
+    def line(self, step: int, loss_sum: float, lr: float) -> None:
+        """loss_sum: over the steps since the last line."""
+        now, count = time.monotonic(), step - self.step
+        rate = count * self.batch / (now - self.time)
+        figures = dict(step=step, loss=round(loss_sum / count, 4), lr=lr, samples_per_s=round(rate, 1))
+        figures["memory_gb"] = round(peak_memory(self.device) / 1e9, 2)
+        self.step, self.time = step, now
+        self.bar.set_postfix(
+            loss=figures["loss"], lr=f"{lr:.1e}", samples_s=round(rate), GB=figures["memory_gb"]
+        )
+        self.write(figures)
+
+    def write(self, figures: dict) -> None:
+        self.file.write(json.dumps(figures) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, figures["step"])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,110 @@
+"""The options of fit.py."""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+from model.lora import TARGETS
+
+SAME_RUN = (
+    "model data images tasks batch_size seed first_scene lora lora_targets lora_rank lora_alpha".split()
+)
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    """Parse them. Raises SystemExit with a usage line, or ValueError, for what makes no sense."""
+    parser = argparse.ArgumentParser(description="Train a PaliGemma.", allow_abbrev=False)
+    switch = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("what").add_argument
+    add("--model", required=True, help="what to start from: a folder, a hub id, or nano")
+    add("--out", type=Path, required=True, help="folder of this run: checkpoints, metrics, result")
+    add("--data", type=Path, help="COCO instances or JSONL, told by its content (default: practice scenes)")
+    add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
+    add("--allow-outside", action=switch, default=False, help="pictures of JSONL may lie outside --images")
+    add("--augment", action=switch, default=False, help="flip, scale, shift, colours (train/data/augment.py)")
+    add("--tasks", choices=["closed-set", "all"], default="closed-set",
+        help="of practice scenes: all adds captions, questions, open-set detection and masks")  # fmt: skip
+    add("--first-scene", type=int, default=0, help="number of the first practice scene")
+    add("--steps", type=int, default=10_000)
+    add("--batch-size", type=int, default=32, help="of all processes and micro-batches together")
+    add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result")
+    add("--seed", type=int, default=0)
+
+    add = parser.add_argument_group("which weights").add_argument
+    add("--lora", action=switch, default=False, help="train an adapter instead of the weights")
+    add("--lora-targets", default="published", help=f"{', '.join(TARGETS)}, or a regex of full module paths")
+    add("--lora-rank", type=int, default=16)
+    add("--lora-alpha", type=float, default=16)
+    add("--lora-dropout", type=float, default=0.05)
+    add("--rslora", action=switch, default=False, help="scale by alpha / sqrt(rank)")
+    add("--freeze-vision", action=switch, default=False, help="leave the vision tower as it is")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--lr", type=float, default=1e-5)
+    add("--min-lr", type=float, default=1e-6, help="where the cosine ends")
+    add("--muon-lr", type=float, default=0, help="Muon at this rate for the layers' matrices; 0: AdamW")
+    add("--warmup", type=int, default=100, help="steps of linear warm-up")
+    add("--weight-decay", type=float, default=0.0)
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--loss", choices=["allowed", "vocabulary"], default="allowed",
+        help="closed-set: over the ids allowed at each position, or over all (train/loss.py)")  # fmt: skip
+    add(
+        "--patch-weight",
+        type=float,
+        default=0.0,
+        help="of the helper loss (train/nano/patch_head.py)",
+    )
+    add("--patch-steps", type=int, default=0, help="steps at the start with the helper loss alone")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="of the weights; auto: bfloat16 below an adapter, else float32")  # fmt: skip
+    add("--amp", action=switch, default=True, help="bfloat16 autocast over float32 weights")
+    add("--recompute", action=switch, default=False, help="activation checkpointing: less memory, slower")
+    add("--shard", action=switch, default=False, help="split the weights over the processes (FSDP2)")
+    add("--compile", action=switch, default=False, help="torch.compile (needs a C++ compiler)")
+    add("--workers", type=int, default=2, help="processes that prepare samples, for each training process")
+    add("--dry-run", action=switch, default=False, help="print sizes, memory and steps; load nothing")
+
+    add = parser.add_argument_group("watching and going on").add_argument
+    add("--resume", action=switch, default=False, help="go on from the newest checkpoint in --out, if any")
+    add("--save-every", type=int, default=500)
+    add("--keep", type=int, default=2, help="checkpoints kept, besides the best")
+    add("--log-every", type=int, default=20)
+    add("--val", type=Path, help="validation data (default, of practice scenes: held-out ones)")
+    add("--val-images", type=Path, help="folder of its pictures (default: images/ beside the file)")
+    add("--val-every", type=int, default=0, help="steps between validations; 0: none")
+    add("--val-count", type=int, default=200, help="pictures of the validation data that are used")
+    args = parser.parse_args(argv)
+
+    for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every", "val_count"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.dtype == "float16":
+        raise ValueError("--dtype float16: its range is too small for Gemma's activations; use bfloat16")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.lora else "float32"
+    if args.shard and args.muon_lr:
+        raise ValueError("--shard splits matrices that --muon-lr needs whole: use one of the two")
+    if args.tasks == "all" and args.data:
+        raise ValueError("--tasks all is of practice scenes: leave --data out; what lines ask for is in them")
+    if args.val_every and args.data and not args.val:
+        raise ValueError("--val-every needs --val FILE")
+    args.lora_targets = TARGETS.get(args.lora_targets, args.lora_targets)
+    if args.lora and args.freeze_vision:
+        args.lora_targets = rf"(?!vision\.)({args.lora_targets})"
+    try:
+        re.compile(args.lora_targets)
+    except re.error as error:
+        raise ValueError(
+            f"--lora-targets {args.lora_targets!r}: not a regular expression ({error})"
+        ) from error
+    return args
+
+
+def as_json(args: argparse.Namespace) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

@@ -1,0 +1,88 @@
+"""`fit.py --dry-run`: what a run would need. The model is built on the meta device; no weights are read."""
+
+import argparse
+
+import torch
+
+from model import PaliGemma, lora
+from model.decoding.groups import ClosedSet
+from model.io.hub import resolve
+from model.io.tokenizer import Tokenizer
+from model.io.weights import load_config
+from train.data.samples import check_length, classes_for, open_data
+
+GIB = 2**30
+
+
+def print_plan(args: argparse.Namespace, world: int) -> int:
+    """Print sizes, memory and steps; returns the exit code."""
+    folder = resolve(args.model, weights=False)
+    config = load_config(folder)
+    if args.data:
+        config = config.override(classes=classes_for(args.data, args.images, config.classes))
+    with torch.device("meta"):
+        model = PaliGemma(config).to(getattr(torch, args.dtype))
+        if args.lora:
+            matrices = lora.add_lora(model, args.lora_targets, rank=args.lora_rank)
+    if args.freeze_vision:
+        model.vision.requires_grad_(False)
+    total = sum(p.numel() for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in trained)
+    print(f"model       {args.model}: {total:,} parameters, {config.vision.image_size} px, {args.dtype}")
+    print(f"trained     {trainable:,} parameters" + (f" in {len(matrices)} adapters" if args.lora else ""))
+
+    tokenizer = folder / "tokenizer.model"
+    groups = config.groups
+    text = 8 + 5 * groups  # of the closed-set language
+    if args.data and tokenizer.exists():
+        options = args.seed, args.augment, args.allow_outside
+        data = open_data(args.data, args.images, model, Tokenizer(folder), *options)
+        epochs = args.steps * args.batch_size / len(data)
+        print(f"data        {args.data}: {len(data):,} samples, {epochs:.2f} epochs")
+        if hasattr(data, "longest"):
+            text = data.longest()
+        else:
+            text = len(ClosedSet.of(config, Tokenizer(folder)).prompt) + 5 * groups
+    check_length(text, model)
+    positions = config.vision.tokens + text
+    micro = args.batch_size // (world * args.accumulate)
+    print(f"a sample    {config.vision.tokens} image tokens + {text} text tokens = {positions} positions")
+    print(f"a step      {args.batch_size} samples = {world} processes x {args.accumulate} x {micro}")
+    print(f"steps       {args.steps:,}, learning rate {args.lr:g} to {args.min_lr:g}, {args.warmup} warm-up")
+
+    split = world if args.shard else 1
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / split
+    gradients = sum(p.numel() * p.element_size() for p in trained) / split
+    moments = 2 * gradients
+    activations = micro * activation_bytes(model, positions, args.recompute)
+    rows = dict(weights=weights, gradients=gradients, optimizer=moments, activations=activations)
+    for name, size in rows.items():
+        print(f"{name:<12}{size / GIB:8.2f} GiB a process{' (estimate)' if name == 'activations' else ''}")
+    print(f"{'memory':<12}{sum(rows.values()) / GIB:8.2f} GiB a process (estimate)")
+    return 0
+
+
+def activation_bytes(model: PaliGemma, positions: int, recompute: bool) -> float:
+    """A rough figure for one sample: two bytes each for what the layers keep for the gradient.
+
+    A block keeps about 14 tensors of its width, 4 of its MLP, and the attention scores three times; with
+    recomputation only its input, and one block at a time in full.
+    """
+    vision, text = model.config.vision, model.config.text
+
+    def block(tokens, width, mlp, heads):
+        return 2 * tokens * (14 * width + 4 * mlp) + 2 * 3 * heads * tokens**2
+
+    towers = (
+        (
+            vision.layers,
+            vision.tokens,
+            vision.width,
+            block(vision.tokens, vision.width, vision.mlp, vision.heads),
+        ),
+        (text.layers, positions, text.width, block(positions, text.width, text.mlp, text.heads)),
+    )
+    if recompute:
+        return sum(2 * n * t * w for n, t, w, _ in towers) + max(full for *_, full in towers)
+    return sum(n * full for n, _, _, full in towers)
