@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 
 from infer.lib.measuring import build
-from infer.lib.options import DTYPES
+from infer.lib.options import DTYPES, head_for
 from model import PaliGemma
 from model.config import VARIANTS
-from model.decoding.closed_set import GroupDecoder
-from model.decoding.groups import GROUP, ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
 from model.decoding.packing import can_pack, pack, quantize
 from model.io.hub import resolve
 from model.io.tokenizer import LOCS, Tokenizer
-from model.io.weights import load_config, write_json
+from model.io.weights import load_config
+from model.io.writing import write_json
 
 OFFICIAL_IDS = dict(prompt=(2, 8557, 832, 7695, 108), loc0=256_000, class0=7, eos=1)
 COPY = 1 << 28  # bytes
@@ -59,7 +59,8 @@ class Ours:
         if compiled:
             self.model.decoder.compile()
         self.language = language_of(folder)
-        self.decoders, self.fused_head = {}, fused_head
+        self.decoders = {}
+        self.head = head_for(self.model) if fused_head else Head
 
     @torch.inference_mode()
     def prefill(self, images: Tensor) -> None:
@@ -71,9 +72,7 @@ class Ours:
     def decode(self, images: Tensor, groups: int) -> Tensor:
         """Images [B, 3, S, S] -> tokens [B, 5 * groups]."""
         if groups not in self.decoders:
-            self.decoders[groups] = GroupDecoder(
-                self.model, self.language, groups, fused_head=self.fused_head
-            )
+            self.decoders[groups] = GroupDecoder(self.model, self.language, groups, head=self.head)
         return self.decoders[groups](images).tokens.flatten(1)
 
 

@@ -4,8 +4,8 @@
     python infer/benchmark_head.py --device cuda --dtype bfloat16
 
 full: the logits of the whole vocabulary, those not allowed masked. slice: the allowed rows alone, in plain
-PyTorch (model/decoding/head.py). kernel: the same fused in one launch (model/decoding/head_kernel.py), on a
-GPU only. On a GPU each is timed inside a CUDA graph, as in the decode loop.
+PyTorch (model/decoding/closed_set.py). kernel: the same fused in one launch (model/decoding/head_kernel.py),
+on a GPU only. On a GPU each is timed inside a CUDA graph, as in the decode loop.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from torch import nn
 
 from infer.benchmark import seconds
 from infer.lib.options import DTYPES
-from model.decoding.closed_set import captured
-from model.decoding.head import GREEDY, Head
+from model.decoding.closed_set import Head, captured
+from model.decoding.generate import GREEDY
 
 LOC0, CLASS0, CLASSES, CAP = 256_000, 7, 80, 30.0  # official
 ALLOWED = [(LOC0, LOC0 + 1024)] * 4 + [(CLASS0, CLASS0 + CLASSES + 1)]

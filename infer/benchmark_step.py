@@ -24,7 +24,7 @@ from infer.benchmark import peak_bytes
 from infer.lib.measuring import build
 from model import PaliGemma, lora
 from model.config import VARIANTS
-from model.io.weights import write_json
+from model.io.writing import write_json
 
 PREFIX, SUFFIX = 8, 256  # tokens
 PEER_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj out_proj".split()

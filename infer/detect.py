@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from infer.lib.draw import draw_boxes
-from infer.lib.options import add_detection_arguments, load_detector
-from model.decoding.detector import Detections, Detector, check_json, read_ahead
+from infer.lib.options import add_detection_arguments, check_json, load_detector
+from model.decoding.detector import Detections, Detector
 from model.decoding.masks import to_rle
-from model.io.image import SUFFIXES
-from model.io.weights import replacing, write_json
+from model.io.image import SUFFIXES, read_ahead
+from model.io.writing import atomic_write, write_json
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -70,7 +70,7 @@ def save_picture(picture: Image.Image, out: Path, name: str, taken: set[Path]) -
     while target.resolve() in taken:
         target, number = out / f"{name}-{number}.png", number + 1
     taken.add(target.resolve())
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         picture.save(temporary, "PNG")
     return target
 

@@ -25,10 +25,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from infer.lib.options import add_detection_arguments, load_detector
+from infer.lib.options import add_detection_arguments, check_json, load_detector
 from infer.lib.predictions import file_stamps, predict, remember
-from model.decoding.detector import Detector, check_json
-from model.io.weights import write_json
+from model.decoding.detector import Detector
+from model.io.writing import write_json
 from train.run.processes import gathered, join, leave, process
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor", "crowded": "crowded scenes"}

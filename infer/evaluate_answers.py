@@ -29,21 +29,21 @@ import torch
 from tqdm import tqdm
 
 from infer.lib.options import (
-    add_choosing_arguments,
     add_codec_arguments,
     add_model_arguments,
+    add_sampling_arguments,
     check_counts,
-    choosing,
+    check_json,
     load_codec,
     load_model,
+    sampling_options,
 )
 from model.decoding.boxes import BINS, locs_to_boxes, parse_answer
-from model.decoding.detector import check_json
+from model.decoding.detector import Asker
 from model.decoding.masks import MaskCodec, from_rle, place
-from model.decoding.open_set import Asker
 from model.io.image import load_image
-from model.io.weights import write_json, write_lines
-from train.data.lines import answers, read_lines
+from model.io.writing import write_json, write_lines
+from train.data.jsonl import read_lines, right_answers
 
 HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor"}
 TASKS = {"answer": "question", "caption": "caption", "describe": "caption", "cap": "caption"}
@@ -133,7 +133,7 @@ def judge(records: list[dict], said: list[str], codec: MaskCodec | None, bins: i
             overlaps = [overlap(text, from_rle(record["mask"]), codec, bins) for record, text in pairs]
             figures[task]["mean IoU"] = round(sum(overlaps) / len(overlaps), 4)
             continue
-        right = [[text.strip() for text in answers(record)] for record, _ in pairs]
+        right = [[text.strip() for text in right_answers(record)] for record, _ in pairs]
         exact = [
             text.casefold() in [answer.casefold() for answer in ok] for (_, text), ok in zip(pairs, right)
         ]
@@ -194,7 +194,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--answers", type=Path, metavar="FILE", help="write the lines there, with what the model said")
     add_codec_arguments(parser)
     add_model_arguments(parser)
-    add_choosing_arguments(parser)
+    add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
     check_counts(args, "count", "max_tokens")
     check_json(args.json)
     check_json(args.answers)
-    how = choosing(args)
+    how = sampling_options(args)
     model, tokenizer = load_model(args)
     ask = Asker(model, tokenizer, args.max_tokens, how, args.seed)
     figures, answered, codec = {}, [], None

@@ -17,10 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infer.lib.options import add_choosing_arguments, add_model_arguments, choosing, class_names, load_model
+from infer.lib.options import (
+    add_model_arguments,
+    add_sampling_arguments,
+    class_names,
+    load_model,
+    sampling_options,
+)
 from model import PaliGemma
+from model.decoding.closed_set import PROMPT
 from model.decoding.generate import generate
-from model.decoding.groups import PROMPT
 from model.io.image import load_image, to_tensor
 from model.io.tokenizer import Tokenizer
 
@@ -36,7 +42,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--prompt", help="without it, prompts are read line by line")
     add("--max-tokens", type=int, default=100, help="longest answer")
     add("--samples", type=int, default=1, help="answers to each prompt")
-    add_choosing_arguments(parser)
+    add_sampling_arguments(parser)
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
@@ -54,7 +60,7 @@ class Speaker:
     def __init__(self, model: PaliGemma, tokenizer: Tokenizer, args: argparse.Namespace):
         self.model, self.tokenizer = model, tokenizer
         self.samples, self.max_tokens = args.samples, args.max_tokens
-        self.choosing = choosing(args)
+        self.sampling = sampling_options(args)
         self.generator = torch.Generator().manual_seed(args.seed)
         self.look(args.image)
 
@@ -74,7 +80,7 @@ class Speaker:
             class_names(names, self.model.config)
         image, ids = self.image_tokens.expand(self.samples, -1, -1), self.tokenizer.encode_prompt(prompt)
         steps = generate(
-            self.model, image, [ids] * self.samples, self.max_tokens, self.choosing, self.generator
+            self.model, image, [ids] * self.samples, self.max_tokens, self.sampling, self.generator
         )
         start, said, shown = time.perf_counter(), [[] for _ in range(self.samples)], ""
         count, end = 0, self.tokenizer.eos

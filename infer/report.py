@@ -30,7 +30,7 @@ from infer.lib.plots import (
     validation_curve,
 )
 from model.io.image import load_image
-from model.io.weights import read_json
+from model.io.writing import read_json
 
 STYLE = {
     "font.size": 11,

@@ -14,18 +14,17 @@ import argparse
 from infer import detect
 from infer.lib.options import (
     LONGEST,
-    add_choosing_arguments,
     add_codec_arguments,
     add_model_arguments,
+    add_sampling_arguments,
     add_selection_arguments,
     check_counts,
-    choosing,
     class_names,
     load_codec,
     load_model,
+    sampling_options,
 )
-from model.decoding.detector import Selection
-from model.decoding.open_set import Asker, OpenSetDetector
+from model.decoding.detector import Asker, OpenSetDetector, Selection
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -37,14 +36,14 @@ def arguments(argv=None) -> argparse.Namespace:
     add_codec_arguments(parser)
     add_model_arguments(parser)
     add_selection_arguments(parser)
-    add_choosing_arguments(parser)
+    add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
 
 def load_segmenter(args: argparse.Namespace, score_threshold: float) -> OpenSetDetector:
     """The segmenter that the arguments ask for. Raises ValueError for anything a user can get wrong."""
     check_counts(args, "batch_size", "max_tokens")
-    how, selection = choosing(args), Selection(score_threshold, args.nms_iou, args.min_size)
+    how, selection = sampling_options(args), Selection(score_threshold, args.nms_iou, args.min_size)
     codec = load_codec(args)
     model, tokenizer = load_model(args)
     ask = Asker(model, tokenizer, args.max_tokens or LONGEST, how, args.seed)

@@ -20,9 +20,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 from infer.benchmark import seconds  # noqa: E402
 from infer.evaluate import evaluate  # noqa: E402
 from model import PaliGemma  # noqa: E402
-from model.decoding.closed_set import EarlyStop, GroupDecoder  # noqa: E402
+from model.decoding.closed_set import (  # noqa: E402
+    ClosedSet,  # noqa: E402
+    EarlyStop,
+    GroupDecoder,
+)
 from model.decoding.detector import Detector, Selection  # noqa: E402
-from model.decoding.groups import ClosedSet  # noqa: E402
 from model.io.hub import resolve  # noqa: E402
 from model.io.image import load_image, to_tensor  # noqa: E402
 from model.io.tokenizer import Tokenizer  # noqa: E402

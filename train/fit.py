@@ -26,12 +26,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from model import PaliGemma, lora
-from model.decoding.groups import ClosedSet
+from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.hub import BESIDE, codec_file, resolve
 from model.io.tokenizer import Tokenizer
-from model.io.weights import load_config, read_json, write_json
-from train.data.lines import is_jsonl
+from model.io.weights import load_config
+from model.io.writing import read_json, write_json
+from train.data.jsonl import is_jsonl
 from train.data.samples import ROUND, PracticeScenes, StepSampler, classes_for, collate, open_data
 from train.objective import Objective
 from train.run.checkpoint import load_trainer_state, newest, save_checkpoint, save_model

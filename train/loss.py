@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.decoding.groups import ClosedSet
+from model.decoding.closed_set import ClosedSet
 from model.gemma import Gemma
 
 CHUNK = 128  # positions whose full-vocabulary logits are in memory together, 132 MB for the official sizes

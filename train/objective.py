@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from model import PaliGemma
-from model.decoding.groups import ClosedSet
+from model.decoding.closed_set import ClosedSet
 from train.data.samples import ROUND, network_input
 from train.loss import allowed_loss, vocabulary_loss
 from train.nano.patch_head import PatchHead

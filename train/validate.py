@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from infer.evaluate import category_ids, read_coco, run_cocoeval
 from infer.lib.predictions import predict
 from model import PaliGemma
-from model.decoding.closed_set import GroupDecoder
+from model.decoding.closed_set import ClosedSet, GroupDecoder
 from model.decoding.detector import Detector, Selection
-from model.decoding.groups import ClosedSet
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
 from train.data.samples import collate, open_data

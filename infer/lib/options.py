@@ -2,18 +2,17 @@
 
 import argparse
 import difflib
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from model import PaliGemma
 from model.config import PaliGemmaConfig
-from model.decoding.closed_set import EarlyStop, GroupDecoder
-from model.decoding.detector import Detector, Selection
-from model.decoding.generate import Choosing
-from model.decoding.groups import ClosedSet
-from model.decoding.head import Sampling
+from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head
+from model.decoding.detector import Asker, Detector, OpenSetDetector, Selection
+from model.decoding.generate import Sampling
 from model.decoding.masks import MaskCodec
-from model.decoding.open_set import Asker, OpenSetDetector
 from model.decoding.packing import can_pack, pack, quantize
 from model.io.hub import CODEC, OFFICIAL_CODEC, codec_file, resolve
 from model.io.tokenizer import Tokenizer
@@ -67,7 +66,7 @@ def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
     return model, Tokenizer(folder)
 
 
-def add_choosing_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of how tokens are chosen."""
     add = parser.add_argument
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
@@ -76,8 +75,8 @@ def add_choosing_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eos-offset", type=float, default=0.0, help="make the end less likely: longer answers")
 
 
-def choosing(args: argparse.Namespace) -> Choosing:
-    return Choosing(args.temperature, args.top_k, args.top_p, args.eos_offset)
+def sampling_options(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_p, args.top_k, args.eos_offset)
 
 
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +117,7 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the model and of decoding, for every detection program."""
     add_model_arguments(parser)
     add_selection_arguments(parser)
-    add_choosing_arguments(parser)
+    add_sampling_arguments(parser)
     add = parser.add_argument
     add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
     add("--classes-per-call", type=int, help=f"of an open-set prompt, at most (default: {PER_CALL})")
@@ -166,6 +165,15 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
+def head_for(model: PaliGemma) -> type:
+    """The fused head on a GPU that has Triton (Windows has none), the plain one elsewhere."""
+    if model.projector.weight.is_cuda and find_spec("triton"):
+        from model.decoding.head_kernel import FusedHead
+
+        return FusedHead
+    return Head
+
+
 OPEN_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")  # options
 CLOSED_ONLY = ("groups", "noise_feedback", "early_stop")
 
@@ -173,7 +181,7 @@ CLOSED_ONLY = ("groups", "noise_feedback", "early_stop")
 def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector | OpenSetDetector:
     """The detector that the arguments ask for. Raises ValueError for anything a user can get wrong."""
     check_counts(args, "groups", "batch_size", "classes_per_call", "max_tokens")
-    how, selection = choosing(args), Selection(score_threshold, args.nms_iou, args.min_size)
+    how, selection = sampling_options(args), Selection(score_threshold, args.nms_iou, args.min_size)
     open_set = args.classes is not None
     for name in CLOSED_ONLY if open_set else OPEN_ONLY:
         if getattr(args, name):
@@ -185,8 +193,14 @@ def load_detector(args: argparse.Namespace, score_threshold: float) -> Detector 
         ask = Asker(model, tokenizer, args.max_tokens or LONGEST, how, args.seed)
         return OpenSetDetector(ask, names, args.classes_per_call or PER_CALL, selection)
     stop = EarlyStop(*args.early_stop) if args.early_stop else None
-    language, sampling = ClosedSet.of(model.config, tokenizer), Sampling(how.temperature, how.top_p)
+    language = ClosedSet.of(model.config, tokenizer)
     decode = GroupDecoder(
-        model, language, args.groups, args.noise_feedback, sampling=sampling, early_stop=stop
+        model, language, args.groups, args.noise_feedback, how, early_stop=stop, head=head_for(model)
     )
     return Detector(decode, selection)
+
+
+def check_json(file: Path | None) -> None:
+    """Raise ValueError, before the work, if --json FILE cannot be written after it."""
+    if file and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f"--json {file}: {'is a folder' if file.is_dir() else 'its folder does not exist'}")

@@ -16,9 +16,10 @@ from typing import TextIO
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from model.decoding.detector import Detector, read_ahead
+from model.decoding.detector import Detector
 from model.io.hub import resolve
-from model.io.weights import read_json, write_json
+from model.io.image import read_ahead
+from model.io.writing import read_json, write_json
 
 
 def recorded(out: Path) -> dict[int, list[dict]]:

@@ -1,17 +1,111 @@
-"""Decoding of the closed-set language: prefill once, then G groups of five tokens.
+"""The closed-set language and how it is decoded: `detect all classes` is answered by G groups of five tokens.
 
-Axes: B batch, G groups, I = 5 slots of a group, D width.
+    <loc y0> <loc x0> <loc y1> <loc x1> <unused c>        c a class, or the last one: noise
+
+The position in the group says which ids are allowed: 1,024 coordinates or classes + 1. They are neighbouring
+rows of the tied embedding, so `hidden @ embed[first:last].T` gives exactly the logits that matter, instead of
+all 257,216. The answer always has G groups; the noise class counts in the softmax, but is never the answer:
+the best real class is, and its probability is the box's score.
+
+Axes: B batch, G groups, I = 5 slots of a group, R allowed rows, D width.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from model.decoding.groups import GROUP, ClosedSet
-from model.decoding.head import GREEDY, Choice, Head, Sampling
+from model.config import PaliGemmaConfig
+from model.decoding.generate import GREEDY, Sampling, sample
+from model.gemma import Gemma
+from model.io.tokenizer import LOCS, Tokenizer
 from model.paligemma import PaliGemma
+
+PROMPT = "detect all classes"
+GROUP = 5  # tokens: four coordinates and a class
+
+
+@dataclass(frozen=True)
+class ClosedSet:
+    """The ids of a checkpoint's closed-set language."""
+
+    prompt: tuple[int, ...]  # bos, the words, newline
+    loc0: int
+    class0: int
+    eos: int
+    classes: tuple[str, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, config: PaliGemmaConfig, tokenizer: Tokenizer) -> "ClosedSet":
+        prompt = tuple(tokenizer.encode_prompt(PROMPT))
+        return cls(prompt, tokenizer.loc0, tokenizer.unused0, tokenizer.eos, config.classes, config.groups)
+
+    @property
+    def noise(self) -> int:
+        """The id of the noise class, right after the real ones."""
+        return self.class0 + len(self.classes)
+
+    def allowed(self, position: int) -> tuple[int, int]:
+        """First and last + 1 of the ids allowed at a position of the answer (0 is the first y0)."""
+        if position == GROUP * self.groups:
+            return self.eos, self.eos + 1
+        return (self.class0, self.noise + 1) if position % GROUP == 4 else (self.loc0, self.loc0 + LOCS)
+
+
+# ---- the restricted head -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen at one position, [B] each.
+
+    best int64, the chosen id, never noise; fed int64, what the model should read next; score float32, the
+    probability of best among all allowed ids, noise too; noise float32, that of noise (0 for a coordinate).
+    """
+
+    best: Tensor
+    fed: Tensor
+    score: Tensor
+    noise: Tensor
+
+
+def choose(
+    logits: Tensor, first: int, has_noise: bool, noise_feedback: bool, sampling: Sampling, uniform: Tensor
+) -> Choice:
+    """Logits [B, R] of the ids first, first + 1, ... -> Choice.
+
+    has_noise: the last id is the noise class. It counts in the softmax, but is never chosen; where it is
+    likelier than every other, noise_feedback feeds it back. uniform [B]: random numbers for sampling.
+    """
+    p = torch.softmax(logits, dim=-1)
+    real = logits[:, :-1] if has_noise else logits
+    best = sample(real, sampling, uniform)
+    noise = p[:, -1] if has_noise else torch.zeros_like(p[:, 0])
+    is_noise = noise > p[:, : real.shape[-1]].amax(-1)
+    fed = torch.where(is_noise, first + real.shape[-1], first + best) if noise_feedback else first + best
+    return Choice(first + best, fed, p.gather(-1, best[:, None])[:, 0], noise)
+
+
+class Head:
+    """`choose` at each slot of a group. allowed: first and last + 1 of the ids of each slot, the last with
+    noise."""
+
+    def __init__(
+        self, decoder: Gemma, allowed: list[tuple[int, int]], noise_feedback: bool, sampling: Sampling
+    ):
+        self.decoder, self.allowed = decoder, allowed
+        self.noise_feedback, self.sampling = noise_feedback, sampling
+
+    def __call__(self, hidden: Tensor, slot: int, uniform: Tensor) -> Choice:
+        """Hidden [B, D], slot 0 to I-1, uniform [B] -> Choice."""
+        first, last = self.allowed[slot]
+        logits = self.decoder.logits(hidden, first, last)
+        has_noise = slot == len(self.allowed) - 1
+        return choose(logits, first, has_noise, self.noise_feedback, self.sampling, uniform)
+
+
+# ---- the decode loop ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -49,8 +143,8 @@ class GroupDecoder:
     """Detects in batches of images. The cache, and on a GPU its CUDA graph, serve the next batch too.
 
     groups: None for the checkpoint's. noise_feedback: where noise is likelier than every class, True feeds
-    the noise token back, False the best real class. fused_head: on a GPU, the kernel of
-    model/decoding/head_kernel.py.
+    the noise token back, False the best real class. head: Head, or on a GPU
+    the fused kernel, FusedHead of model/decoding/head_kernel.py.
     """
 
     def __init__(
@@ -61,14 +155,11 @@ class GroupDecoder:
         noise_feedback: bool = False,
         sampling: Sampling = GREEDY,
         early_stop: EarlyStop | None = None,
-        fused_head: bool = True,
+        head: type = Head,
     ):
         self.model, self.language, self.groups = model, language, groups or language.groups
         self.early_stop = early_stop
         allowed = [language.allowed(slot) for slot in range(GROUP)]
-        head = Head
-        if fused_head and model.projector.weight.is_cuda and find_spec("triton"):  # Windows has none
-            from model.decoding.head_kernel import FusedHead as head
         self.head = head(model.decoder, allowed, noise_feedback, sampling)
         self.batch_size = None
 

@@ -1,27 +1,33 @@
-"""Detection of PIL images with a loaded model, and what all programs that read many images share."""
+"""Detection of PIL images with a loaded model.
 
+Closed-set: "detect all classes" is answered by location and class tokens (closed_set.py). Open-set, in words:
+"detect cat ; traffic light" is answered by "<loc...> cat ; <loc...> traffic light"; "segment cat", by
+"<loc...><seg...> cat". Any class that has a name can be asked for, a few in a prompt; the answers to all
+prompts are put together.
+
+Axes: P image tokens, D decoder width, n boxes.
+"""
+
+import math
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from model import PaliGemma
-from model.decoding.boxes import areas, locs_to_boxes, nms
-from model.decoding.closed_set import GroupDecoder
-from model.decoding.groups import GROUP
-from model.decoding.masks import place
-from model.io.image import load_image, to_tensor
+from model.decoding.boxes import ParsedBox, areas, box_prompt, locs_to_boxes, nms, parse_answer
+from model.decoding.closed_set import GROUP, GroupDecoder
+from model.decoding.generate import GREEDY, Sampling, collect_answers, generate
+from model.decoding.masks import MaskCodec, place
+from model.io.image import to_tensor
+from model.io.tokenizer import Tokenizer
 
 MAX_BATCH = 16, 64  # images, on a CPU and on a GPU
-READERS = 4  # threads that decode image files
 
 
 @dataclass
@@ -120,22 +126,111 @@ def fitting_batch(model: PaliGemma, prompt: int, answer: int) -> int:
     return max(1, min(MAX_BATCH[weight.device.type == "cuda"], free // (2 * image)))
 
 
-def check_json(file: Path | None) -> None:
-    """Raise ValueError, before the work, if --json FILE cannot be written after it."""
-    if file and (file.is_dir() or not file.parent.is_dir()):
-        raise ValueError(f"--json {file}: {'is a folder' if file.is_dir() else 'its folder does not exist'}")
+# ---- classes by name -------------------------------------------------------------------------------------
 
 
-def read_ahead(items: Iterable, size: int) -> Iterator[list[tuple[Any, Future]]]:
-    """Batches of (file, future of its image), the image being read in the background while the caller works.
+@dataclass(frozen=True)
+class Scored:
+    """An object of an answer, its class among those asked for, and its score."""
 
-    The future's result() is the image, or raises the ValueError of load_image.
+    box: ParsedBox
+    label: int
+    score: float
+
+
+def scored(tokenizer: Tokenizer, tokens: list[int], log_p: list[float], asked: Sequence[str]) -> list[Scored]:
+    """The objects of an answer, given its tokens and their log-probabilities; of the classes asked for only.
+
+    A score is the geometric mean of the probabilities of the label's tokens. A box without a label belongs to
+    the class if only one was asked for, and is scored by all of its tokens; otherwise it is passed over.
     """
-    with ThreadPoolExecutor(READERS) as pool:
-        items, waiting = iter(items), deque()
-        while True:
-            more = islice(items, 2 * size - len(waiting))
-            waiting.extend((item, pool.submit(load_image, item)) for item in more)
-            if not waiting:
-                return
-            yield [waiting.popleft() for _ in range(min(size, len(waiting)))]
+    ends = [len(tokenizer.decode(tokens[: i + 1])) for i in range(len(tokens))]  # of each token in the text
+    places = {name.casefold(): i for i, name in enumerate(asked)}
+    found = []
+    for box in parse_answer(tokenizer.decode(tokens)):
+        label = places.get(box.label.casefold(), 0 if not box.label and len(asked) == 1 else None)
+        if label is not None:
+            start, end = box.span
+            own = log_p[bisect_right(ends, start) : bisect_right(ends, end - 1) + 1]
+            found.append(Scored(box, label, math.exp(sum(own) / len(own))))
+    return found
+
+
+class Asker:
+    """Puts prompts to images, in batches; each image is encoded once, whatever is asked about it."""
+
+    def __init__(
+        self,
+        model: PaliGemma,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+    ):
+        self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(
+        self, images: list[Image.Image], asked: list[tuple[int, str]]
+    ) -> list[tuple[list[int], list[float]]]:
+        """asked: (which image, prompt) -> tokens and log-probabilities of each answer."""
+        with torch.inference_mode():
+            image_tokens = self.model.encode(network_images(self.model, images))
+        prompts = [self.tokenizer.encode_prompt(prompt) for _, prompt in asked]
+        size, said = fitting_batch(self.model, max(map(len, prompts)), self.max_tokens), []
+        for start in range(0, len(asked), size):
+            of_batch = [image for image, _ in asked[start : start + size]]
+            said += self._answers(image_tokens[of_batch], prompts[start : start + size])
+        return said
+
+    def _answers(self, image_tokens: Tensor, prompts: list[list[int]]):
+        options = self.max_tokens, self.sampling, self.generator
+        return collect_answers(self.model, generate(self.model, image_tokens, prompts, *options))
+
+
+class OpenSetDetector:
+    """Has the form of Detector, for classes given by name; with a mask codec it segments."""
+
+    def __init__(
+        self,
+        ask: Asker,
+        classes: Sequence[str],
+        per_call: int = 1,
+        selection: Selection = KEEP_ALL,
+        codec: MaskCodec | None = None,
+    ):
+        """per_call: classes of a prompt, at most; checkpoints are taught to segment one at a time."""
+        self.ask, self.model, self.selection, self.codec = ask, ask.model, selection, codec
+        self.classes = tuple(classes)
+        self.chunks = [range(i, min(i + per_call, len(classes))) for i in range(0, len(classes), per_call)]
+
+    def __call__(self, images: list[Image.Image]) -> list[Detections]:
+        """Detect in a batch of upright RGB images of any sizes."""
+        names = [[self.classes[c] for c in chunk] for chunk in self.chunks]
+        prompts = [box_prompt(of_call, masks=self.codec is not None) for of_call in names]
+        said = self.ask(images, [(i, prompt) for i in range(len(images)) for prompt in prompts])
+        count = len(prompts)
+        return [
+            self._select(image, said[i * count : (i + 1) * count], names) for i, image in enumerate(images)
+        ]
+
+    def fitting_batch(self) -> int:
+        """Images that are worth reading together."""
+        return fitting_batch(self.model, 8 * len(self.chunks[0]), self.ask.max_tokens)
+
+    def _select(self, image: Image.Image, said, names) -> Detections:
+        """said, names: the answer to each call, and what it asked for. To be segmented, an object needs its
+        16 codes."""
+        found = [
+            (one.box.locs, one.score, chunk[one.label], one.box.seg)
+            for (tokens, log_p), of_call, chunk in zip(said, names, self.chunks, strict=True)
+            for one in scored(self.ask.tokenizer, tokens, log_p, of_call)
+            if one.box.seg or self.codec is None
+        ]
+        locs, scores, labels, codes = zip(*found) if found else ((), (), (), ())
+        raw = np.array([token for tokens, _ in said for token in tokens], np.int64)
+        columns = np.array(locs).reshape(-1, 4), np.array(scores), np.array(labels, np.int64)
+        masks = None
+        if self.codec:
+            masks = self.codec.decode(torch.tensor(codes)).numpy() if found else []
+        return self.selection(image, *columns, raw, masks)

@@ -11,21 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.decoding.head import draw, nucleus
 from model.paligemma import PaliGemma
 
 
 @dataclass(frozen=True)
-class Choosing:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave nothing out.
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_p 1 and top_k 0 leave nothing out.
 
-    eos_offset is taken from the logit of eos: longer answers, as Pix2seq (arXiv 2109.10852, section 2.3)
+    eos_offset is subtracted from the logit of eos: longer answers, as Pix2seq (arXiv 2109.10852, section 2.3)
     delays the end of its detection sequences.
     """
 
     temperature: float = 0.0
-    top_k: int = 0
     top_p: float = 1.0
+    top_k: int = 0
     eos_offset: float = 0.0
 
     def __post_init__(self):
@@ -38,18 +37,32 @@ class Choosing:
             raise ValueError("top-k and top-p need a temperature above 0, such as 1: at 0 nothing is drawn")
 
 
-GREEDY = Choosing()
+GREEDY = Sampling()
 
 
-def choose(logits: Tensor, choosing: Choosing, uniform: Tensor) -> Tensor:
-    """Logits [B, V], uniform [B] in [0, 1) -> ids [B]."""
-    if choosing.temperature == 0:
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """Probabilities [B, R], zero but for the likeliest that reach top_p; equal ones stay together."""
+    ordered, _ = p.sort(descending=True)
+    reached = (ordered.cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    return torch.where(p >= ordered.gather(-1, reached), p, 0)
+
+
+def draw(p: Tensor, uniform: Tensor) -> Tensor:
+    """Weights [B, R], uniform [B] in [0, 1) -> int64 [B]: where the running sum exceeds uniform * sum."""
+    running = p.cumsum(-1)
+    above = (running > uniform[:, None] * running[:, -1:]) & (p > 0)
+    return above.int().argmax(-1)
+
+
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Logits [B, V], uniform [B] in [0, 1) -> the chosen columns int64 [B]."""
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    if choosing.top_k:
-        kept = logits.topk(min(choosing.top_k, logits.shape[-1])).values[:, -1:]
+    if sampling.top_k:
+        kept = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kept, -torch.inf)
-    p = torch.softmax(logits / choosing.temperature, dim=-1)
-    return draw(nucleus(p, choosing.top_p), uniform)
+    p = torch.softmax(logits / sampling.temperature, dim=-1)
+    return draw(nucleus(p, sampling.top_p), uniform)
 
 
 @torch.inference_mode()
@@ -58,14 +71,14 @@ def generate(
     image_tokens: Tensor,
     prompts: list[list[int]],
     max_new_tokens: int,
-    choosing: Choosing = GREEDY,
+    sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields tokens int64 [B] and their log-probabilities float32 [B], until all answers have ended.
 
     image_tokens [B, P, D], of PaliGemma.encode; prompts: ids with bos and newline (Tokenizer.encode_prompt),
     of any lengths. The last token of an answer is eos; what follows it, while others go on, is padding with
-    log-probability 0. A log-probability is that of the model's own distribution, whatever choosing leaves
+    log-probability 0. A log-probability is that of the model's own distribution, whatever sampling leaves
     out. Raises ValueError if a prompt and its answer exceed the positions that the model was made for.
     """
     config, device = model.config, image_tokens.device
@@ -85,9 +98,9 @@ def generate(
     for count in range(1, max_new_tokens + 1):
         logits = model.decoder.logits(hidden)
         log_p = logits.log_softmax(-1)
-        logits[:, config.eos] -= choosing.eos_offset
+        logits[:, config.eos] -= sampling.eos_offset
         logits[:, config.image_token :] = -torch.inf  # rows of the embedding that are no text
-        tokens = choose(logits, choosing, torch.rand(len(prompts), generator=generator).to(device))
+        tokens = sample(logits, sampling, torch.rand(len(prompts), generator=generator).to(device))
         log_p = log_p.gather(-1, tokens[:, None])[:, 0]
         yield tokens.masked_fill(ended, config.pad), log_p.masked_fill(ended, 0)
         ended = ended | (tokens == config.eos)
@@ -96,7 +109,9 @@ def generate(
         hidden = model.step(tokens, cache)
 
 
-def answers(model: PaliGemma, steps: Iterator[tuple[Tensor, Tensor]]) -> list[tuple[list[int], list[float]]]:
+def collect_answers(
+    model: PaliGemma, steps: Iterator[tuple[Tensor, Tensor]]
+) -> list[tuple[list[int], list[float]]]:
     """What `generate` yields, an answer at a time: its tokens and their log-probabilities, without eos."""
     tokens, log_p = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
     lengths = [row.index(model.config.eos) if model.config.eos in row else len(row) for row in tokens]

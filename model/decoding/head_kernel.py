@@ -1,4 +1,4 @@
-"""The restricted head as one Triton kernel: what `choose` of model/decoding/head.py does, in a single launch.
+"""The restricted head as one Triton kernel: what `choose` of closed_set.py does, in a single launch.
 
 A program takes BLOCK_R allowed rows of the tied embedding and BLOCK_B hidden states, and leaves their logits
 in a scratch buffer. The last one to arrive for its hidden states, told by a counter, finds all logits there
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.decoding.head import Choice, Sampling
+from model.decoding.closed_set import Choice
+from model.decoding.generate import Sampling
 from model.gemma import Gemma
 
 R = tl.constexpr(1024)  # coordinates, the larger of the two sets of allowed ids

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.io.hub import OFFICIAL_CODEC
-from model.io.weights import save_tensors
+from model.io.writing import save_tensors
 
 SIDE, TOKENS, CODES = 64, 16, 128  # pixels a side, codes of a mask, codes there are
 OFFICIAL_BYTES = 8_479_556  # gs://big_vision/paligemma/vae-oid.npz

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model.io.hub import resolve
-from model.io.weights import official_name, read_json, save_tensors, short_name, write_json
+from model.io.weights import official_name, short_name
+from model.io.writing import read_json, save_tensors, write_json
 from model.lora import lora_layers, replace_linear
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's file

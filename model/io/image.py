@@ -1,13 +1,19 @@
 """Image files -> the network's input, pixel for pixel as transformers' SigLIP processor (PIL) makes it."""
 
 import struct
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+READERS = 4  # threads that decode image files
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -34,3 +40,18 @@ def pixels_to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
     scaled = torch.from_numpy(pixels * np.float32(1 / 255))
     return ((scaled - 0.5) / 0.5).movedim(-1, -3)
+
+
+def read_ahead(items: Iterable, size: int) -> Iterator[list[tuple[Any, Future]]]:
+    """Batches of (file, future of its image), the image being read in the background while the caller works.
+
+    The future's result() is the image, or raises the ValueError of load_image.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        items, waiting = iter(items), deque()
+        while True:
+            more = islice(items, 2 * size - len(waiting))
+            waiting.extend((item, pool.submit(load_image, item)) for item in more)
+            if not waiting:
+                return
+            yield [waiting.popleft() for _ in range(min(size, len(waiting)))]

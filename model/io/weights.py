@@ -5,20 +5,16 @@ The hub has used three generations of tensor names for the same checkpoint; all 
 never holds two copies.
 """
 
-import contextlib
-import json
-import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model.io.config_json import config_from_json, config_to_json
 from model.io.hub import CODEC, resolve
+from model.io.writing import read_json, save_tensors, write_json
 
 # our name -> official name (transformers up to 4.51), longest prefix first
 _NAMES = {
@@ -54,19 +50,6 @@ def short_name(name: str) -> str:
     return name.replace("language_model.model.", "language_model.").replace(
         "language_model.lm_head", "lm_head"
     )
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError in words if it is missing or not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
 
 
 def load_config(source: str | Path):
@@ -163,34 +146,6 @@ def _assign(model: nn.Module, stored: dict, complaint: str, dtype: torch.dtype, 
         tensor = stored[sources[key]].get_tensor(sources[key]).to(device=device, dtype=dtype)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, renamed when all is written: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_lines(lines: Iterable[str], path: Path) -> None:
-    """Write text, each line with its own end, whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-
-
-def write_json(value: dict | list, path: Path) -> None:
-    """Write a JSON file whole or not at all."""
-    write_lines([json.dumps(value, indent=2), "\n"], path)
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all."""
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def save_pretrained(

@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor
 
 from model import PaliGemma
-from model.decoding.closed_set import GroupDecoder
-from model.decoding.groups import ClosedSet
+from model.decoding.closed_set import ClosedSet, GroupDecoder
 
 ARCHITECTURES = {
     "gemma1": dict(family="gemma"),

@@ -10,8 +10,9 @@ from PIL import Image
 from test_cache import LANGUAGE, noisy
 
 from model.decoding.closed_set import EarlyStop, GroupDecoder
-from model.decoding.detector import MAX_BATCH, Detector, read_ahead
-from model.decoding.head import Sampling
+from model.decoding.detector import MAX_BATCH, Detector
+from model.decoding.generate import Sampling
+from model.io.image import read_ahead
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from test_programs import model  # noqa: F401 - a fixture
 
 from infer import generate as program
 from model import PaliGemma
-from model.decoding.generate import Choosing, choose, generate
+from model.decoding.generate import Sampling, generate, sample
 
 COUNT = 12
 
@@ -81,7 +81,7 @@ def test_eos_offset(both):
     images, prompts = inputs(hf)
     lengths = []
     for offset in (0.0, 1.0, 1000.0):
-        tokens, _ = answers(ours, images, prompts, Choosing(eos_offset=offset))
+        tokens, _ = answers(ours, images, prompts, Sampling(eos_offset=offset))
         lengths.append((tokens != PAD).sum().item())
     assert lengths == sorted(lengths) and lengths[0] < lengths[2] == COUNT * len(prompts)
 
@@ -90,7 +90,7 @@ def test_seeds(both):
     hf, ours = both
     images, prompts = inputs(hf)
     hot = [
-        answers(ours, images, prompts, Choosing(3.0), generator=torch.Generator().manual_seed(seed))[0]
+        answers(ours, images, prompts, Sampling(3.0), generator=torch.Generator().manual_seed(seed))[0]
         for seed in (0, 0, 1)
     ]
     assert torch.equal(hot[0], hot[1]) and not (hot[0].shape == hot[2].shape and torch.equal(hot[0], hot[2]))
@@ -102,16 +102,16 @@ def test_choosing():
     logits = p.log().expand(20_000, -1)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     kept = {
-        Choosing(): [0],
-        Choosing(1.0, top_k=1): [0],
-        Choosing(1.0, top_k=2): [0, 2],
-        Choosing(1.0, top_p=0.65): [0, 2],
-        Choosing(1.0, top_k=3, top_p=0.75): [0, 2],
-        Choosing(1.0): [0, 1, 2, 3],
-        Choosing(1.0, top_k=9): [0, 1, 2, 3],
+        Sampling(): [0],
+        Sampling(1.0, top_k=1): [0],
+        Sampling(1.0, top_k=2): [0, 2],
+        Sampling(1.0, top_p=0.65): [0, 2],
+        Sampling(1.0, top_k=3, top_p=0.75): [0, 2],
+        Sampling(1.0): [0, 1, 2, 3],
+        Sampling(1.0, top_k=9): [0, 1, 2, 3],
     }
-    for choosing, ids in kept.items():
-        found = choose(logits, choosing, uniform).bincount(minlength=4) / 20_000
+    for sampling, ids in kept.items():
+        found = sample(logits, sampling, uniform).bincount(minlength=4) / 20_000
         expected = torch.zeros(4).index_copy(0, torch.tensor(ids), p[ids] / p[ids].sum())
         assert ((found - expected).abs() < 0.015).all() and (found[expected == 0] == 0).all()
 
@@ -123,7 +123,7 @@ def test_refused(both):
         next(generate(ours, ours.encode(images), prompts, 100_000))
     for bad in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0)):
         with pytest.raises(ValueError, match="top-k"):
-            Choosing(**bad)
+            Sampling(**bad)
 
 
 # The program ------------------------------------------------------------------------------------------------

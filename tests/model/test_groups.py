@@ -10,8 +10,7 @@ from reference import BOS, EOS, LOC0, NEWLINE, UNUSED0, VOCAB, random_inputs, sa
 from model import PaliGemma
 from model.config import COCO_CLASSES, VARIANTS, TextConfig
 from model.decoding.boxes import boxes_to_locs, locs_to_boxes
-from model.decoding.closed_set import GroupDecoder
-from model.decoding.groups import ClosedSet
+from model.decoding.closed_set import ClosedSet, GroupDecoder
 from model.gemma import Gemma
 from model.io.tokenizer import Tokenizer
 from train.data.targets import DISGUISE, MAX_NOISE_IOU, NOISE_WEIGHT, closed_set_target

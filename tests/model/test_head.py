@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model.config import TextConfig
-from model.decoding.head import GREEDY, Head, Sampling, choose, nucleus
+from model.decoding.closed_set import Head, choose
+from model.decoding.generate import GREEDY, Sampling, nucleus
 from model.gemma import Gemma
 
 triton = pytest.importorskip("triton")

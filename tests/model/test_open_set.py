@@ -14,11 +14,9 @@ from infer import detect, evaluate, segment
 from infer.lib import options as loading
 from infer.lib.options import class_names
 from model.config import COCO_CLASSES, PaliGemmaConfig, TextConfig, VisionConfig
-from model.decoding import open_set
-from model.decoding.detector import KEEP_ALL, Selection
-from model.decoding.generate import answers, generate
+from model.decoding.detector import KEEP_ALL, Asker, OpenSetDetector, Selection, scored
+from model.decoding.generate import collect_answers, generate
 from model.decoding.masks import MaskCodec, from_rle, place
-from model.decoding.open_set import Asker, OpenSetDetector, scored
 from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
 
@@ -154,7 +152,7 @@ def test_asker_answers_as_generate_does(model):  # noqa: F811
         from model.decoding.detector import network_images
 
         image_tokens = loaded.encode(network_images(loaded, [images[i]]))
-        ((alone, its_log_p),) = answers(
+        ((alone, its_log_p),) = collect_answers(
             loaded, generate(loaded, image_tokens, [words.encode_prompt(prompt)], 12)
         )
         assert tokens == alone and log_p == pytest.approx(its_log_p, abs=1e-4)
@@ -196,7 +194,7 @@ def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):  # noqa: F
     """Writes what closed-set detection writes; class_id counts the classes asked for."""
     ask = Said(tokenizer, {"detect cat ; traffic light": f"{A} traffic light ; {B} cat ; {B} dog"})
     monkeypatch.setattr(loading, "Asker", lambda *_: ask)
-    monkeypatch.setattr(open_set, "fitting_batch", lambda *_: 4)
+    monkeypatch.setattr("model.decoding.detector.fitting_batch", lambda *_: 4)
     argv = "--image", picture(here / "a.png"), "--model", model, "--classes", "cat ; traffic light"
     code, out, err = run(monkeypatch, capsys, detect, *argv, "--json", "out.json", "--tokens")
     assert (code, err) == (0, [])
@@ -243,7 +241,7 @@ def test_segment(monkeypatch, capsys, model, here, tokenizer):  # noqa: F811
     said = {"segment cat": f"{A}{SEGS} cat", "segment hair drier": f"{B}{SEGS} hair drier"}
     ask = Said(tokenizer, said)
     monkeypatch.setattr(segment, "Asker", lambda *_: ask)
-    monkeypatch.setattr(open_set, "fitting_batch", lambda *_: 4)
+    monkeypatch.setattr("model.decoding.detector.fitting_batch", lambda *_: 4)
     argv = [
         "--image",
         picture(here / "a.png"),

@@ -19,14 +19,13 @@ from model.decoding.boxes import (
     locs_to_boxes,
     parse_answer,
 )
-from model.decoding.groups import GROUP, ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import to_tensor
 from model.io.tokenizer import Tokenizer
 from train.data import convert
 from train.data.augment import FILL, MIN_KEPT, augment, flip, jitter, rescale
 from train.data.coco import CocoDetections, CocoIndex, closed_set_sample
-from train.data.jsonl import JsonlPairs
-from train.data.lines import is_jsonl, read_lines
+from train.data.jsonl import JsonlPairs, is_jsonl, read_lines
 from train.data.targets import closed_set_target
 from train.nano.untrained import train_tokenizer
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import PaliGemmaForConditionalGeneration
 
 from model import PaliGemma
-from model.decoding.groups import ClosedSet
+from model.decoding.closed_set import ClosedSet
 from model.io.image import to_tensor
 from model.io.tokenizer import Tokenizer
 from train import fit as train

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model.decoding.groups import ClosedSet
+from model.decoding.closed_set import ClosedSet
 from model.io.image import load_image
 from train.data.augment import augment
 from train.data.targets import Target, closed_set_target

@@ -26,9 +26,9 @@ from model.decoding.boxes import box_prompt, check_label, format_answer, locs_to
 from model.decoding.masks import MaskCodec
 from model.io.hub import CODEC, NANO
 from model.io.image import load_image
-from model.io.weights import replacing, write_json, write_lines
+from model.io.writing import atomic_write, write_json, write_lines
 from train.data.coco import CocoIndex
-from train.data.lines import answers, read_lines
+from train.data.jsonl import read_lines, right_answers
 from train.data.masks import Sheet, read_outlines, segment_lines
 
 
@@ -75,7 +75,7 @@ def coco_to_jsonl(args: argparse.Namespace) -> str:
 def jsonl_to_coco(args: argparse.Namespace) -> str:
     images, objects, counts = {}, [], Counter()
     for _, record in tqdm(read_lines(args.data, args.images), unit="line", leave=False, disable=None):
-        name, answer = record["image"], answers(record)[0]  # of several right answers, the first
+        name, answer = record["image"], right_answers(record)[0]  # of several right right_answers, the first
         if name not in images:
             width, height = load_image(args.images / name).size
             images[name] = dict(id=len(images) + 1, file_name=name, width=width, height=height)
@@ -120,7 +120,7 @@ def masks_to_jsonl(args: argparse.Namespace) -> str:
 
     write_lines(lines(), args.out)
     if args.sheet and sheet.cells:
-        with replacing(args.sheet) as temporary:
+        with atomic_write(args.sheet) as temporary:
             sheet.picture().save(temporary, "PNG")
     mean = sum(sheet.overlaps) / max(1, len(sheet.overlaps))
     return (

@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model import PaliGemma
-from model.decoding.groups import ClosedSet
+from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.image import pixels_to_tensor
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections, CocoIndex, answer_sample, closed_set_sample
-from train.data.jsonl import JsonlPairs
-from train.data.lines import is_jsonl
+from train.data.jsonl import JsonlPairs, is_jsonl
 from train.data.targets import closed_set_target, text_target
 from train.nano.patch_head import patch_targets
 from train.practice.scenes import Scene, make_scene

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.decoding.boxes import boxes_to_locs, iou
-from model.decoding.groups import GROUP, ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.tokenizer import Tokenizer
 
 MAX_NOISE_IOU = 0.15  # with every real box, where the image leaves room for it

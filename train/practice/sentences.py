@@ -24,7 +24,7 @@ import numpy as np
 
 from model.config import COCO_CLASSES
 from model.decoding.boxes import box_prompt
-from model.decoding.groups import PROMPT
+from model.decoding.closed_set import PROMPT
 
 NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
 COLOURS = "red orange yellow green blue purple pink brown black white grey".split()

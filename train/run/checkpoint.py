@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from model import PaliGemma
 from model.io import weights
 from model.io.adapter import adapter_tensors, save_adapter
-from model.io.weights import read_json, save_tensors, write_json
+from model.io.writing import read_json, save_tensors, write_json
 from model.lora import lora_layers
 
 

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from model import PaliGemma, lora
-from model.decoding.groups import ClosedSet
+from model.decoding.closed_set import ClosedSet
 from model.io.hub import resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config

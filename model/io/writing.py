@@ -1,0 +1,60 @@
+"""Files on disk: JSON read with errors in words; all is written under a temporary name and then renamed."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+@contextlib.contextmanager
+def explain(what: str, *errors: type[BaseException]) -> Iterator[None]:
+    """Turn errors of a library into a ValueError for the user: "WHAT (the library's own words)"."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(f"{what} ({error})") from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError in words if it is missing or not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, renamed when all is written: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_lines(lines: Iterable[str], path: Path) -> None:
+    """Write text, each line with its own end, whole or not at all."""
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def write_json(value: dict | list, path: Path) -> None:
+    """Write a JSON file whole or not at all."""
+    write_lines([json.dumps(value, indent=2), "\n"], path)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file whole or not at all."""
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})

@@ -1,0 +1,40 @@
+"""The frame of every program: a parser, errors in one line, the exit code."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from train.run.processes import leave
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is the program's docstring as it stands; options cannot be abbreviated."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small: must be at least 1")
+    return value
+
+
+def run(main: Callable[[], int | None], file: str) -> None:
+    """Call `main` and exit with its code (None is 0). file: the program's __file__, named in complaints.
+
+    What a user can cause (a bad file or flag, a full disk, too little memory) is one line on stderr and exit
+    code 1; Ctrl-C is 130, as in a shell.
+    """
+    try:
+        status = main() or 0
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"{Path(file).name}: {str(error).splitlines()[0]}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    leave(status)
