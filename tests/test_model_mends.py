@@ -1,15 +1,19 @@
-"""Mends of the network and the programs: whose memory is given back."""
+"""Mends of the network and the programs: whose memory is given back, pictures of another size."""
 
+import json
 import mmap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference import save, tiny_paligemma
 from safetensors.torch import save_file
 from torch import nn
 
+from infer import evaluate
+from infer.detector import Detections
 from model import PaliGemma
 from model.repack import Int8Linear, _forget, _replace, can_pack, pack, quantize
 from model.weights import is_mapped
@@ -84,3 +88,53 @@ def test_memory_of_others_stays(dtype, tmp_path):
     layer.weight.data = torch.from_numpy(array)[:192, :96]
     quantize(model)
     assert (array == MARK).all()
+
+
+# ---- pictures of another size than their annotations -------------------------------------------------------
+
+
+class FindsNothing:
+    """Stands in for a detector."""
+
+    classes = ("cat",)
+
+    def fitting_batch(self):
+        return 2
+
+    def __call__(self, images):
+        none = np.zeros(0, int)
+        return [Detections(np.zeros((0, 4)), none, none, none) for _ in images]
+
+
+def coco_set(folder: Path, sizes: list[tuple[int, int]], **said: int) -> Path:
+    """A file that says every picture has 40 x 30 pixels, or what `said` says, and pictures of these sizes."""
+    (folder / "images").mkdir(parents=True)
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (i, 0, 0)).save(folder / "images" / f"{i}.png")
+    record = said or dict(width=40, height=30)
+    data = dict(
+        images=[record | dict(id=i, file_name=f"{i}.png") for i in range(len(sizes))],
+        annotations=[dict(id=1, image_id=0, category_id=1, bbox=[2, 2, 9, 9], area=81, iscrowd=0)],
+        categories=[dict(id=1, name="cat")],
+    )
+    (folder / "instances.json").write_text(json.dumps(data))
+    return folder / "instances.json"
+
+
+def mean_ap(data: Path) -> float:
+    return evaluate.evaluate(FindsNothing(), data, data.parent / "images", None, "test")["AP"]
+
+
+@pytest.mark.parametrize("other", [(80, 60), (30, 40), (40, 31)])
+def test_pictures_of_another_size(other, tmp_path):
+    """evaluate.py names the file and both sizes; boxes measured on other pixels would all be wrong."""
+    data = coco_set(tmp_path, [(40, 30), (40, 30), (40, 30), other])
+    fault = rf"3\.png has {other[0]}x{other[1]} pixels \(upright\), its annotations are for 40x30"
+    with pytest.raises(ValueError, match=fault):
+        mean_ap(data)
+
+
+def test_pictures_of_the_right_size(tmp_path):
+    """Also where the file gives no sizes: COCO's own evaluation does not need them."""
+    assert mean_ap(coco_set(tmp_path / "with", [(40, 30)] * 3)) == 0
+    assert mean_ap(coco_set(tmp_path / "without", [(40, 30), (80, 60)], license=1)) == 0
