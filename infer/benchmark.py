@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from infer.lib.measuring import build
-from infer.lib.options import DTYPES, head_for
+from infer.lib.options import DTYPES, head_for, usable_device
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
@@ -137,11 +137,11 @@ SIDES = {
 
 def seconds(function, device: str) -> float:
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     function()
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -194,7 +194,7 @@ def child(args: argparse.Namespace) -> None:
 def peak_bytes(device: str) -> int:
     """Of this process so far: the GPU's memory, or the resident memory, mapped files included."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
@@ -220,7 +220,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict:
         layers = PaliGemma(load_config(folder)).decoder.layers
     size, bandwidth = weight_bytes(layers, args), copy_bandwidth(args.device)
     floor, threads = size / bandwidth, f"{torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if on_gpu else threads
+    where = torch.cuda.get_device_name(args.device) if on_gpu else threads
     print(f"{args.model}, {args.dtype}, {args.device} ({where}), torch {torch.__version__}")
     print(f"the decoder's layers: {size / 1e9:.2f} GB, copied at {bandwidth / 1e9:.1f} GB/s")
     print(f"floor of a token: {1000 * floor:.2f} ms")
@@ -281,6 +281,7 @@ def installed(package: str) -> bool:
 
 def main() -> None:
     args = arguments()
+    usable_device(args.device)
     if args.child:
         return child(args)
     with tempfile.TemporaryDirectory(prefix="paligemma-") as temporary:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from infer.benchmark import seconds
-from infer.lib.options import DTYPES
+from infer.lib.options import DTYPES, usable_device
 from model.decoding.closed_set import Head, captured
 from model.decoding.generate import GREEDY
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 32])
     args = parser.parse_args()
+    usable_device(args.device)
     print(f"microseconds, {args.dtype}, {args.device}, torch {torch.__version__}")
     for name, (width, vocabulary) in WIDTHS.items():
         decoder = TiedHead(width, vocabulary, DTYPES[args.dtype], args.device)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from infer.benchmark import peak_bytes
 from infer.lib.measuring import build
+from infer.lib.options import usable_device
 from model import PaliGemma, lora
 from model.config import VARIANTS
 from model.io.writing import write_json
@@ -100,6 +101,7 @@ def peer_step(folder: Path, args: argparse.Namespace, recompute: bool):
 
 def measure(side: str, folder: Path, args: argparse.Namespace) -> dict:
     """One side's turn: the first loss, seconds of each step after the first, the peak memory."""
+    usable_device(args.device)
     torch.manual_seed(0)
     make = our_step if side.startswith("ours") else peer_step
     step, trained = make(folder, args, recompute="recompute" in side)
@@ -110,7 +112,7 @@ def measure(side: str, folder: Path, args: argparse.Namespace) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(args.device)
         seconds.append(time.perf_counter() - start)
     peak = peak_bytes(args.device)
     trainable = sum(p.numel() for p in trained)

@@ -148,6 +148,8 @@ def main(arguments=arguments, load=load_detector, program: str = "detect.py") ->
         sys.exit(run(arguments(), load, program))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"{program}: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -217,8 +217,10 @@ def main() -> None:
     status = 0
     try:
         run(arguments())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         status = f"evaluate.py: {str(error).splitlines()[0]}"
+    except KeyboardInterrupt:
+        status = 130
     leave(status)
 
 

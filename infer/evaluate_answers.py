@@ -234,6 +234,8 @@ def main() -> None:
         run(arguments())
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"evaluate_answers.py: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

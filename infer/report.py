@@ -212,6 +212,8 @@ def main() -> None:
         run(arguments())
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

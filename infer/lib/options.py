@@ -38,17 +38,29 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of torch's random numbers; greedy decoding draws none")
 
 
+def usable_device(name: str) -> str:
+    """A device that torch can use here; of auto, a GPU if there is one. Raises ValueError if it cannot.
+
+    A GPU given by its number becomes the current one, for whatever asks for no device of its own: new
+    streams, Triton's launches, the clocks of a benchmark.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return name
+
+
 def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
     """What the arguments ask for. Raises ValueError for anything a user can get wrong."""
     torch.manual_seed(args.seed)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
+    device = usable_device(args.device)
     folder = resolve(args.model)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     small_cpu = device == "cpu" and weights < SMALL

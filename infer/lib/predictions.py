@@ -10,6 +10,7 @@ Without --data, each practice set has such a folder in it, with the drawn scenes
 
 import contextlib
 import json
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from model.decoding.detector import Detector
 from model.io.hub import resolve
-from model.io.image import read_ahead
+from model.io.image import check_size, read_ahead
 from model.io.writing import read_json, write_json
 
 
@@ -57,7 +58,8 @@ def predict(
     """Results in COCO's format for every image of the set; of several processes, for this one's share.
 
     With out, a folder: the results of an image are written there as they come, and an image whose results
-    are there, whichever process wrote them, is not decoded again.
+    are there, whichever process wrote them, is not decoded again. Raises ValueError for an image that is
+    unreadable or not of the size that the set gives it.
     """
     known = recorded(out) if out else {}
     share = sorted(coco.dataset["images"], key=lambda record: record["id"])[rank::world]
@@ -67,8 +69,11 @@ def predict(
     with log as lines, bar:
         records, size = iter(todo), batch_size or detector.fitting_batch()
         for batch in read_ahead((images / record["file_name"] for record in todo), size):
-            found_all = detector([reading.result() for _, reading in batch])
-            for found, record in zip(found_all, records):
+            of_batch, pictures = list(islice(records, len(batch))), [reading.result() for _, reading in batch]
+            for (file, _), picture, record in zip(batch, pictures, of_batch, strict=True):
+                if "width" in record and "height" in record:  # COCO's own evaluation needs neither
+                    check_size(picture, file, record["width"], record["height"])
+            for found, record in zip(detector(pictures), of_batch, strict=True):
                 rows = zip(*(column.tolist() for column in (found.boxes, found.scores, found.labels)))
                 results = known[record["id"]] = []
                 for (x0, y0, x1, y1), score, label in rows:

@@ -166,6 +166,10 @@ class GroupDecoder:
     @torch.inference_mode()
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Answer:
         """Images [B, 3, S, S] -> Answer. generator: of the random numbers of sampling, on the CPU."""
+        with torch.cuda.device_of(images):  # its GPU takes the streams, the graph and the kernels
+            return self._decode(images, generator)
+
+    def _decode(self, images: Tensor, generator: torch.Generator | None) -> Answer:
         B, language = len(images), self.language
         if self.batch_size != B:
             self._prepare(B, images.device)
@@ -212,7 +216,8 @@ class GroupDecoder:
 def captured(function, prepare):
     """A function of tensors that stay in their places, as a CUDA graph; prepare() before each trial run.
 
-    Calling the result costs one launch. It returns the same tensors each time, overwritten.
+    The tensors are on the current device, to which a stream and a graph belong. Calling the result costs one
+    launch. It returns the same tensors each time, overwritten.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -130,10 +130,11 @@ class FusedHead:
         score, noise = self.scratch.new_empty(2, B)
         position = slot if isinstance(slot, Tensor) else self.slots[slot:]
         grid = triton.cdiv(R.value, BLOCKS["BLOCK_R"]), triton.cdiv(B, BLOCKS["BLOCK_B"])
-        restricted_head[grid](
-            hidden.contiguous(), self.embed, position, uniform, self.scratch, self.arrived,
-            fed, best, score, noise, B, D, *self.ids, self.cap,
-            self.sampling.temperature, self.sampling.top_p, GROUP=self.group, WIDEN=INTERPRETED,
-            NOISE_FEEDBACK=self.noise_feedback, SAMPLE=self.sampling.temperature > 0, **BLOCKS,
-        )  # fmt: skip
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
+            restricted_head[grid](
+                hidden.contiguous(), self.embed, position, uniform, self.scratch, self.arrived,
+                fed, best, score, noise, B, D, *self.ids, self.cap,
+                self.sampling.temperature, self.sampling.top_p, GROUP=self.group, WIDEN=INTERPRETED,
+                NOISE_FEEDBACK=self.noise_feedback, SAMPLE=self.sampling.temperature > 0, **BLOCKS,
+            )  # fmt: skip
         return Choice(best, fed, score, noise)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.io.weights import is_mapped
 from model.lora import LoRALinear
 from model.paligemma import PaliGemma
 
@@ -87,10 +88,10 @@ def _replace(layers: nn.ModuleList, make: Callable[[nn.Linear], nn.Module]) -> N
 
 
 def _forget(weight: Tensor) -> None:
-    """Give back the memory of a weight that is mapped from a file: its pages would stay as long as the
-    file is mapped. Whole pages inside the weight only; who reads them again finds what is in the file."""
-    mapped = weight.device.type == "cpu" and not weight.untyped_storage().resizable()
-    if not mapped or not hasattr(mmap, "MADV_DONTNEED"):
+    """Give back the memory of a weight that the loader mapped from a file: its pages would stay as long as
+    the file is mapped. Whole pages inside the weight only; who reads them again finds what is in the file.
+    Any other memory (a NumPy array's, say) would read as zeros afterwards, and is not ours to give back."""
+    if not is_mapped(weight) or not hasattr(mmap, "MADV_DONTNEED"):
         return
     start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (weight.data_ptr() + weight.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE

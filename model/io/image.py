@@ -31,6 +31,16 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 
 
+def check_size(image: Image.Image, file: Path, width: int, height: int) -> None:
+    """Raise ValueError if an upright image is not of the size that its annotations were made for: every box
+    would be somewhere else."""
+    if image.size != (width, height):
+        raise ValueError(
+            f"{file} has {image.width}x{image.height} pixels (upright), "
+            f"its annotations are for {width}x{height}"
+        )
+
+
 def to_tensor(image: Image.Image, size: int) -> Tensor:
     """PIL image -> float32 [3, size, size] in [-1, 1]: bicubic, squashed to a square."""
     return pixels_to_tensor(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))

@@ -143,9 +143,23 @@ def _assign(model: nn.Module, stored: dict, complaint: str, dtype: torch.dtype, 
                 f"{complaint}: {head} differs from {embed}, but PaliGemma's head is tied to its embedding"
             )
     for key, name in ours.items():
-        tensor = stored[sources[key]].get_tensor(sources[key]).to(device=device, dtype=dtype)
+        tensor = stored[sources[key]].get_tensor(sources[key])
+        _mark_mapped(tensor)
+        tensor = tensor.to(device=device, dtype=dtype)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+
+
+def _mark_mapped(tensor: torch.Tensor) -> None:
+    """Remember that a tensor just read is the file's own pages. The mark is on the storage, so views and
+    Parameters of this memory have it, and copies (another dtype, a GPU, deepcopy) do not."""
+    storage = tensor.untyped_storage()
+    storage.mapped_by_loader = not storage.resizable()  # memory of its own could grow, a mapping cannot
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in the pages of a file that the loader mapped."""
+    return getattr(tensor.untyped_storage(), "mapped_by_loader", False)
 
 
 def save_pretrained(

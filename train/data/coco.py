@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model.decoding.closed_set import ClosedSet
-from model.io.image import load_image
+from model.io.image import check_size, load_image
 from train.data.augment import augment
 from train.data.targets import Target, closed_set_target
 
@@ -249,12 +249,8 @@ class CocoDetections(Dataset):
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
         file = self.images / self.name(item)
-        image, (width, height) = load_image(file), self.index.sizes[item].tolist()
-        if image.size != (width, height):
-            raise ValueError(
-                f"{file} has {image.width}x{image.height} pixels (upright), "
-                f"its annotations are for {width}x{height}"
-            )
+        image = load_image(file)
+        check_size(image, file, *self.index.sizes[item].tolist())
         boxes, labels = self.index.objects(item)
         if self.augment:
             image, boxes, kept = augment(rng, image, boxes)

@@ -1,0 +1,193 @@
+"""Which GPU the work lands on, and how the decode loop is captured: torch.cuda's functions replaced by ones
+that keep a record, as most machines that run the tests have no second GPU, or none."""
+
+import argparse
+import contextlib
+import os
+import sys
+
+import pytest
+import torch
+from reference import LOC0, UNUSED0, random_inputs, save, tiny_paligemma
+from test_cache import LANGUAGE
+
+from infer import benchmark, benchmark_head, evaluate
+from infer import benchmark_step as train_benchmark
+from infer.lib import options as loading
+from model import PaliGemma
+from model.decoding.closed_set import GroupDecoder
+from model.decoding.generate import GREEDY
+from model.gemma import Gemma
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = save(tiny_paligemma(0), tmp_path_factory.mktemp("tiny"))
+    return PaliGemma.from_pretrained(str(folder), dtype=torch.float32)
+
+
+def pictures(batch, seed=0):
+    return random_inputs(tiny_paligemma(0), batch=batch, seed=seed)[0]
+
+
+class Stop(Exception):
+    """Raised by a stand-in once the test has seen enough."""
+
+
+# ---- programs make their GPU the current one ---------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Tensors can be "on" any GPU; the calls that choose or ask a device are recorded: (name, device)."""
+    calls, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda i: calls.append(("current", i)), raising=False)
+    for name in ("synchronize", "max_memory_allocated", "get_device_name"):
+        record = lambda device=None, name=name: calls.append((name, device))  # noqa: E731
+        monkeypatch.setattr(torch.cuda, name, record)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cuda:1", [("current", 1)]), ("cuda", []), ("auto", []), ("cpu", [])],
+)
+def test_load_model_takes_its_gpu(device, expected, gpus, monkeypatch):
+    """Before the weights are loaded, so that nothing lands on GPU 0; a device without a number stays."""
+
+    def from_pretrained(*args, device, **kwargs):
+        gpus.append(("load", device))
+        raise Stop
+
+    monkeypatch.setattr(PaliGemma, "from_pretrained", from_pretrained)
+    parser = argparse.ArgumentParser()
+    loading.add_model_arguments(parser)
+    with pytest.raises(Stop):
+        loading.load_model(parser.parse_args(["--device", device]))
+    assert gpus == [*expected, ("load", "cuda" if device == "auto" else device)]
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_every_rank_of_torchrun_takes_its_gpu(asked, gpus, monkeypatch):
+    """evaluate.py: GPU number LOCAL_RANK, on every node."""
+    for name, value in dict(WORLD_SIZE="4", RANK="3", LOCAL_RANK="1").items():
+        monkeypatch.setitem(os.environ, name, value)
+    monkeypatch.setattr(evaluate, "join", lambda *args, **kwargs: None)
+    monkeypatch.setattr(PaliGemma, "from_pretrained", lambda *a, device, **k: gpus.append(("load", device)))
+    monkeypatch.setattr(loading, "can_pack", lambda model: False)
+    args = evaluate.arguments(["--device", asked])
+    evaluate.join_processes(args)
+    loading.load_model(args)
+    assert gpus == [("current", 1), ("load", "cuda:1")]
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match="--device cuda:77 cannot be used here .*--device cpu"):
+        loading.usable_device("cuda:77")
+
+
+PROGRAMS = {
+    "benchmark": (benchmark, "run", []),
+    "benchmark, a side's process": (benchmark, "child", ["--child", "ours"]),
+    "benchmark_head": (benchmark_head, "TiedHead", []),
+    "a LoRA step": (train_benchmark, "our_step", ["--child", "ours"]),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_benchmarks_take_their_gpu(name, gpus, monkeypatch):
+    """Before the work begins."""
+    module, work, argv = PROGRAMS[name]
+
+    def begin(*args, **kwargs):
+        raise Stop
+
+    monkeypatch.setattr(module, work, begin)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cuda:1", *argv])
+    with pytest.raises(Stop):
+        module.main()
+    assert gpus == [("current", 1)]
+
+
+def test_benchmarks_ask_their_gpu(gpus, monkeypatch):
+    """Clocks wait for, memory and names are of, the GPU that is measured."""
+    benchmark.seconds(lambda: None, "cuda:1")
+    benchmark.peak_bytes("cuda:1")
+    step = lambda *args, **kwargs: (lambda: 0.0, [torch.nn.Parameter(torch.zeros(1))])  # noqa: E731
+    monkeypatch.setattr(train_benchmark, "our_step", step)
+    monkeypatch.setattr(train_benchmark, "peak_bytes", lambda device: 0)
+    train_benchmark.measure("ours", None, argparse.Namespace(device="cuda:1", steps=1))
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1.0)
+
+    def begin(*args):  # the GPU's name is asked for before
+        raise Stop
+
+    monkeypatch.setitem(benchmark.SIDES, "ours", begin)
+    options = dict(model="nano", device="cuda:1", dtype="float32", int8=False, compile=False, peer=False)
+    with pytest.raises(Stop):
+        benchmark.run(benchmark.resolve("nano"), argparse.Namespace(memory=False, **options))
+    asked = [device for name, device in gpus if name != "current"]
+    assert len(asked) == 6 and set(asked) == {"cuda:1"} and ("get_device_name", "cuda:1") in gpus
+
+
+# ---- the library's own code runs on the GPU of its tensors -------------------------------------------------
+
+
+@pytest.fixture
+def current(monkeypatch):
+    """The tensors whose device is the current one, innermost last."""
+    stack = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        stack.append(tensor)
+        yield
+        stack.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    return stack
+
+
+def test_decoding_is_on_the_gpu_of_the_images(model, current, monkeypatch):
+    """The buffers and the graph are made, and every group decoded, with the images' device current."""
+    seen, images, prepare, group = [], pictures(2), GroupDecoder._prepare, GroupDecoder._group
+
+    def note(function):
+        def noted(*args, **kwargs):
+            seen.append(bool(current) and current[-1] is images)
+            return function(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(GroupDecoder, "_prepare", note(prepare))
+    monkeypatch.setattr(GroupDecoder, "_group", note(group))
+    GroupDecoder(model, LANGUAGE)(images)
+    assert seen == [True] * (1 + LANGUAGE.groups) and not current
+
+
+def test_the_kernel_is_launched_on_the_gpu_of_its_tensors(current, monkeypatch):
+    """Also for who calls FusedHead by itself."""
+    pytest.importorskip("triton")
+    from model.decoding import head_kernel
+
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda hidden, *args, **kwargs: launches.append(current[-1] is hidden if current else None)
+
+    monkeypatch.setattr(head_kernel, "restricted_head", Kernel())
+    decoder = Gemma(tiny_config())
+    allowed = [(LOC0, LOC0 + 1024)] * 4 + [(UNUSED0, UNUSED0 + 4)]
+    head = head_kernel.FusedHead(decoder, allowed, noise_feedback=False, sampling=GREEDY)
+    head(torch.zeros(2, decoder.config.width), 0, torch.zeros(2))
+    assert launches == [True] and not current
+
+
+def tiny_config():
+    from model.config import TextConfig
+
+    shape = dict(width=16, mlp=8, layers=1, heads=1, kv_heads=1, head_dim=8, query_scale=1.0)
+    return TextConfig(version=2, vocab_size=LOC0 + 1024, **shape)

@@ -1,0 +1,180 @@
+"""Mends of the network and the programs: memory that is given back, picture sizes, how programs end."""
+
+import json
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import save, tiny_paligemma
+from safetensors.torch import save_file
+from torch import nn
+
+from infer import detect, evaluate, evaluate_answers, generate, report, segment
+from model import PaliGemma
+from model.decoding.detector import Detections
+from model.decoding.packing import Int8Linear, _forget, _replace, can_pack, pack, quantize
+from model.io.weights import is_mapped
+
+# ---- whose memory is given back ----------------------------------------------------------------------------
+
+MARK = 7.0  # written over weights in memory: what is read from the file again is not MARK
+gives_back = pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system has no madvise")
+
+
+def wide_model(folder: Path, dtype=torch.bfloat16) -> PaliGemma:
+    """Loaded from the folder; its matrices are of several pages each, and begin and end inside a page."""
+    hf = tiny_paligemma(0, width=96, layers=1)
+    raw = {name: x.bfloat16() for name, x in hf.state_dict().items() if "lm_head" not in name}
+    save(hf, folder, names="C")
+    save_file(raw, folder / "model.safetensors", metadata={"format": "pt"})
+    return PaliGemma.from_pretrained(str(folder), dtype=dtype)
+
+
+def inner_pages(weight: torch.Tensor) -> slice:
+    """The elements in the pages that hold nothing but the weight."""
+    first, end = -weight.data_ptr() % mmap.PAGESIZE, (weight.data_ptr() + weight.nbytes) % mmap.PAGESIZE
+    return slice(first // weight.element_size(), weight.numel() - end // weight.element_size())
+
+
+@gives_back
+@pytest.mark.parametrize("change", [quantize, pack])
+def test_mapped_weights_are_given_back(change, tmp_path):
+    """All pages of a mapped matrix that hold nothing else: they are the file's again."""
+    model = wide_model(tmp_path)
+    if change is pack and not can_pack(model):
+        pytest.skip("this CPU has no bfloat16 in oneDNN")
+    weight = model.decoder.layers[0].mlp.up_proj.weight.data.flatten()
+    stored = weight.clone()
+    assert is_mapped(weight) and len(stored[inner_pages(weight)]) * 2 >= 2 * mmap.PAGESIZE
+    weight.fill_(MARK)
+    change(model)
+    assert torch.equal(weight[inner_pages(weight)], stored[inner_pages(weight)])
+
+
+@gives_back
+def test_neighbours_in_the_file_keep_their_pages(tmp_path):
+    """A page that a weight shares with another tensor of the file stays, at both of its ends."""
+    model = wide_model(tmp_path)
+    tensors = [x.data.flatten() for x in model.state_dict().values()]
+    weight = model.decoder.layers[0].mlp.up_proj.weight
+    start, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
+    assert start % mmap.PAGESIZE and end % mmap.PAGESIZE, "both ends must lie inside a page"
+    assert {end, start} <= {x.data_ptr() + offset for x in tensors for offset in (0, x.nbytes)}
+    for x in tensors:
+        x.fill_(MARK)
+    _forget(weight)
+    for x in tensors:
+        assert x.data_ptr() == start or (x == MARK).all()
+
+
+@gives_back
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_others_stays(dtype, tmp_path):
+    """A NumPy array behind a weight, a copy in another dtype, and a weight replaced after loading."""
+    array = np.full((512, 256), MARK, np.float32)
+    layers = nn.ModuleList([nn.Linear(256, 512, bias=False)])
+    layers[0].weight = nn.Parameter(torch.from_numpy(array))
+    _replace(layers, Int8Linear)
+    assert (array == MARK).all()
+
+    model = wide_model(tmp_path, dtype)
+    layer = model.decoder.layers[0].mlp.up_proj
+    assert is_mapped(layer.weight) == (dtype == torch.bfloat16)
+    copy = layer.weight.detach().to(torch.float64)
+    assert not is_mapped(copy)
+    layer.weight.data = torch.from_numpy(array)[:192, :96]
+    quantize(model)
+    assert (array == MARK).all()
+
+
+# ---- pictures of another size than their annotations -------------------------------------------------------
+
+
+class FindsNothing:
+    """Stands in for a detector."""
+
+    classes = ("cat",)
+
+    def fitting_batch(self):
+        return 2
+
+    def __call__(self, images):
+        none = np.zeros(0, int)
+        return [Detections(np.zeros((0, 4)), none, none, none) for _ in images]
+
+
+def coco_set(folder: Path, sizes: list[tuple[int, int]], **said: int) -> Path:
+    """A file that says every picture has 40 x 30 pixels, or what `said` says, and pictures of these sizes."""
+    (folder / "images").mkdir(parents=True)
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (i, 0, 0)).save(folder / "images" / f"{i}.png")
+    record = said or dict(width=40, height=30)
+    data = dict(
+        images=[record | dict(id=i, file_name=f"{i}.png") for i in range(len(sizes))],
+        annotations=[dict(id=1, image_id=0, category_id=1, bbox=[2, 2, 9, 9], area=81, iscrowd=0)],
+        categories=[dict(id=1, name="cat")],
+    )
+    (folder / "instances.json").write_text(json.dumps(data))
+    return folder / "instances.json"
+
+
+def mean_ap(data: Path) -> float:
+    return evaluate.evaluate(FindsNothing(), data, data.parent / "images", None, "test")["AP"]
+
+
+@pytest.mark.parametrize("other", [(80, 60), (30, 40), (40, 31)])
+def test_pictures_of_another_size(other, tmp_path):
+    """evaluate.py names the file and both sizes; boxes measured on other pixels would all be wrong."""
+    data = coco_set(tmp_path, [(40, 30), (40, 30), (40, 30), other])
+    fault = rf"3\.png has {other[0]}x{other[1]} pixels \(upright\), its annotations are for 40x30"
+    with pytest.raises(ValueError, match=fault):
+        mean_ap(data)
+
+
+def test_pictures_of_the_right_size(tmp_path):
+    """Also where the file gives no sizes: COCO's own evaluation does not need them."""
+    assert mean_ap(coco_set(tmp_path / "with", [(40, 30)] * 3)) == 0
+    assert mean_ap(coco_set(tmp_path / "without", [(40, 30), (80, 60)], license=1)) == 0
+
+
+# ---- how programs end --------------------------------------------------------------------------------------
+
+PROGRAMS = {
+    "detect": (detect, ["--image", "a.jpg"]),
+    "segment": (segment, ["--image", "a.jpg", "--classes", "cat"]),
+    "generate": (generate, ["--image", "a.jpg"]),
+    "evaluate": (evaluate, []),
+    "evaluate_answers": (evaluate_answers, []),
+    "report": (report, ["--eval", "runs/eval", "--out", "report"]),
+}
+
+
+def ending(name: str, error: BaseException, monkeypatch):
+    """What a program hands to sys.exit if its work ends with an error."""
+    module, argv = PROGRAMS[name]
+
+    def run(*args):
+        raise error
+
+    monkeypatch.setattr(detect if module is segment else module, "run", run)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_ctrl_c(name, monkeypatch):
+    """130, as the shell has it, and no traceback."""
+    assert ending(name, KeyboardInterrupt(), monkeypatch) == 130
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "report"])
+def test_memory_runs_out(name, monkeypatch):
+    """One line for every program that loads a model."""
+    error = torch.OutOfMemoryError("CUDA out of memory.\nA table of allocations")
+    assert ending(name, error, monkeypatch) == f"{name}.py: CUDA out of memory."
