@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
             remember(out, settings | dict(name=name, data_changed=changed) | where)
             gathered(None)  # every process has looked before one goes on
             if split and process()[0] == 0 and not data.exists():
-                from train.practice.scenes import write_coco
+                from train.practice.write import write_coco
 
                 write_coco(data.parent, args.count, split, detector.model.config.vision.image_size)
             gathered(None)  # the scenes are drawn

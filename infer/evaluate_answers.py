@@ -199,7 +199,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from train.practice.tasks import write_answers
+    from train.practice.write import write_coco
 
     check_counts(args, "count", "max_tokens")
     check_json(args.json)
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
             images = (args.data and args.images) or data.parent / "images"
             if split:
                 codec = codec or load_codec(args)
-                write_answers(data.parent, args.count, split, model.config.vision.image_size, codec)
+                write_coco(data.parent, args.count, split, model.config.vision.image_size, codec=codec)
             records = checked_lines(data, images)
             if any("mask" in record for record in records):
                 codec = codec or load_codec(args)

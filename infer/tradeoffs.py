@@ -29,7 +29,7 @@ from model.decoding.detector import Detector, Selection  # noqa: E402
 from model.io.hub import resolve  # noqa: E402
 from model.io.image import load_image, to_tensor  # noqa: E402
 from model.io.tokenizer import Tokenizer  # noqa: E402
-from train.practice.scenes import write_coco  # noqa: E402
+from train.practice.write import write_coco  # noqa: E402
 
 BATCH = 16
 TIMED = 60  # images, one at a time

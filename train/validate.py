@@ -20,7 +20,7 @@ from model.decoding.detector import Detector, Selection
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
 from train.data.samples import collate, open_data
-from train.practice.scenes import write_coco
+from train.practice.write import write_coco
 from train.run.processes import gathered, process
 
 BATCH = 16

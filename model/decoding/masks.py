@@ -215,3 +215,14 @@ def place(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndar
         part = part.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
         whole[y0:y1, x0:x1] = np.asarray(part) > 0
     return whole
+
+
+def tight_box(mask: np.ndarray) -> np.ndarray:
+    """The box x0, y0, x1, y1 around the pixels of a mask bool [H, W], which must not be empty."""
+    x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return np.array([x[0], y[0], x[-1] + 1, y[-1] + 1], float)
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two masks bool [H, W]; 0 if both are empty."""
+    return float((a & b).sum() / max(1, (a | b).sum()))

@@ -25,7 +25,7 @@ from model.decoding.boxes import areas, locs_to_boxes
 from model.decoding.detector import Detections
 from model.io.tokenizer import Tokenizer
 from train.nano.untrained import nano_config, train_tokenizer
-from train.practice.scenes import write_coco
+from train.practice.write import write_coco
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
@@ -442,7 +442,7 @@ def test_practice_sets(run_evaluate, here):
 
 
 def test_a_set_of_ones_own(run_evaluate, here):
-    """Written by train/practice/scenes.py; the images lie beside the file, or elsewhere."""
+    """Written by train/practice/write.py; the images lie beside the file, or elsewhere."""
     write_coco(here / "set", 5, "vendor")
     code, out, _ = run_evaluate("--data", "set/instances.json", "--groups", 3, "--batch-size", 2)
     assert code == 0 and re.match(r"mAP 0\.\d{3} \(instances\)\n", out)

@@ -16,7 +16,7 @@ from train.data.samples import LOC_WEIGHT, PROMPTS, SEG_WEIGHT, SHORT, PracticeS
 from train.nano import codec as codec_program
 from train.nano import untrained as nano
 from train.nano.codec import Codebook, Masks, overlap, random_shape
-from train.practice.tasks import SHARES
+from train.practice.tasks import TASK_SHARES
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_samples_of_all_tasks(scenes, tiny):  # noqa: F811
             locs, segs = answer.count("<loc"), answer.count("<seg")
             assert locs % 4 == 0 and segs == (4 * locs if start == "segment" else 0)
             assert (weights == LOC_WEIGHT).sum() == locs and (weights == SEG_WEIGHT).sum() == segs
-    assert len(starts) == len(SHARES) + 1 and min(starts.values()) > 2
+    assert len(starts) == len(TASK_SHARES) + 1 and min(starts.values()) > 2
 
 
 def test_texts_of_a_batch_have_few_lengths(scenes):
