@@ -15,8 +15,9 @@ from model.io.tokenizer import Tokenizer
 from train.data.samples import LOC_WEIGHT, PROMPTS, SEG_WEIGHT, SHORT, PracticeScenes, collate
 from train.nano import codec as codec_program
 from train.nano import untrained as nano
-from train.nano.codec import Codebook, Masks, overlap, random_shape
+from train.nano.codec import Codebook, Masks, mean_iou, random_shape
 from train.practice.tasks import TASK_SHARES
+from train.run.program import run as run_program
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,23 @@ def test_a_nano_that_detects_learns_to_speak(tmp_path):
     assert torch.equal(*hidden)
 
 
+@pytest.mark.parametrize(
+    ("program", "options", "words"),
+    [
+        (nano, ("--codec", "none.safetensors"), "untrained.py: none.safetensors: no such file"),
+        (nano, ("--start", "none"), "untrained.py: "),
+        (codec_program, ("--channels", "12"), "codec.py: --channels 12: must be a multiple of 8"),
+    ],
+)
+def test_programs_complain(program, options, words, tmp_path, capsys):
+    """One line that names the program, and nothing is written."""
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: program.main(["--out", str(tmp_path / "out"), *options]), program.__file__)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.startswith(words) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 # The codec --------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +181,7 @@ def test_codebook_follows_the_features():
 def test_codec_training(tmp_path, capsys, monkeypatch):
     """A few steps get somewhere, and what is written is a codec."""
     monkeypatch.setattr(codec_program, "SCENES", 4)
-    monkeypatch.setattr(codec_program, "HELD_OUT", 5)
+    monkeypatch.setattr(codec_program, "HELD_OUT_SCENES", 5)
     for steps in (1, 100):
         size = "--channels 16 --width 8 --lr 5e-3 --workers 0".split()
         codec_program.main(["--out", str(tmp_path / str(steps)), "--steps", str(steps), *size])
@@ -172,4 +190,4 @@ def test_codec_training(tmp_path, capsys, monkeypatch):
     codecs = [MaskCodec.load(tmp_path / name / CODEC) for name in ("1", "100")]
     short, longer = ((codec.decode(codec.encode(masks)) - masks).square().mean() for codec in codecs)
     assert longer < short - 0.02
-    assert 0 <= overlap(codecs[1], masks) < overlap(MaskCodec.load(NANO / CODEC), masks) <= 1
+    assert 0 <= mean_iou(codecs[1], masks) < mean_iou(MaskCodec.load(NANO / CODEC), masks) <= 1
