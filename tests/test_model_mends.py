@@ -1,23 +1,30 @@
-"""Mends of the network and the programs: memory that is given back, picture sizes, how programs end."""
+"""Mends of the network and the programs, and behaviours of the network that no other test holds."""
 
 import json
 import mmap
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import save, tiny_paligemma
+from reference import random_inputs, save, tiny_paligemma
 from safetensors.torch import save_file
 from torch import nn
 
 from infer import detect, evaluate, evaluate_answers, generate, report, segment
 from infer.detector import Detections
 from model import PaliGemma
+from model.config import VARIANTS
+from model.generate import Choosing
+from model.generate import generate as generate_ids
+from model.hub import resolve
 from model.repack import Int8Linear, _forget, _replace, can_pack, pack, quantize
-from model.weights import is_mapped
+from model.tokenizer import LOCS, SEGS, Tokenizer
+from model.weights import is_mapped, load_config
 
 # ---- whose memory is given back ----------------------------------------------------------------------------
 
@@ -257,3 +264,64 @@ def test_what_fits(tiny):
     for prefix_len in (1, LENGTH, torch.tensor(1), torch.tensor([1, LENGTH])):
         assert tiny(images, tokens, prefix_len).shape[:2] == (2, LENGTH)
     assert torch.equal(tiny(images.double(), tokens, 2), tiny(images, tokens, 2))
+
+
+# ---- SigLIP's epsilon --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["full", "published"])
+@torch.no_grad()
+def test_epsilon_of_siglip(config, tmp_path):
+    """transformers' features where the variance that a LayerNorm divides by is about its epsilon, 1e-6, in
+    front of every norm. The hub's files do not give the epsilon."""
+    hf = tiny_paligemma(0)
+    for name, weight in hf.model.vision_tower.named_parameters():
+        if any(part in name for part in ("embedding", "out_proj", "fc2")):  # what is added to the stream
+            weight.mul_(1e-3)
+    ours = PaliGemma.from_pretrained(str(save(hf, tmp_path, config=config)), dtype=torch.float32)
+    images, _ = random_inputs(hf)
+    theirs = hf.model.vision_tower(images).last_hidden_state
+    assert torch.allclose(ours.vision(images), theirs, atol=1e-4) and theirs.abs().mean() > 0.1
+    variances = []
+    for norm in (module for module in ours.vision.modules() if isinstance(module, nn.LayerNorm)):
+        norm.register_forward_pre_hook(lambda norm, x: variances.append(x[0].var(-1).mean()))
+    ours.vision(images)
+    assert len(variances) == 5 and all(1e-7 < variance < 1e-5 for variance in variances)
+
+
+# ---- ids that are no text ----------------------------------------------------------------------------------
+
+
+def config_and_ids(name):
+    """A config, and how many ids its tokenizer has."""
+    if name == "nano":
+        return load_config("nano"), Tokenizer(resolve("nano")).size
+    return VARIANTS[name], 256_000 + LOCS + SEGS  # Gemma's pieces, locations and segmentation codes
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["nano", "paligemma-3b-224", "paligemma2-3b-224"])
+def test_ids_that_are_no_text_are_never_generated(name, temperature):
+    """<image>, and the rows that only fill the embedding up to a multiple of 64: likeliest, and not chosen.
+    The last id that the tokenizer has may be."""
+    config, size = config_and_ids(name)
+    assert config.image_token == size < config.text.vocab_size
+    wanted = [size, size + 1, config.text.vocab_size - 1, size - 1]
+
+    def logits(hidden):
+        scores = torch.zeros(1, config.text.vocab_size)
+        scores[:, 500], scores[:, size - 1] = 50, 60 * (wanted[hidden] == size - 1)
+        scores[:, wanted[hidden]] += 100
+        return scores
+
+    step = iter(range(len(wanted)))
+    model = SimpleNamespace(
+        config=config,
+        new_cache=lambda *args: None,
+        prefill=lambda *args: next(step),
+        step=lambda *args: next(step),
+        decoder=SimpleNamespace(logits=logits),
+    )
+    image_tokens = torch.zeros(1, config.vision.tokens, 1)
+    steps = generate_ids(model, image_tokens, [[config.bos]], len(wanted), Choosing(temperature))
+    assert [int(tokens) for tokens, _ in islice(steps, len(wanted))] == [500, 500, 500, size - 1]
