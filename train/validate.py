@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import io
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from model import PaliGemma
 from model.decode import GroupDecoder
 from model.groups import ClosedSet
 from model.tokenizer import Tokenizer
+from train.arguments import noise_of
 from train.coco import CocoDetections
 from train.data import collate, open_data
 from train.scenes import write_coco
@@ -49,10 +52,14 @@ class Validation:
             file = Path(self._scenes.name) / "same" / "instances.json"
             write_coco(file.parent, args.val_count, "same", model.config.vision.image_size)
         images = images or file.parent / "images"
-        data = open_data(file, images, model, tokenizer, args.seed, augment=False)
+        # The noise of the training data, or val_loss would be of other answers; but every picture counts.
+        noise = replace(noise_of(args), skip_empty=False)
+        data = open_data(file, images, model, tokenizer, args.seed, augment=False, noise=noise)
         keys = [(item, item) for item in range(min(args.val_count, len(data)))][self.rank :: self.world]
         self.loader = DataLoader(
-            Keyed(data, keys), BATCH, collate_fn=lambda samples: collate(samples, model.config.pad)
+            Keyed(data, keys),
+            BATCH,
+            collate_fn=partial(collate, pad=model.config.pad, per_example=args.loss_mean == "example"),
         )
         self.detector = None
         if isinstance(data, CocoDetections) and not args.shard:
