@@ -1,7 +1,8 @@
-"""The options that published recipes need: noise, loss, optimizer, soft caps."""
+"""The options that published recipes need: noise, loss, optimizer, soft caps; and the recipes themselves."""
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_fine_tune import ENVIRONMENT, apart, command, complaint, pairs, scenes, torchrun  # noqa: F401 - fixtures
-from test_train import language_of, metrics, run, tiny, train, weights  # noqa: F401 - tiny is a fixture
+from test_train import ROOT, language_of, metrics, run, tiny, train, weights  # noqa: F401 - tiny is a fixture
 
 from model import PaliGemma
 from model.boxes import iou, locs_to_boxes
@@ -368,7 +369,7 @@ def test_an_adapter_keeps_its_caps(tiny, pairs, tmp_path):  # noqa: F811
     assert caps == {("off",): (None, None), ("on",): (50, 30), ("off", "final_cap"): (None, 20)}
 
 
-# Runs -------------------------------------------------------------------------------------------------------
+# Runs and recipes -------------------------------------------------------------------------------------------
 
 
 def test_resuming_with_another_value_is_refused(tiny, scenes, tmp_path):  # noqa: F811
@@ -380,3 +381,39 @@ def test_resuming_with_another_value_is_refused(tiny, scenes, tmp_path):  # noqa
     for option in options.split(";"):
         message = complaint(tiny, tmp_path / "run", f"--data {scenes} --resume {option}")
         assert option.split()[0] in message and "cannot go on" in message
+
+
+def argv_of(recipe):
+    """The arguments that a recipe gives to the training program."""
+    environment = os.environ | dict(LAUNCH=r"printf %s\n")
+    done = subprocess.run(
+        ["bash", recipe, "--device", "cpu"], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()[1:]
+
+
+RECIPES = sorted((ROOT / "train" / "recipes").glob("*.sh"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(recipe):
+    """Their options exist and go together; what is known and what is guessed is said."""
+    args = train.arguments(argv_of(recipe))
+    train.noise_of(args)
+    assert args.beta2 == 0.999 and args.attn_cap == args.final_cap == 0
+    text = recipe.read_text()
+    assert "# Known, " in text and "# Guessed" in text and "github.com/" in text
+
+
+def test_published_values():
+    """Of the closed-set run, and big_vision's of the captions."""
+    found = {recipe.stem: train.arguments(argv_of(recipe)) for recipe in RECIPES}
+    closed = found["coco_closed_set_lora_10b"]
+    assert train.noise_of(closed) == PUBLISHED and closed.loss == "vocabulary" and closed.loss_mean == "token"
+    assert closed.weight_decay == 0.01 and closed.clip == 0 and closed.lr == 1e-5
+    assert closed.steps == 6 * 117_266 // 32
+    captions = found["captions_3b"]
+    assert captions.weight_decay * captions.lr == pytest.approx(1e-6), "PyTorch multiplies the two"
+    assert {found[name].loss_mean for name in found if name != "coco_closed_set_lora_10b"} == {"example"}
+    full = train.noise_of(found["coco_closed_set_full_3b"])
+    assert (full.weight, full.disguise) == (1, 0)
