@@ -73,13 +73,24 @@ def lr_factor(step: int, args: argparse.Namespace) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def recomputed(forward, *args):
+    """A block's forward that is run again for its gradient, instead of keeping what the gradient needs.
+
+    Without a gradient it is the forward alone: checkpoint would read the GPU's random state first, which
+    ends the capture of a CUDA graph, and validation decodes with one.
+    """
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
+
+
 def distribute(objective: Objective, args: argparse.Namespace) -> nn.Module:
     """The objective as it is called: compiled, and its gradients shared between the processes."""
     model = objective.model
     blocks = [*model.vision.layers, *model.decoder.layers]
     if args.recompute:
         for block in blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(recomputed, block.forward)
     if args.compile:  # all but the loss, which picks a different number of positions in every batch
         model.encode = torch.compile(model.encode, dynamic=False)
         model.read = torch.compile(model.read, dynamic=False)
