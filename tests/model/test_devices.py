@@ -13,7 +13,6 @@ import pytest
 import torch
 from reference import LOC0, UNUSED0, random_inputs, save, tiny_paligemma
 from test_cache import LANGUAGE
-from test_train import train as fit
 
 from infer import benchmark, benchmark_head, evaluate
 from infer import benchmark_step as train_benchmark
@@ -22,6 +21,7 @@ from model import PaliGemma
 from model.decoding.closed_set import GROUP, GroupDecoder, captured
 from model.decoding.generate import GREEDY
 from model.gemma import Gemma
+from train import fit
 
 
 @pytest.fixture(scope="module")
