@@ -33,6 +33,8 @@ class KVCache:
         T = valid.shape[1]
         self.seen = self.used = self._room_for(T)
         self.valid.zero_()[:, :T] = valid
+        # A slot that is not valid has weight 0, but 0 times a NaN that an earlier batch left there is NaN.
+        self.values[:, :, :, T:].zero_()
         self.positions[:, :T] = positions
         self.last.copy_(positions.amax(-1, keepdim=True))
         self.slot.fill_(T - 1)

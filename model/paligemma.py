@@ -61,16 +61,18 @@ class PaliGemma(nn.Module):
 
         images float [B, 3, S, S] in [-1, 1]; tokens int64 [B, T], text only, right-padded with config.pad;
         prefix_len, int or int64 [B]: how many text tokens (bos, prompt, newline) belong to the bidirectional
-        prefix.
+        prefix. Raises ValueError if any of the three is something else.
         """
         return self.decoder.logits(self.hidden(images, tokens, prefix_len))
 
     def hidden(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
         """What `forward` makes the logits of: the hidden states [B, T, D] of the text positions."""
+        _check_text(tokens, prefix_len, len(images))
         return self.read(self.encode(images), tokens, prefix_len)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] -> image tokens [B, P, D]. They are not rescaled: only text embeddings are."""
+        _check_images(images, self.config)
         return self.projector(self.vision(images.to(self.projector.weight.dtype)))
 
     def read(
@@ -122,3 +124,35 @@ class PaliGemma(nn.Module):
         mask, is_suffix = cache.valid[:, None], torch.ones_like(positions, dtype=torch.bool)  # [B, 1, S]
         local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
         return self.decoder(self.decoder.embed_tokens(tokens[:, None]), positions, (local, mask), cache)[:, 0]
+
+
+def _check_images(images: Tensor, config: PaliGemmaConfig) -> None:
+    """Raise ValueError for images that the vision tower would take for others: bytes, or as many patches of
+    another shape."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are {_form(images)}, the model takes floats in [-1, 1]: pixels / 127.5 - 1")
+    shape = [config.vision.channels, config.vision.image_size, config.vision.image_size]
+    if list(images.shape[1:]) != shape:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"images have the shape {list(images.shape)}, the model takes [B, {wanted}]")
+
+
+def _check_text(tokens: Tensor, prefix_len: int | Tensor, batch: int) -> None:
+    """Raise ValueError for tokens that are not int64 [B, T], and a prefix that is not 1 to T of them."""
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or len(tokens) != batch:
+        raise ValueError(f"tokens are {_form(tokens)}, the model takes int64 [{batch}, T], a row an image")
+    shortest = longest = prefix_len
+    if not isinstance(prefix_len, int):
+        lengths = torch.as_tensor(prefix_len)
+        if lengths.dtype != torch.int64 or lengths.shape not in ((), (batch,)):
+            raise ValueError(f"prefix_len is {_form(lengths)}, the model takes an int or int64 [{batch}]")
+        # Waits for the GPU if it is there. Training and decoding do not: they call `read`.
+        shortest, longest = lengths.min().item(), lengths.max().item()
+    if not 1 <= shortest <= longest <= tokens.shape[1]:
+        wrong = shortest if shortest < 1 else longest
+        raise ValueError(f"prefix_len {wrong} is outside the text: it must be 1 to {tokens.shape[1]} tokens")
+
+
+def _form(tensor: Tensor) -> str:
+    """Its dtype and shape: "int64 [2, 6]"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -183,7 +183,7 @@ class GroupDecoder:
             if self.early_stop:
                 quiet = (answers[-1][-2] > self.early_stop.noise) * (quiet + 1)  # groups of noise in a row
                 live = live & (quiet < self.early_stop.patience)
-                if not live.any():
+                if not live.any():  # the only wait for the GPU in the loop: a group is decided on the CPU
                     break
         fed, best, scores, noise, live = (torch.stack(column, dim=1) for column in zip(*answers, strict=True))
         return Answer(
@@ -192,15 +192,20 @@ class GroupDecoder:
 
     def _prepare(self, batch_size: int, device: torch.device) -> None:
         """Everything that a step reads or writes, where it stays."""
+        # The old buffers and graph go first, as there may be no room for both. If memory runs out all the
+        # same, the next call starts afresh instead of with half of the new ones.
+        self.batch_size = self.cache = self.group = None
         prompt = len(self.language.prompt)
         self.cache = self.model.new_cache(batch_size, prompt + GROUP * self.groups)
         self.hidden = self.model.projector.weight.new_zeros(batch_size, self.model.config.text.width)
-        self.uniform = torch.empty(GROUP, batch_size, device=device)
-        self.group, self.batch_size = self._group, batch_size
+        self.uniform = torch.zeros(GROUP, batch_size, device=device)  # the trial runs of the graph draw too
+        self.group = self._group
         if device.type == "cuda":
+            # The trial runs leave tokens in the cache, which the next prefill forgets.
             one = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
             replay = captured(self._group, prepare=lambda: self.cache.start(one, one.long()))
-            self.group = lambda last: replay()
+            self.group = lambda last: replay()  # the last token is read too: there is a slot for it
+        self.batch_size = batch_size
 
     def _group(self, last: bool = False) -> tuple[Tensor, ...]:
         """Decode a group: fed [B, 5], best [B, 5], score and noise [B] of its class. last: none follows."""
@@ -228,7 +233,10 @@ def captured(function, prepare):
         prepare()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The stream is our own: the one that torch.cuda.graph would take belongs to the GPU that was current at
+    # the first capture of the process. thread_local: otherwise what other threads do meanwhile (DataLoader's
+    # pins memory, NCCL's watchdog asks for events) ends the capture with an error.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         outputs = function()
 
     def replay():

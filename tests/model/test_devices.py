@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import os
 import sys
+import weakref
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from infer import benchmark, benchmark_head, evaluate
 from infer import benchmark_step as train_benchmark
 from infer.lib import options as loading
 from model import PaliGemma
-from model.decoding.closed_set import GroupDecoder
+from model.decoding.closed_set import GROUP, GroupDecoder, captured
 from model.decoding.generate import GREEDY
 from model.gemma import Gemma
 
@@ -191,3 +192,108 @@ def tiny_config():
 
     shape = dict(width=16, mlp=8, layers=1, heads=1, kv_heads=1, head_dim=8, query_scale=1.0)
     return TextConfig(version=2, vocab_size=LOC0 + 1024, **shape)
+
+
+# ---- the graph, and what stays between batches -------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.cuda's streams and graphs as names; what happens to them is recorded in order."""
+    happened = []
+
+    class Stream(str):
+        def wait_stream(self, other):
+            happened.append(f"{self} waits for {other}")
+
+    class Graph:
+        def replay(self):
+            happened.append("replay")
+
+    @contextlib.contextmanager
+    def on(stream):
+        happened.append(f"on {stream}")
+        yield
+        happened.append(f"off {stream}")
+
+    @contextlib.contextmanager
+    def capture(graph, stream=None, capture_error_mode="global"):
+        happened.append(f"capture on {stream}, {capture_error_mode}")
+        yield
+        happened.append("captured")
+
+    fakes = dict(Stream=lambda: Stream("side"), current_stream=lambda: Stream("main"), stream=on)
+    for name, fake in (fakes | dict(CUDAGraph=Graph, graph=capture)).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return happened
+
+
+def test_capture(graphs):
+    """Trial runs on a stream of its own, each prepared for, then the capture, on the same stream: the default
+    one may be of another GPU. Other threads may go on using CUDA meanwhile."""
+    outputs = torch.zeros(1), torch.ones(1)
+
+    def function():
+        graphs.append("run")
+        return outputs
+
+    replay = captured(function, lambda: graphs.append("prepare"))
+    assert graphs == [
+        *("side waits for main", "on side", "prepare", "run", "prepare", "run", "prepare", "off side"),
+        *("main waits for side", "capture on side, thread_local", "run", "captured"),
+    ]
+    graphs.clear()
+    assert replay() is outputs and replay() is outputs and graphs == ["replay", "replay"]
+
+
+def equal(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+
+
+def test_nan_does_not_outlive_its_batch(model):
+    """The cache is used again; slots that are not read have weight 0, and 0 times NaN is NaN."""
+    decoder, images = GroupDecoder(model, LANGUAGE), pictures(2)
+    decoder(images * float("nan"))
+    assert equal(decoder(images), GroupDecoder(model, LANGUAGE)(images))
+
+
+def test_the_old_cache_goes_before_the_new_one_comes(model, monkeypatch):
+    """Memory holds one of them, when the last batch of a set is smaller."""
+    decoder, make = GroupDecoder(model, LANGUAGE), PaliGemma.new_cache
+    decoder(pictures(2))
+    old = weakref.ref(decoder.cache)
+
+    def new_cache(*args):
+        assert old() is None
+        return make(*args)
+
+    monkeypatch.setattr(PaliGemma, "new_cache", new_cache)
+    decoder(pictures(1))
+
+
+def test_memory_runs_out_on_the_way(model, monkeypatch):
+    """A batch that does not fit leaves a decoder that decodes smaller ones as before."""
+    decoder, images = GroupDecoder(model, LANGUAGE), pictures(2)
+    expected = decoder(images)
+
+    def full(make):
+        def allocate(*shape, **options):
+            if shape == (GROUP, 3):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return make(*shape, **options)
+
+        return allocate
+
+    for name in ("zeros", "empty"):
+        monkeypatch.setattr(torch, name, full(getattr(torch, name)))
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder(pictures(3))
+    assert equal(decoder(images), expected)
+
+
+def test_trial_runs_draw_from_numbers_in_range(model, monkeypatch):
+    """A graph is tried before there are random numbers: what memory held could choose ids that are none."""
+    decoder = GroupDecoder(model, LANGUAGE)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, float("inf")))
+    decoder._prepare(2, torch.device("cpu"))
+    assert (decoder.uniform >= 0).all() and (decoder.uniform < 1).all()
