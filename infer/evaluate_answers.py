@@ -40,7 +40,7 @@ from infer.lib.options import (
 )
 from model.decoding.boxes import BINS, locs_to_boxes, parse_answer
 from model.decoding.detector import Asker
-from model.decoding.masks import MaskCodec, from_rle, place
+from model.decoding.masks import MaskCodec, from_rle, paste_mask
 from model.io.image import load_image
 from model.io.writing import write_json, write_lines
 from train.data.jsonl import read_lines, right_answers
@@ -93,7 +93,7 @@ def overlap(said: str, mask: np.ndarray, codec: MaskCodec, bins: int = BINS) -> 
         return 0.0
     height, width = mask.shape
     guess = codec.decode(torch.tensor(found[0].seg)[None])[0].numpy()
-    guess = place(guess, locs_to_boxes(found[0].locs, width, height, bins), width, height)
+    guess = paste_mask(guess, locs_to_boxes(found[0].locs, width, height, bins), width, height)
     return float((guess & mask).sum() / max(1, (guess | mask).sum()))
 
 

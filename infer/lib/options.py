@@ -13,15 +13,13 @@ from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head
 from model.decoding.detector import Asker, Detector, OpenSetDetector, Selection
 from model.decoding.generate import Sampling
 from model.decoding.masks import MaskCodec
-from model.decoding.packing import can_pack, pack, quantize
+from model.decoding.packing import load_for_decoding
 from model.io.hub import CODEC, OFFICIAL_CODEC, codec_file, resolve
 from model.io.tokenizer import Tokenizer
-from model.lora import fold
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PER_CALL = 8  # classes of an open-set prompt
 LONGEST = 200  # tokens of an answer in words
-SMALL = 1 << 30  # bytes of weights up to which float32 is the faster choice on a CPU
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,17 +60,16 @@ def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
     torch.manual_seed(args.seed)
     device = usable_device(args.device)
     folder = resolve(args.model)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    small_cpu = device == "cpu" and weights < SMALL
-    dtype = DTYPES.get(args.dtype) or (torch.float32 if small_cpu else torch.bfloat16)
     overrides = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    source = dict(dtype=dtype, device=device, adapter=args.adapter)
-    model = PaliGemma.from_pretrained(str(folder), **source, **overrides)
-    if args.int8:
-        quantize(fold(model))
-    elif can_pack(model) and not args.compile:
-        pack(model)
+    model = load_for_decoding(
+        folder,
+        dtype=DTYPES.get(args.dtype),
+        device=device,
+        adapter=args.adapter,
+        int8=args.int8,
+        packed=not args.compile,
+        **{name: value for name, value in overrides.items() if value is not None},
+    )
     if args.compile:
         model.decoder.compile()
     return model, Tokenizer(folder)

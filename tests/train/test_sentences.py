@@ -8,7 +8,7 @@ import torch
 
 from model.config import COCO_CLASSES
 from model.decoding.boxes import boxes_to_locs, parse_answer
-from model.decoding.masks import MaskCodec, crop, mask_iou, place
+from model.decoding.masks import MaskCodec, crop, mask_iou, paste_mask
 from model.io.hub import CODEC, NANO
 from train.practice import sentences
 from train.practice.scenes import Scene, make_scene
@@ -251,6 +251,6 @@ def test_codec_keeps_what_it_should(codec):
         for k, box in enumerate(scene.boxes):
             mask = scene.owner == k
             back = codec.decode(codec.encode(torch.from_numpy(crop(mask, box))[None]))[0].numpy()
-            back = place(back, box, 128, 128)
+            back = paste_mask(back, box, 128, 128)
             ious.append(mask_iou(mask, back))
     assert np.mean(ious) > 0.85

@@ -97,8 +97,7 @@ class Codebook:
 
 def mean_iou(codec: MaskCodec, masks: Tensor) -> float:
     """Mean IoU between masks [n, 64, 64] and their reconstructions from codes."""
-    before, after = masks.numpy() > 0, codec.decode(codec.encode(masks)).numpy() > 0
-    return float(np.mean([mask_iou(a, b) for a, b in zip(before, after)]))
+    return mask_iou(masks > 0, codec.decode(codec.encode(masks)) > 0).mean().item()
 
 
 def main(argv=None) -> None:
