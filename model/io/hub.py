@@ -19,8 +19,8 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", source):
         where = "give a folder, a hub id such as google/paligemma2-3b-pt-448, or 'nano'"
         raise ValueError(f"no folder {source!r}; {where}")
-    from huggingface_hub import snapshot_download  # here, as a folder or nano does not need it
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download  # here, as a folder or nano does not need it
 
     repo, _, revision = source.partition("@")
     wanted = ["config.json", "adapter_config.json", "detection.json", *COMPANION_FILES]
