@@ -32,9 +32,10 @@ from model.io.hub import COMPANION_FILES, codec_file, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
 from model.io.writing import read_json, write_json
-from train.data.jsonl import is_jsonl
-from train.data.samples import ROUND, PracticeScenes, StepSampler, classes_for, collate, open_data
+from train.data.open import classes_for, open_data, read_coco_index
+from train.data.samples import ROUND, StepSampler, collate
 from train.objective import Objective
+from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import load_trainer_state, newest, save_checkpoint, save_model
 from train.run.log import Log, stop_on_signals
 from train.run.options import SAME_RUN, arguments, as_json, caps_of, noise_of
@@ -134,8 +135,9 @@ def train(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer(base)
     beside = {file.name: file.read_bytes() for name in COMPANION_FILES if (file := base / name).exists()}
     known = load_config(str(base)).classes
-    overrides = dict(classes=classes_for(args.data, args.images, known)) if args.data else {}
-    overrides |= dict(open_vocabulary=True) if args.data and is_jsonl(args.data) else {}
+    index = read_coco_index(args.data, args.images) if args.data else None
+    overrides = dict(classes=classes_for(index, known)) if args.data else {}
+    overrides |= dict(open_vocabulary=True) if args.data and index is None else {}
     overrides |= caps_of(args)
     options = dict(dtype=getattr(torch, args.dtype), device=device) | overrides
     model = PaliGemma.from_pretrained(str(base), adapter=found if args.lora else None, **options)
@@ -150,17 +152,16 @@ def train(args: argparse.Namespace) -> int:
         )
     language = ClosedSet.of(model.config, tokenizer)
     if args.data:
-        options = args.seed, args.augment, args.allow_outside, noise_of(args)
+        options = args.seed, args.augment, args.allow_outside, noise_of(args), index
         data = open_data(args.data, args.images, model, tokenizer, *options)
     else:
         codec = MaskCodec.load(codec_file(base)) if args.tasks == "all" else None
         vision = model.config.vision
         scenes = args.first_scene, "train", tokenizer, codec, noise_of(args)
         data = PracticeScenes(language, vision.image_size, vision.patch_size, *scenes)
-    closed_set = hasattr(data, "language") and args.tasks == "closed-set"
     if args.patch_weight and args.data:
         raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
-    allowed = language if closed_set and args.loss == "allowed" else None
+    allowed = language if data.closed_set and args.loss == "allowed" else None
     names = [tokenizer.encode(f" {name}") for name in model.config.classes]
     objective = Objective(model, allowed, args.patch_weight, args.accumulate, names).to(device).train()
     compute = distribute(objective, args)

@@ -21,7 +21,8 @@ from model.decoding.closed_set import ClosedSet, GroupDecoder
 from model.decoding.detector import Detector, Selection
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
-from train.data.samples import collate, open_data
+from train.data.open import open_data
+from train.data.samples import collate
 from train.practice.write import write_coco
 from train.run.options import noise_of
 from train.run.processes import gathered, process
