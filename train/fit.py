@@ -29,7 +29,7 @@ from model.decoding.masks import MaskCodec
 from model.io.hub import codec_file, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
-from model.io.writing import read_json, write_json
+from model.io.writing import explain, read_json, write_json
 from train.data.jsonl import is_jsonl
 from train.data.samples import ROUND, PracticeScenes, StepSampler, classes_for, collate, open_data
 from train.loss import Objective
@@ -37,7 +37,7 @@ from train.run.checkpoint import Run, load_trainer_state, newest, save_checkpoin
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
-from train.run.options import SAME_RUN, arguments, as_json, caps_of, noise_of
+from train.run.options import arguments, as_json, caps_of, changed_options, noise_of
 from train.run.plan import print_plan
 from train.run.processes import gathered, join
 from train.run.program import run as run_program
@@ -46,31 +46,38 @@ from train.validate import Validation
 # ---- set-up ------------------------------------------------------------------------------------------------
 
 
-def start(args: argparse.Namespace) -> tuple[int, int, torch.device]:
-    """Meet the other processes and take this one's GPU: its number, how many there are, its device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = args.device.startswith("cuda")
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda and world > 1 else args.device)
-    if cuda:
+def own_device(name: str, world: int) -> torch.device:
+    """The device of this process. Of several on a machine, each takes the GPU of its number there."""
+    with explain(f"--device {name}", RuntimeError):
+        device = torch.device(name)
+    if device.type == "cuda" and (world > 1 or device.index is None):  # set_device wants an index
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def start(args: argparse.Namespace, device: torch.device, world: int) -> None:
+    """Take this process's GPU and meet the other processes."""
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            there = torch.cuda.device_count()
+            raise ValueError(f"--device {args.device}: no {device} on this machine, which has {there} GPUs")
         torch.cuda.set_device(device)
-    if (world > 1 or args.shard) and not args.dry_run:
-        join("nccl" if cuda else "gloo")
-    return rank, world, device
+    if world > 1 or args.shard:
+        join("nccl" if device.type == "cuda" else "gloo")
 
 
-def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
-    """The newest checkpoint in --out, or None for a new run. Refuses to go on with other options."""
+def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
+    """The newest checkpoint in --out, or None for a new run, and the options that it ran with. Refuses to go
+    on with others."""
     restarted = max(gathered(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0  # nodes may differ
     found = newest(args.out)
     if found and not (args.resume or restarted):
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, or choose another --out")
-    if found:
-        before = read_json(args.out / "run.json")
-        changed = [name for name in SAME_RUN if before.get(name) != as_json(args)[name]]
-        if changed:
-            was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
-            raise ValueError(f"{args.out} is a run with {was}: it cannot go on with other values")
-    return found
+    before = read_json(args.out / "run.json") if found else {}
+    if found and (changed := changed_options(before, args)):
+        was = ", ".join(changed)
+        raise ValueError(f"{args.out} is a run with {was}: it cannot go on with other values")
+    return found, before
 
 
 def load_model(args: argparse.Namespace, base: Path, adapter: Path | None, device: torch.device) -> PaliGemma:
@@ -191,11 +198,13 @@ def train_step(
 
 def train(args: argparse.Namespace) -> int:
     """One run, from the options to OUT/final. Returns the exit code."""
-    rank, world, device = start(args)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = own_device(args.device, world)
     if args.dry_run:
         return print_plan(args, world)
+    start(args, device, world)
     say = print if rank == 0 else lambda *_: None
-    found = checkpoint_to_resume(args)
+    found, before = checkpoint_to_resume(args)
     torch.manual_seed(args.seed)  # of adapters and the helper head
     base = found if found and not args.lora else resolve(args.model)
     run = Run.of(args.out, base=args.model, files=base, keep=args.keep)
@@ -206,6 +215,9 @@ def train(args: argparse.Namespace) -> int:
         raise ValueError(f"the tokenizer has {tokenizer.size} ids, {args.model} {size}")
     language = ClosedSet.of(model.config, tokenizer)
     data = load_data(args, model, tokenizer, language, base)
+    if args.val_every and args.val and args.tasks == "closed-set" and is_jsonl(args.val) == data.closed_set:
+        kind = "lines of text" if data.closed_set else "COCO instances"
+        raise ValueError(f"--val {args.val} holds {kind}, another kind of data than what is trained on")
 
     allowed = language if data.closed_set and args.loss == "allowed" else None
     class_names = [tokenizer.encode(f" {name}") for name in model.config.classes]
@@ -213,6 +225,8 @@ def train(args: argparse.Namespace) -> int:
     compute = distribute(objective, args)
     optimizers = make_optimizers(objective, args)
     trainer = load_trainer_state(found, objective, optimizers) if found else {"step": 0}
+    if found and any(before.get(name) != as_json(args)[name] for name in ("val", "val_count", "shard")):
+        trainer.pop("best", None)  # its score is of other pictures, or of the loss and not of the mAP
     trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     say(f"{trainable:,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -257,7 +271,7 @@ def train(args: argparse.Namespace) -> int:
                 log.line(done, loss_sum.item() / world, lr=optimizers[-1].param_groups[0]["lr"])
             loss_sum.zero_()
         if validation and (done % args.val_every == 0 or done == args.steps):
-            figures = validation.run()
+            figures = gathered(validation.run())[0]  # one process decides for all: sums may differ in a digit
             score = figures.get("val_mAP", -figures["val_loss"])
             if score > trainer.get("best", {}).get("score", -math.inf):
                 trainer["best"] = dict(step=done, score=score)

@@ -44,7 +44,7 @@ class Objective(nn.Module):
         """A micro-batch -> (what to minimise, the model's own loss for the log). batch["total"]: the weights
         of the whole batch, by which each part is divided, so that the parts add up to its mean."""
         image_tokens = self.model.encode(network_input(batch["image"]))  # [B, P, D]
-        patch_loss = image_tokens.new_zeros((), dtype=torch.float32)
+        patch_loss = batch["weights"].new_zeros(())  # float32, as all losses are
         if self.patch_head is not None:
             embed = self.model.decoder.embed.weight
             patch_loss = self.patch_head(image_tokens, embed, batch["patch_labels"], batch["patch_boxes"])
@@ -58,7 +58,7 @@ class Objective(nn.Module):
             # Most texts are much shorter than closed-set answers: the shorter half of the batch is read apart
             # from the longer one, so that it need not be padded as far.
             lengths = (batch["text"] != self.model.config.pad).sum(-1)
-            loss = image_tokens.new_zeros((), dtype=torch.float32)
+            loss = batch["weights"].new_zeros(())
             for rows in lengths.argsort(stable=True).chunk(2):
                 end = -(-int(lengths[rows].max()) // ROUND) * ROUND  # a GPU sync
                 texts = {name: batch[name][rows, :end] for name in ("text", "labels", "weights")}
@@ -81,7 +81,7 @@ def allowed_loss(
 ) -> Tensor:
     """Closed-set: cross-entropy over the ids allowed at each position. The eos after the last group is the
     only id allowed there, so it has nothing to teach."""
-    total = weights.new_zeros(())
+    total = weights.new_zeros((), dtype=torch.float32)
     for slot in (0, 4):  # of a group: coordinates (all four slots allow the same ids), then the class
         first, last = language.allowed(slot)
         chosen = (weights > 0) & (labels >= first) & (labels < last)  # [B, T]; indexing with it is a GPU sync
@@ -110,7 +110,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, embed: Tensor, cap: float | None, hidden: Tensor, labels: Tensor, weights: Tensor):
         grad_hidden = torch.zeros_like(hidden)
         grad_embed = torch.zeros_like(embed) if ctx.needs_input_grad[0] else None
-        loss = weights.new_zeros(())
+        loss = weights.new_zeros((), dtype=torch.float32)
         for h, label, weight, grad in zip(*(x.split(CHUNK) for x in (hidden, labels, weights, grad_hidden))):
             logits = F.linear(h, embed)
             x = logits.float()  # [chunk, vocab], overwritten at every line below

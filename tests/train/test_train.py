@@ -356,10 +356,12 @@ def test_killed_and_resumed(options, tiny, tmp_path, monkeypatch):
     assert (tmp_path / "killed" / "final" / "config.json").exists()
 
 
-def test_resume_in_the_middle_of_a_log_line(tiny, tmp_path):
+def test_resume_in_the_middle_of_a_log_line(tiny, tmp_path, monkeypatch):
     """The first loss after going on is a mean over the steps since then, not over all of the line's."""
-    run(tiny, tmp_path / "run", "--steps 3 --log-every 4 --save-every 3")
-    run(tiny, tmp_path / "run", "--steps 8 --log-every 4 --save-every 3", "--resume")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 4)
+        run(tiny, tmp_path / "run", "--log-every 4 --save-every 3")
+    run(tiny, tmp_path / "run", "--log-every 4 --save-every 3", "--resume")
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 2 and losses[0] > 0.7 * losses[1]
 

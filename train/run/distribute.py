@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -35,10 +36,13 @@ def distribute(objective: nn.Module, args: argparse.Namespace) -> nn.Module:
         model.read = torch.compile(model.read, dynamic=False)
     if args.shard:
         compute = torch.bfloat16 if args.amp and args.dtype == "float32" else None
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        # Weights are cast, inputs are not: the batch's totals and RoPE's angles would be rounded with them.
+        policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # Of the device that is trained on: by default the mesh is of the GPUs, wherever there are some.
+        mesh = init_device_mesh(model.projector.weight.device.type, (dist.get_world_size(),))
         for block in blocks:
-            fully_shard(block, mp_policy=policy)
-        return fully_shard(objective, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(objective, mesh=mesh, mp_policy=policy)
     if dist.is_initialized():
         # In the warm-up of the helper head the decoder gets no gradient, and DDP would wait for it forever.
         return DistributedDataParallel(objective, find_unused_parameters=args.patch_steps > 0)
