@@ -19,8 +19,8 @@ from train import loss as objective_module
 from train import validate
 from train.data.coco import CocoDetections
 from train.data.samples import collate, open_data
-from train.run.optimizers import lr_factor
 from train.loss import Objective, allowed_loss, vocabulary_loss
+from train.run.optimizers import lr_factor
 from train.validate import Validation
 
 # A GPU that is none -----------------------------------------------------------------------------------------
@@ -151,8 +151,7 @@ def test_the_first_process_decides_what_is_best(tiny, scenes, tmp_path):  # noqa
         "import os, runpy\n"
         "from pathlib import Path\n"
         "from train import validate\n"
-        "from train.run.optimizers import lr_factor
-from train.run import checkpoint\n"
+        "from train.run import checkpoint\n"
         "rank, figures, save = int(os.environ['RANK']), iter(range(9)), checkpoint.save_checkpoint\n"
         "def differing(self):\n"
         "    return dict(val_loss=5 + next(figures) * (-1) ** rank)\n"
