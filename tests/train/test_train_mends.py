@@ -115,11 +115,11 @@ def test_helper_head_on_an_adapters_base(tiny, tmp_path):  # noqa: F811
 # Validation in several processes ----------------------------------------------------------------------------
 
 
-def two_processes(model, out, options, program=ROOT / "train" / "train.py") -> str:
-    """What train.py, or another program with its options, prints under torchrun."""
+def two_processes(model, out, options, program=ROOT / "train" / "fit.py") -> str:
+    """What fit.py, or another program with its options, prints under torchrun."""
     own = command(model, out, options, torchrun(2))
     done = subprocess.run(
-        [program if part == str(ROOT / "train" / "train.py") else part for part in own],
+        [program if part == str(ROOT / "train" / "fit.py") else part for part in own],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
