@@ -107,7 +107,7 @@ def test_training(with_codec, tmp_path):
 
 
 def test_all_tasks_need_a_codec(tiny, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match="no mask codec: fetch"):
+    with pytest.raises(ValueError, match="no mask codec: download"):
         run(tiny, tmp_path / "run", "--tasks all --steps 2")
 
 

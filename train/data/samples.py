@@ -70,9 +70,16 @@ class StepSampler:
         return len(self.steps) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        micro = self.batch // self.accumulate  # samples of all ranks
-        for start in range(self.steps.start * self.batch, self.steps.stop * self.batch, micro):
-            yield [(draw, self.item(draw)) for draw in range(start + self.rank, start + micro, self.world)]
+        for step in self.steps:
+            yield from self.keys(step)
+
+    def keys(self, step: int) -> list[list[tuple[int, int]]]:
+        """The keys of a step, as a list for each micro-batch."""
+        micro, first = self.batch // self.accumulate, step * self.batch  # micro: samples of all ranks
+        return [
+            [(draw, self.item(draw)) for draw in range(start + self.rank, start + micro, self.world)]
+            for start in range(first, first + self.batch, micro)
+        ]
 
     def item(self, draw: int) -> int:
         if self.items is None:
