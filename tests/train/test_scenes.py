@@ -1,12 +1,14 @@
 """The practice scenes: same seed, same bytes; boxes that fit; held-out drawings kept out; COCO files."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from model.config import COCO_CLASSES
 from model.decoding.masks import MaskCodec
 from model.io.hub import CODEC, NANO
 from train.data.jsonl import read_lines
@@ -15,6 +17,7 @@ from train.practice.scenes import (
     DISTRACTOR,
     MIN_VISIBLE,
     SPLITS,
+    SPRITES,
     Stack,
     load_sprites,
     make_scene,
@@ -65,6 +68,13 @@ def test_held_out_sources_are_disjoint():
 
     assert sources(True) and sources(False) and not sources(True) & sources(False)
     assert set(range(80)) <= set(load_sprites(False)), "every class must have a training sprite"
+
+
+def test_classes_are_cocos():
+    """Labels of scenes are positions in the pack's list; everything else takes them for COCO's."""
+    assert json.loads((SPRITES / "sprites.json").read_text())["classes"] == list(COCO_CLASSES)
+    tables = runpy.run_path(str(SPRITES / "sources.py"))
+    assert list(tables["classes"]()) == list(COCO_CLASSES)
 
 
 def test_crowded_is_crowded():
