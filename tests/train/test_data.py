@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import call, write_jsonl
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
@@ -29,8 +30,6 @@ from train.data.coco import CocoDetections, CocoIndex, read_records
 from train.data.jsonl import JsonlPairs, is_jsonl, read_lines
 from train.data.samples import answer_sample
 from train.data.targets import closed_set_target
-from train.nano.untrained import train_tokenizer
-from train.run.program import run
 
 CLASSES = ("cat", "dog", "traffic light", "bird")
 LANGUAGE = ClosedSet((2, 500, 600, 108), 1000, 7, 1, CLASSES, groups=6)
@@ -312,10 +311,8 @@ def test_detections_refuse(folder):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(folder / "tokenizer.model")
-    return Tokenizer(folder)
+def tokenizer(tokenizer_file):
+    return Tokenizer(tokenizer_file)
 
 
 CAT = dict(image="a.png", prefix="caption en", suffix="a cat")
@@ -324,17 +321,16 @@ LIGHT = dict(
 )
 
 
-def write_lines(folder, *lines):
-    file = folder / "train.jsonl"
-    file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return file
-
-
 def test_pairs(folder, tokenizer):
     """Text and labels line up; blank lines and other keys do no harm; answers are drawn from a list."""
     several = dict(image="b.png", prefix="", suffix=["cow", "a long traffic light", ""])
-    file = write_lines(
-        folder, "", CAT | dict(id=7), "  ", json.dumps(LIGHT, ensure_ascii=False) + "\r", several
+    file = write_jsonl(
+        folder / "train.jsonl",
+        "",
+        CAT | dict(id=7),
+        "  ",
+        json.dumps(LIGHT, ensure_ascii=False) + "\r",
+        several,
     )
     data = JsonlPairs(file, folder / "images", tokenizer, SIZE)
     assert len(data) == 3 and [data.name(i) for i in range(3)] == ["a.png", "sub/c.png", "b.png"]
@@ -355,7 +351,7 @@ def test_pairs(folder, tokenizer):
 
 def test_pairs_depend_on_the_key_alone(folder, tokenizer):
     """With two workers as with none; augmentation changes colours and nothing else."""
-    file = write_lines(folder, CAT, LIGHT | dict(suffix=["x", "y", "z"]))
+    file = write_jsonl(folder / "train.jsonl", CAT, LIGHT | dict(suffix=["x", "y", "z"]))
     plain, data = (JsonlPairs(file, folder / "images", tokenizer, SIZE, augment=on) for on in (False, True))
     keys = [(draw, draw % 2) for draw in range(12)]
     for key, other in zip(keys, DataLoader(data, batch_size=None, sampler=keys, num_workers=2), strict=True):
@@ -389,7 +385,7 @@ def test_bad_lines(folder, tokenizer, message):
     """Found before training, with file and line; outside paths only where they are allowed."""
     Image.new("RGB", (9, 9), BLUE).save(folder / "secret.png")
     (folder / "images/link.png").symlink_to(folder / "secret.png")
-    file = write_lines(folder, CAT, "", BAD_LINES[message], CAT)
+    file = write_jsonl(folder / "train.jsonl", CAT, "", BAD_LINES[message], CAT)
     with pytest.raises(ValueError, match=re.escape(f"{file}:3: ") + ".*" + re.escape(message)):
         JsonlPairs(file, folder / "images", tokenizer, SIZE)
     if "secret" in message or "link" in message:
@@ -399,7 +395,7 @@ def test_bad_lines(folder, tokenizer, message):
 
 def test_no_lines(folder, tokenizer):
     with pytest.raises(ValueError, match="has no lines"):
-        JsonlPairs(write_lines(folder, "", " "), folder / "images", tokenizer, SIZE)
+        JsonlPairs(write_jsonl(folder / "train.jsonl", "", " "), folder / "images", tokenizer, SIZE)
 
 
 def test_is_jsonl(folder):
@@ -531,7 +527,9 @@ def test_absent_classes(folder, most):
 def test_lines_to_coco(folder, capsys):
     """Several lines of an image become one; what is no box with a label is counted."""
     suffix = f"{A} cat ; {B} ; <loc0005> dog ; <loc0009><loc0001><loc0009><loc0004> cat"
-    file = write_lines(folder, CAT | dict(suffix=suffix), LIGHT, CAT | dict(suffix=[f"{B} dog", "x"]), CAT)
+    file = write_jsonl(
+        folder / "train.jsonl", CAT | dict(suffix=suffix), LIGHT, CAT | dict(suffix=[f"{B} dog", "x"]), CAT
+    )
     out = folder / "back.json"
     convert.main(
         ["jsonl-to-coco", "--data", str(file), "--images", str(folder / "images"), "--out", str(out)]
@@ -546,12 +544,12 @@ def test_lines_to_coco(folder, capsys):
     assert data["annotations"][2]["bbox"] == [0, 0, WIDTH, HEIGHT]
 
 
-def test_converter_errors(folder, capsys):
+def test_converter_errors(folder, monkeypatch, capsys):
     """One line, exit code 1, nothing written and nothing overwritten."""
     source, out = str(folder / "instances.json"), folder / "out.jsonl"
     semicolon = folder / "semicolon.json"
     semicolon.write_text(json.dumps(broken("categories", 0, name="a;b")))
-    bad = write_lines(folder, CAT, "{")
+    bad = write_jsonl(folder / "train.jsonl", CAT, "{")
     back = ["jsonl-to-coco", "--images", str(folder / "images"), "--out", str(out), "--data"]
     forth = ["coco-to-jsonl", "--out", str(out), "--data"]
     for command, message in (
@@ -565,17 +563,14 @@ def test_converter_errors(folder, capsys):
         ([*forth[:2], source, "--data", source], "exists"),
         ([*back, str(bad)], "train.jsonl:2: not JSON"),
         (
-            [*back, str(write_lines(folder.joinpath("images"), CAT | dict(image="x.png")))],
+            [*back, str(write_jsonl(folder / "images" / "train.jsonl", CAT | dict(image="x.png")))],
             "x.png: no such file",
         ),
     ):
-        with pytest.raises(SystemExit) as stop:
-            run(lambda command=command: convert.main(command), convert.__file__)
-        printed, complaint = capsys.readouterr()
+        code, printed, complaint = call(monkeypatch, capsys, convert, *command)
         assert message in complaint and not printed and not out.exists() and not list(folder.glob(".out*"))
-        usage = "usage: " in complaint  # argparse's own
-        assert usage or (stop.value.code == 1 and complaint.startswith("convert.py: "))
-        assert usage or complaint.count("\n") == 1
+        if "usage: " not in complaint:  # argparse's own
+            assert code == 1 and complaint.startswith("convert.py: ") and complaint.count("\n") == 1
     assert json.loads(Path(source).read_text())["images"]
 
 

@@ -5,6 +5,7 @@ import runpy
 
 import numpy as np
 import pytest
+from helpers import call
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -24,7 +25,6 @@ from train.practice.scenes import (
     paste,
 )
 from train.practice.write import COCO_IDS, answer_lines, main
-from train.run.program import run
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -160,13 +160,9 @@ def test_answers_are_of_their_pictures(tmp_path):
         (("--answers", "--codec", "none.safetensors"), "none.safetensors: no such file"),
     ],
 )
-def test_faults(tmp_path, capsys, options, words):
+def test_faults(tmp_path, monkeypatch, capsys, options, words):
     """One line that names the program; what was there stays as it was, and nothing is added."""
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: main(["--out", str(tmp_path), "--count", "1", *options]), write.__file__)
-    error = capsys.readouterr().err
-    assert (
-        stop.value.code == 1 and error.startswith("write.py: ") and words in error and error.count("\n") == 1
-    )
+    code, _, error = call(monkeypatch, capsys, write, "--out", tmp_path, "--count", 1, *options)
+    assert code == 1 and error.startswith("write.py: ") and words in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -8,8 +8,7 @@ import torch
 
 from model.config import COCO_CLASSES
 from model.decoding.boxes import boxes_to_locs, parse_answer
-from model.decoding.masks import MaskCodec, crop, mask_iou, paste_mask
-from model.io.hub import CODEC, NANO
+from model.decoding.masks import crop, mask_iou, paste_mask
 from train.practice import sentences
 from train.practice.scenes import Scene, make_scene
 from train.practice.sentences import (
@@ -179,12 +178,7 @@ def test_colours(rgb, name, rng):
     assert colour_of(np.concatenate((pixels, np.tile(other, (100, 1))))) is None
 
 
-@pytest.fixture(scope="module")
-def codec():
-    return MaskCodec.load(NANO / CODEC)
-
-
-def test_shares_cover_the_make_tasks(codec):
+def test_shares_cover_the_tasks(codec):
     assert set(TASK_SHARES) == set(make_tasks(codec)) and abs(sum(TASK_SHARES.values()) - 1) < 1e-9
 
 
