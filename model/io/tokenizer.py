@@ -51,9 +51,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, without bos and eos. <locNNNN> and <segNNN> become their own ids."""
-        with explain(
-            f"{text!r:.60} is not text: it was read from bytes that are not UTF-8", UnicodeEncodeError
-        ):
+        with explain(f"{text!r:.60} is not text: its bytes were not UTF-8", UnicodeEncodeError):
             text.encode()
         ids = []
         for part in _SPECIAL.split(text):
