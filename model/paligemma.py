@@ -18,10 +18,12 @@ from model.config import PaliGemmaConfig
 from model.gemma import Gemma, at
 from model.siglip import SigLIP
 
-FUSED_FROM = 1024  # image tokens from which a GPU's prefill is worth compiling FlexAttention
+FUSED_FROM = 1024  # image tokens (448 px) from which a GPU's prefill is worth compiling FlexAttention
 
 
 class PaliGemma(nn.Module):
+    """The whole network. Training calls `forward` or its parts; decoding, `prefill` once and then `step`."""
+
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         self.config = config
@@ -30,7 +32,116 @@ class PaliGemma(nn.Module):
         self.decoder = Gemma(config.text)
         self.folder: Path | None = None  # where it was loaded from
 
-    # ---- loading, saving, answering ------------------------------------------------------------------------
+    # ---- training: image and text at once ------------------------------------------------------------------
+
+    def forward(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
+        """Float32 logits [B, T, vocab] at every text position.
+
+        images float [B, 3, S, S] in [-1, 1]; tokens int64 [B, T], text only, right-padded with config.pad;
+        prefix_len, int or int64 [B]: how many text tokens (bos, prompt, newline) belong to the bidirectional
+        prefix.
+        """
+        return self.decoder.logits(self.hidden(images, tokens, prefix_len))
+
+    def hidden(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
+        """What `forward` makes the logits of: the hidden states [B, T, D] of the text positions."""
+        _check_text(tokens, prefix_len, len(images))
+        return self.read(self.encode(images), tokens, prefix_len)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] -> image tokens [B, P, D]."""
+        _check_images(images, self.config)
+        features = self.vision(images.to(self.projector.weight.dtype))  # [B, P, width of the vision tower]
+        # Not multiplied by sqrt(D), as text embeddings are: the projector was trained to meet their scale.
+        return self.projector(features)
+
+    def read(
+        self,
+        image_tokens: Tensor,
+        tokens: Tensor,
+        prefix_len: int | Tensor,
+        cache: KVCache | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """Image tokens [B, P, D], text [B, T] -> hidden states of the text [B, T, D]; fills the cache anew.
+
+        only int64 [B]: the one text position of each row whose state is wanted; then [B, 1, D].
+        """
+        (B, P, _), T = image_tokens.shape, tokens.shape[1]
+        prefix_len = torch.as_tensor(prefix_len, device=tokens.device).expand(B)
+        # Of the whole sequence, [B, P + T] each: where it is no padding, and where it is suffix.
+        valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
+        is_suffix = torch.arange(P + T, device=tokens.device) >= P + prefix_len[:, None]
+        positions = valid.cumsum(-1)  # from 1, as in transformers; padding does not count
+        mask = prefix_lm_mask(valid, is_suffix)  # [B, P + T, P + T]
+        local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
+        masks = local, mask
+        if cache is not None:
+            cache.start(valid, positions)
+        if only is not None:  # its place in the sequence, and its row of the last layer's mask
+            only = only + P, at(masks[(self.config.text.layers - 1) % 2], only + P)
+        if mask.is_cuda and P >= FUSED_FROM and not torch.is_grad_enabled():
+            from model.flex import block_mask  # here, because it brings torch.compile along
+
+            masks = tuple(map(block_mask, masks))
+        x = torch.cat((image_tokens, self.decoder.embed_tokens(tokens).to(image_tokens.dtype)), dim=1)
+        hidden = self.decoder(x, positions, masks, cache, only)
+        return hidden[:, P:] if only is None else hidden
+
+    # ---- decoding: a prefill, then token by token ----------------------------------------------------------
+
+    def new_cache(self, batch: int, text_tokens: int) -> KVCache:
+        """A cache for `batch` sequences of an image and `text_tokens` tokens of prompt and answer."""
+        weight, slots = self.projector.weight, self.config.vision.tokens + text_tokens
+        return KVCache(self.config.text, batch, slots, weight.dtype, weight.device)
+
+    def prefill(self, image_tokens: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache; returns the hidden
+        state at the end of each prompt [B, D]."""
+        lengths = (tokens != self.config.pad).sum(-1)  # the whole prompt is prefix
+        return self.read(image_tokens, tokens, lengths, cache, only=lengths - 1)[:, 0]
+
+    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Append one token [B] to every sequence of the cache; returns its hidden state [B, D]."""
+        positions = cache.extend()  # [B, 1]
+        mask = cache.valid[:, None]  # [B, 1, S]: whatever was read before, and the token itself
+        is_suffix = torch.ones_like(positions, dtype=torch.bool)
+        local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
+        return self.decoder(self.decoder.embed_tokens(tokens[:, None]), positions, (local, mask), cache)[:, 0]
+
+    # ---- answers in words ----------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self):
+        """The model.io.tokenizer.Tokenizer of the folder that the model was loaded from, or None. Read when
+        it is first asked for; another may be assigned."""
+        from model.io.tokenizer import Tokenizer
+
+        has_one = self.folder is not None and (self.folder / "tokenizer.model").exists()
+        return Tokenizer(self.folder) if has_one else None
+
+    @torch.inference_mode()
+    def generate(self, image, prompt: str, max_new_tokens: int = 100, sampling=None, generator=None) -> str:
+        """The answer to a prompt about an image: model.generate("photo.jpg", "caption en").
+
+        image: a file or a PIL image. sampling: a model.decoding.generate.Sampling, greedy if None; generator:
+        of its random numbers, a torch.Generator on the CPU.
+        """
+        from model.decoding.generate import GREEDY, collect_answers, generate
+        from model.io.image import load_image, square, to_network, upright
+
+        if self.tokenizer is None:
+            how = "put the checkpoint's into its folder, or assign model.tokenizer = Tokenizer(file)"
+            raise ValueError(f"the model has no tokenizer.model: {how}")
+        image = load_image(image) if isinstance(image, str | Path) else upright(image)
+        pixels = to_network(square(image, self.config.vision.image_size))[None]  # [1, 3, S, S]
+        prompts = [self.tokenizer.encode_prompt(prompt)]
+        image_tokens = self.encode(pixels.to(self.projector.weight.device))
+        steps = generate(self, image_tokens, prompts, max_new_tokens, sampling or GREEDY, generator)
+        [(tokens, _)] = collect_answers(self, steps)
+        return self.tokenizer.decode(tokens)
+
+    # ---- files ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -84,113 +195,6 @@ class PaliGemma(nn.Module):
         if self.folder is not None:
             copy_companions(self.folder, Path(folder))
 
-    @cached_property
-    def tokenizer(self):
-        """The model.io.tokenizer.Tokenizer of the folder that the model was loaded from, or None. Read when
-        it is first asked for; another may be assigned."""
-        from model.io.tokenizer import Tokenizer
-
-        has_one = self.folder is not None and (self.folder / "tokenizer.model").exists()
-        return Tokenizer(self.folder) if has_one else None
-
-    def generate(self, image, prompt: str, max_new_tokens: int = 100, sampling=None, generator=None) -> str:
-        """The answer to a prompt about an image: model.generate("photo.jpg", "caption en").
-
-        image: a file or a PIL image. sampling: a model.decoding.generate.Sampling, greedy if None; generator:
-        of its random numbers, a torch.Generator on the CPU.
-        """
-        from model.decoding.generate import GREEDY, collect_answers, generate
-        from model.io.image import load_image, square, to_network, upright
-
-        if self.tokenizer is None:
-            how = "put the checkpoint's into its folder, or assign model.tokenizer = Tokenizer(file)"
-            raise ValueError(f"the model has no tokenizer.model: {how}")
-        image = load_image(image) if isinstance(image, str | Path) else upright(image)
-        pixels = to_network(square(image, self.config.vision.image_size))[None]  # [1, 3, S, S]
-        prompts = [self.tokenizer.encode_prompt(prompt)]
-        with torch.inference_mode():
-            image_tokens = self.encode(pixels.to(self.projector.weight.device))
-        steps = generate(self, image_tokens, prompts, max_new_tokens, sampling or GREEDY, generator)
-        [(tokens, _)] = collect_answers(self, steps)
-        return self.tokenizer.decode(tokens)
-
-    # ---- training: image and text at once ------------------------------------------------------------------
-
-    def forward(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
-        """Float32 logits [B, T, vocab] at every text position.
-
-        images float [B, 3, S, S] in [-1, 1]; tokens int64 [B, T], text only, right-padded with config.pad;
-        prefix_len, int or int64 [B]: how many text tokens (bos, prompt, newline) belong to the bidirectional
-        prefix.
-        """
-        return self.decoder.logits(self.hidden(images, tokens, prefix_len))
-
-    def hidden(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
-        """What `forward` makes the logits of: the hidden states [B, T, D] of the text positions."""
-        _check_text(tokens, prefix_len, len(images))
-        return self.read(self.encode(images), tokens, prefix_len)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] -> image tokens [B, P, D]."""
-        _check_images(images, self.config)
-        features = self.vision(images.to(self.projector.weight.dtype))  # [B, P, width of the vision tower]
-        # Not multiplied by sqrt(D), as text embeddings are: the projector was trained to meet their scale.
-        return self.projector(features)
-
-    def read(
-        self,
-        image_tokens: Tensor,
-        tokens: Tensor,
-        prefix_len: int | Tensor,
-        cache: KVCache | None = None,
-        only: Tensor | None = None,
-    ) -> Tensor:
-        """Image tokens [B, P, D], text [B, T] -> hidden states of the text [B, T, D]; fills the cache anew.
-
-        only int64 [B]: the one text position of each row whose state is wanted; then [B, 1, D].
-        """
-        (B, P, _), T = image_tokens.shape, tokens.shape[1]
-        prefix_len = torch.as_tensor(prefix_len, device=tokens.device).expand(B)
-        # Of the whole sequence, [B, P + T] each: where it is no padding, and where it is suffix.
-        valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
-        is_suffix = torch.arange(P + T, device=tokens.device) >= P + prefix_len[:, None]
-        positions = valid.cumsum(-1)  # from 1, as in transformers; padding does not count
-        mask = prefix_lm_mask(valid, is_suffix)  # [B, P + T, P + T]
-        local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
-        masks = local, mask
-        if cache is not None:
-            cache.start(valid, positions)
-        if only is not None:
-            only = only + P, at(masks[(self.config.text.layers - 1) % 2], only + P)
-        if mask.is_cuda and P >= FUSED_FROM and not torch.is_grad_enabled():
-            from model.flex import block_mask  # here, because it brings torch.compile along
-
-            masks = tuple(map(block_mask, masks))
-        x = torch.cat((image_tokens, self.decoder.embed_tokens(tokens).to(image_tokens.dtype)), dim=1)
-        hidden = self.decoder(x, positions, masks, cache, only)
-        return hidden[:, P:] if only is None else hidden
-
-    # ---- decoding: a prefill, then token by token ----------------------------------------------------------
-
-    def new_cache(self, batch: int, text_tokens: int) -> KVCache:
-        """A cache for `batch` sequences of an image and `text_tokens` tokens of prompt and answer."""
-        weight, slots = self.projector.weight, self.config.vision.tokens + text_tokens
-        return KVCache(self.config.text, batch, slots, weight.dtype, weight.device)
-
-    def prefill(self, image_tokens: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache; returns the hidden
-        state at the end of each prompt [B, D]."""
-        lengths = (tokens != self.config.pad).sum(-1)  # the whole prompt is prefix
-        return self.read(image_tokens, tokens, lengths, cache, only=lengths - 1)[:, 0]
-
-    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Append one token [B] to every sequence of the cache; returns its hidden state [B, D]."""
-        positions = cache.extend()  # [B, 1]
-        mask = cache.valid[:, None]  # [B, 1, S]: whatever was read before, and the token itself
-        is_suffix = torch.ones_like(positions, dtype=torch.bool)
-        local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
-        return self.decoder(self.decoder.embed_tokens(tokens[:, None]), positions, (local, mask), cache)[:, 0]
-
 
 def _check_images(images: Tensor, config: PaliGemmaConfig) -> None:
     """Refuse images that the vision tower would misread: bytes, or the same number of patches in another
@@ -206,9 +210,7 @@ def _check_images(images: Tensor, config: PaliGemmaConfig) -> None:
 def _check_text(tokens: Tensor, prefix_len: int | Tensor, batch: int) -> None:
     """Refuse tokens that are not int64 [B, T], and a prefix that is not 1 to T of them."""
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or len(tokens) != batch:
-        raise ValueError(
-            f"tokens are {_form(tokens)}, the model takes int64 [{batch}, T], a row for each image"
-        )
+        raise ValueError(f"tokens are {_form(tokens)}, the model takes int64 [{batch}, T], one row per image")
     shortest = longest = prefix_len
     if not isinstance(prefix_len, int):
         lengths = torch.as_tensor(prefix_len)
