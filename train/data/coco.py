@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model.config import MAX_CLASSES
-from model.decoding.closed_set import ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import check_size, load_image, square
 from train.data.augment import augment
 from train.data.targets import NANO_NOISE, Noise, Target, closed_set_target
@@ -237,6 +237,13 @@ class CocoDetections(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    closed_set = True
+
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens T of a sample."""
+        return len(self.language.prompt) + GROUP * self.language.groups
 
     def name(self, item: int) -> str:
         return self.index.name(int(self.rows[item]))
