@@ -5,13 +5,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_train import language_of, run, tiny, train, weights  # noqa: F401 - a fixture among them
+from helpers import language_of, run, weights
 
 from model import PaliGemma
 from model.config import COCO_CLASSES
 from model.decoding.masks import MaskCodec
 from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
+from train import fit as train
 from train.data.samples import LOC_WEIGHT, PROMPTS, SEG_WEIGHT, SHORT, PracticeScenes, collate
 from train.nano import codec as codec_program
 from train.nano import untrained as nano
@@ -20,14 +21,14 @@ from train.practice.tasks import SHARES
 
 
 @pytest.fixture(scope="module")
-def with_codec(tiny, tmp_path_factory):  # noqa: F811
+def with_codec(tiny, tmp_path_factory):
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("tasks") / "model")
     shutil.copy(NANO / CODEC, folder / CODEC)
     return folder
 
 
 @pytest.fixture(scope="module")
-def scenes(tiny):  # noqa: F811
+def scenes(tiny):
     return PracticeScenes(
         language_of(tiny), 64, 16, tokenizer=Tokenizer(tiny), codec=MaskCodec.load(NANO / CODEC)
     )
@@ -43,7 +44,7 @@ def texts(sample, tokenizer) -> tuple[str, str, torch.Tensor]:
     return prompt, tokenizer.decode(answer[:-1]), sample["weights"][length - 1 :]
 
 
-def test_samples_of_all_tasks(scenes, tiny):  # noqa: F811
+def test_samples_of_all_tasks(scenes, tiny):
     """Each prompt with its kind of answer; short answers in words weigh as much as longer ones."""
     tokenizer, starts = Tokenizer(tiny), {}
     drawn = [
@@ -52,7 +53,7 @@ def test_samples_of_all_tasks(scenes, tiny):  # noqa: F811
         for k in range(PROMPTS)
     ]
     for sample in drawn:
-        prompt, answer, weights = texts(sample, tokenizer)  # noqa: F811
+        prompt, answer, weights = texts(sample, tokenizer)
         start = "detect all" if prompt == "detect all classes" else prompt.split()[0]
         starts[start] = starts.get(start, 0) + 1
         if start in ("caption", "answer"):
@@ -98,7 +99,7 @@ def test_training(with_codec, tmp_path):
     assert any(not torch.equal(after[name].float(), before[name].bfloat16().float()) for name in before)
 
 
-def test_all_tasks_need_a_codec(tiny, tmp_path):  # noqa: F811
+def test_all_tasks_need_a_codec(tiny, tmp_path):
     with pytest.raises(ValueError, match="no mask codec: fetch"):
         run(tiny, tmp_path / "run", "--tasks all --steps 2")
 

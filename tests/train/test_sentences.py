@@ -8,8 +8,7 @@ import torch
 
 from model.config import COCO_CLASSES
 from model.decoding.boxes import boxes_to_locs, parse_answer
-from model.decoding.masks import MaskCodec, crop, place
-from model.io.hub import CODEC, NANO
+from model.decoding.masks import crop, place
 from train.practice import sentences
 from train.practice.scenes import Scene, make_scene
 from train.practice.sentences import (
@@ -177,11 +176,6 @@ def test_colours(rgb, name, rng):
     assert colour_of(pixels) == name
     other = np.array((20, 60, 220) if name != "blue" else (230, 20, 30), np.uint8)
     assert colour_of(np.concatenate((pixels, np.tile(other, (100, 1))))) is None
-
-
-@pytest.fixture(scope="module")
-def codec():
-    return MaskCodec.load(NANO / CODEC)
 
 
 def test_shares_cover_the_tasks(codec):
