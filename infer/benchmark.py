@@ -25,7 +25,7 @@ from infer.lib.options import add_device_argument, check_json, head_for, usable_
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
-from model.decoding.packing import can_pack, pack, quantize
+from model.decoding.packing import load_for_decoding
 from model.io.hub import NANO
 from model.io.tokenizer import LOCS, Tokenizer
 from model.io.weights import DTYPES, load_config
@@ -51,11 +51,8 @@ def language_of(folder: Path) -> ClosedSet:
 
 class Ours:
     def __init__(self, folder: Path, args: argparse.Namespace, int8=False, compiled=False, fused_head=True):
-        self.model = PaliGemma.from_pretrained(str(folder), dtype=DTYPES[args.dtype], device=args.device)
-        if int8:
-            quantize(self.model)
-        elif can_pack(self.model) and not compiled:
-            pack(self.model)
+        how = dict(dtype=DTYPES[args.dtype], device=args.device, int8=int8, packed=not compiled)
+        self.model = load_for_decoding(folder, **how)
         if compiled:
             self.model.decoder.compile()
         self.language = language_of(folder)

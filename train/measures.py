@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from model.decoding.boxes import BINS, locs_to_boxes, parse_answer
-from model.decoding.masks import MaskCodec, from_rle, place
+from model.decoding.masks import MaskCodec, from_rle, mask_iou, paste_mask
 from train.data.coco import read_bbox, read_records
 from train.data.jsonl import right_answers
 
@@ -160,8 +160,7 @@ def first_mask_iou(answer: str, mask: np.ndarray, codec: MaskCodec, bins: int = 
     height, width = mask.shape
     box = locs_to_boxes(objects[0].locs, width, height, bins)
     decoded = codec.decode(torch.tensor(objects[0].seg)[None])[0].numpy()
-    predicted = place(decoded, box, width, height)
-    return float((predicted & mask).sum() / max(1, (predicted | mask).sum()))
+    return float(mask_iou(paste_mask(decoded, box, width, height), mask))
 
 
 def cider_d(answers: list[str], references: list[list[str]]) -> float:

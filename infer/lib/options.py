@@ -13,16 +13,14 @@ from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head
 from model.decoding.detector import Asker, Detector, OpenSetDetector, Selection
 from model.decoding.generate import Sampling
 from model.decoding.masks import MaskCodec
-from model.decoding.packing import can_pack, pack, quantize
+from model.decoding.packing import load_for_decoding
 from model.io.hub import OFFICIAL_CODEC, codec_file, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import DTYPES
-from model.lora import fold
 from train.run.program import positive
 
 CLASSES_PER_CALL = 8  # of an open-set prompt
 MAX_TOKENS = 200  # of an answer in words
-SMALL = 1 << 30  # bytes of weights up to which float32 is the faster choice on a CPU
 OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")  # options
 CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop")
 
@@ -121,16 +119,16 @@ def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
     torch.manual_seed(args.seed)
     device = usable_device(args.device)
     folder = resolve(args.model)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    small_cpu = device == "cpu" and weights < SMALL
-    dtype = DTYPES.get(args.dtype) or (torch.float32 if small_cpu else torch.bfloat16)
     caps = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
-    caps = {name: cap for name, cap in caps.items() if cap is not None}
-    model = PaliGemma.from_pretrained(str(folder), dtype=dtype, device=device, adapter=args.adapter, **caps)
-    if args.int8:
-        quantize(fold(model))
-    elif can_pack(model) and not args.compile:
-        pack(model)
+    model = load_for_decoding(
+        folder,
+        dtype=DTYPES.get(args.dtype),
+        device=device,
+        adapter=args.adapter,
+        int8=args.int8,
+        packed=not args.compile,
+        **{name: cap for name, cap in caps.items() if cap is not None},
+    )
     if args.compile:
         model.decoder.compile()
     return model, Tokenizer(folder)

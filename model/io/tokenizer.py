@@ -12,9 +12,8 @@ import sentencepiece
 
 LOCS, SEGS = 1024, 128
 # Exactly the pieces that exist: any other <loc...> is text, and cutting it out would change its tokens.
-_SPECIAL = re.compile(
-    r"(<loc0[0-9]{3}>|<loc10[01][0-9]>|<loc102[0-3]>|<seg0[0-9]{2}>|<seg1[01][0-9]>|<seg12[0-7]>)"
-)
+LOC = "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>"
+_SPECIAL = re.compile(f"({LOC}|<seg0[0-9]{{2}}>|<seg1[01][0-9]>|<seg12[0-7]>)")
 
 
 class Tokenizer:

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 @contextlib.contextmanager
 def explain(what: str, *errors: type[BaseException]) -> Iterator[None]:
-    """Turn errors of a library into a ValueError for the user: "WHAT (the library's own words)"."""
+    """Turn errors of a library into a ValueError for the user: "WHAT (the library's own words)", one line."""
     try:
         yield
     except errors as error:
-        raise ValueError(f"{what} ({error})") from error
+        raise ValueError(f"{what} ({' '.join(str(error).split())})") from error
 
 
 def read_json(path: Path) -> dict:

@@ -80,7 +80,7 @@ def test_every_rank_of_torchrun_takes_its_gpu(asked, gpus, monkeypatch):
         monkeypatch.setitem(os.environ, name, value)
     monkeypatch.setattr(evaluate, "join", lambda *args, **kwargs: None)
     monkeypatch.setattr(PaliGemma, "from_pretrained", lambda *a, device, **k: gpus.append(("load", device)))
-    monkeypatch.setattr(loading, "can_pack", lambda model: False)
+    monkeypatch.setattr("model.decoding.packing.can_pack", lambda model: False)
     args = evaluate.arguments(["--device", asked])
     evaluate.join_processes(args)
     loading.load_model(args)

@@ -16,7 +16,7 @@ from infer.lib.options import class_names
 from model.config import COCO_CLASSES, PaliGemmaConfig, TextConfig, VisionConfig
 from model.decoding.detector import KEEP_ALL, Asker, OpenSetDetector, Selection, scored
 from model.decoding.generate import collect_answers, generate
-from model.decoding.masks import from_rle, place
+from model.decoding.masks import from_rle, paste_mask
 from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
 
@@ -130,7 +130,7 @@ def test_masks(tokenizer, codec):
     made = OpenSetDetector(Said(tokenizer, said), ["cat", "dog"], codec=codec)
     (found,) = made([Image.new("RGB", (200, 100))])
     assert found.labels.tolist() == [0] and found.boxes.tolist() == [[25, 0, 125, 50]]
-    right = place(codec.decode(torch.arange(16)[None])[0].numpy(), found.boxes[0], 200, 100)
+    right = paste_mask(codec.decode(torch.arange(16)[None])[0].numpy(), found.boxes[0], 200, 100)
     assert len(found.masks) == 1 and np.array_equal(found.masks[0], right) and right.any()
 
 

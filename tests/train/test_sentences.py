@@ -8,7 +8,7 @@ import torch
 
 from model.config import COCO_CLASSES
 from model.decoding.boxes import boxes_to_locs, parse_answer
-from model.decoding.masks import crop, place
+from model.decoding.masks import crop, paste_mask
 from train.practice import sentences
 from train.practice.scenes import Scene, make_scene
 from train.practice.sentences import (
@@ -245,6 +245,6 @@ def test_codec_keeps_what_it_should(codec):
         for k, box in enumerate(scene.boxes):
             mask = scene.owner == k
             back = codec.decode(codec.encode(torch.from_numpy(crop(mask, box))[None]))[0].numpy()
-            back = place(back, box, 128, 128)
+            back = paste_mask(back, box, 128, 128)
             overlaps.append((mask & back).sum() / (mask | back).sum())
     assert np.mean(overlaps) > 0.85

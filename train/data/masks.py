@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools.mask import decode, frPyObjects, merge
 
 from model.decoding.boxes import box_prompt, boxes_to_locs, check_label, format_answer, locs_to_boxes
-from model.decoding.masks import MaskCodec, crop, from_rle, place, to_rle
+from model.decoding.masks import MaskCodec, crop, from_rle, paste_mask, to_rle
 from model.io.image import load_image
 from train.data.coco import read_records
 
@@ -203,5 +203,7 @@ def segment_lines(
             if len(masks) == 1:
                 line["mask"] = to_rle(masks[0])
             rounded = locs_to_boxes(boxes_to_locs(boxes, *image.size), *image.size)
-            back = [place(mask, box, *image.size) for mask, box in zip(codec.decode(codes).numpy(), rounded)]
+            back = [
+                paste_mask(mask, box, *image.size) for mask, box in zip(codec.decode(codes).numpy(), rounded)
+            ]
             yield line, image, list(zip(boxes, [label] * len(masks), masks, back))
