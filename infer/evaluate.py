@@ -21,7 +21,6 @@ import torch
 
 from infer.lib.options import add_detection_arguments, check_json, load_detector
 from infer.lib.predictions import (
-    HELD_OUT_SETS,
     SCENES,
     add_set_arguments,
     check_settings,
@@ -30,6 +29,7 @@ from infer.lib.predictions import (
     file_stamps,
 )
 from model.io.writing import write_json
+from train.practice.write import HELD_OUT_SETS
 from train.run.processes import gathered, join
 from train.run.program import parser, run
 
@@ -62,9 +62,8 @@ def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
         places = dict(data=args.data.resolve(), images=(args.images or args.data.parent / "images").resolve())
         changed = dict(name=args.data.stem, data_changed=args.data.stat().st_mtime_ns)
         return {folder: settings | changed | places}
-    places = dict(
-        data=f"{SCENES}/instances.json", images=f"{SCENES}/images"
-    )  # inside the folder: it may move
+    # Relative to the folder, which may move.
+    places = dict(data=f"{SCENES}/instances.json", images=f"{SCENES}/images")
     return {
         folder / split: settings | dict(name=HELD_OUT_SETS[split], data_changed=None) | places
         for split in args.sets

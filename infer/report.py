@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from infer.lib.draw import draw_boxes
 from infer.lib.plots import EVALUATION_PLOTS, RUN_PLOTS, Evaluated, new_figure, points, require_matplotlib
-from infer.lib.predictions import HELD_OUT_SETS
 from model.io.image import load_image
 from model.io.writing import explain
+from train.practice.write import HELD_OUT_SETS
 from train.run.program import parser, positive, run
 
 PANEL, MARGIN, TITLE = 560, 12, 30  # pixels, in contact sheets

@@ -29,10 +29,10 @@ from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head, 
 from model.decoding.detector import Detector, Selection
 from model.decoding.generate import GREEDY
 from model.io.hub import NANO
-from model.io.image import load_image, to_tensor
+from model.io.image import load_image, square, to_network
 from model.io.tokenizer import Tokenizer
 from model.io.weights import DTYPES
-from train.practice.scenes import write_coco
+from train.practice.write import write_coco
 from train.run.program import parser, positive, run
 
 # early-stop
@@ -70,7 +70,7 @@ def early_stop(args: argparse.Namespace) -> None:
         scenes = Path(temporary) / "scenes"
         write_coco(scenes, args.count, "same", size)
         files = sorted((scenes / "images").iterdir())[:TIMED]
-        images = torch.stack([to_tensor(load_image(file), size) for file in files])
+        images = torch.stack([to_network(square(load_image(file), size)) for file in files])
 
         def one_at_a_time(decoder: GroupDecoder) -> None:
             for image in images:

@@ -22,7 +22,7 @@ from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
 from train.data.samples import collate, open_data
 from train.measures import category_ids, read_coco, run_cocoeval
-from train.practice.scenes import write_coco
+from train.practice.write import write_coco
 from train.run.options import noise_of
 from train.run.processes import gathered, process
 

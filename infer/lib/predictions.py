@@ -32,12 +32,10 @@ from train.measures import (
     read_coco,
     run_cocoeval,
 )
-from train.practice.scenes import write_coco
-from train.practice.tasks import write_answers
+from train.practice.write import HELD_OUT_SETS, write_coco
 from train.run.processes import gathered, process
 from train.run.program import positive
 
-HELD_OUT_SETS = {"same": "same drawings", "vendor": "unseen vendor", "crowded": "crowded scenes"}
 SCENES = "scenes"  # folder of the drawn scenes
 
 
@@ -69,10 +67,7 @@ def evaluation_sets(
         out, size = folder / split, model.config.vision.image_size
         scenes = out / SCENES
         if process()[0] == 0 and not scenes.exists():
-            if codec:
-                write_answers(scenes, args.count, split, size, codec)
-            else:
-                write_coco(scenes, args.count, split, size)
+            write_coco(scenes, args.count, split, size, codec=codec)
         gathered(None)  # the other processes wait for the scenes
         name = "answers.jsonl" if codec else "instances.json"
         yield HELD_OUT_SETS[split], scenes / name, scenes / "images", out

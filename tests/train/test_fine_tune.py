@@ -42,7 +42,7 @@ from model.lora import lora_layers
 from train import fit as train
 from train import objective
 from train.loss import allowed_loss, vocabulary_loss
-from train.practice.scenes import write_coco
+from train.practice.write import write_coco
 from train.run import checkpoint, processes
 
 PLAIN = "--patch-weight 0"

@@ -16,14 +16,13 @@ from torch.utils.data import Dataset
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
-from model.io.image import pixels_to_tensor
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections, CocoIndex, answer_sample, closed_set_sample
 from train.data.jsonl import JsonlPairs, is_jsonl
 from train.data.targets import NANO_NOISE, Noise, closed_set_target, text_target
 from train.nano.patch_head import patch_targets
 from train.practice.scenes import Scene, make_scene
-from train.practice.tasks import SHARES, tasks
+from train.practice.tasks import TASK_SHARES, make_tasks
 
 PROMPTS = 3  # of a scene, when there are several tasks: it is drawn and encoded once
 IN_WORDS = ("caption", "answer")
@@ -55,7 +54,7 @@ class PracticeScenes(Dataset):
     ):
         self.language, self.size, self.patch = language, size, patch
         self.first, self.split, self.tokenizer = first, split, tokenizer
-        self.tasks, self.noise = codec and tasks(codec), noise
+        self.tasks, self.noise = codec and make_tasks(codec), noise
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """answer_sample's tensors, lists of them for several samples; and of the image patch_labels int64 [P]
@@ -64,7 +63,7 @@ class PracticeScenes(Dataset):
         scene = make_scene(seed, size, self.split)
         rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
         if self.tasks:
-            drawn = rng.choice(list(SHARES), PROMPTS - 1, p=list(SHARES.values()))
+            drawn = rng.choice(list(TASK_SHARES), PROMPTS - 1, p=list(TASK_SHARES.values()))
             samples = [self._sample(rng, scene, task) for task in ("closed-set", *drawn)]
             sample = {name: [each[name] for each in samples] for name in samples[0]}
             sample["image"] = samples[0]["image"]
@@ -213,10 +212,3 @@ def collate(
         else:
             batch[name] = torch.stack(column)
     return batch
-
-
-def network_input(image: Tensor) -> Tensor:
-    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in [-1, 1], after the workers: bytes travel cheaper."""
-    if image.device.type == "cpu":
-        return pixels_to_tensor(image.numpy())
-    return image.movedim(-1, -3) / 127.5 - 1
