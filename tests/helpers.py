@@ -5,6 +5,7 @@ Fixtures are in conftest.py, the models of transformers in reference.py.
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,12 +68,33 @@ def complaint_about(file: Path, function, **options) -> str:
 # Training runs ----------------------------------------------------------------------------------------------
 
 USUAL = "--steps 8 --batch-size 4 --lr 1e-3 --warmup 2 --patch-weight 1 --log-every 1 --save-every 8 --no-amp"
+PLAIN = "--patch-weight 0"  # for data from files: only practice scenes have the helper head
 
 
 def run(model, out, options="", *more):
     """fit.py in this process, without worker processes. Later options win."""
     argv = f"--model {model} --out {out} --device cpu --workers 0 {USUAL} {options}".split()
     fit.train(fit.arguments([*argv, *more]))
+
+
+def run_complaint(model, out, options) -> str:
+    """The message that ends such a run."""
+    return complaint(run, model, out, f"{PLAIN} {options}")
+
+
+def command(model, out, options, launcher=()) -> list[str]:
+    """The same program in processes of its own."""
+    program = [sys.executable, *launcher, ROOT / "train" / "fit.py"]
+    usual = "--device cpu --workers 0 --batch-size 4 --lr 1e-3 --warmup 2 --log-every 1 --no-amp"
+    return [*map(str, [*program, "--model", model, "--out", out]), *f"{usual} {options}".split()]
+
+
+def launch(*args, **kwargs) -> tuple[int, str]:
+    """Run such a command: exit code, stderr."""
+    done = subprocess.run(
+        command(*args, **kwargs), env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+    )
+    return done.returncode, done.stderr
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -7,14 +7,27 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from test_fine_tune import ENVIRONMENT, PLAIN, apart, command, pairs, scenes, torchrun  # noqa: F401 - a fixture
-from test_train import ROOT, Killed, kill_at, language_of, metrics, run, same, tiny, train, weights  # noqa: F401 - tiny is a fixture
+from helpers import (
+    ENVIRONMENT,
+    PLAIN,
+    ROOT,
+    command,
+    language_of,
+    metrics,
+    run,
+    same,
+    torchrun,
+    weights,
+    weights_apart,
+)
+from test_train import Killed, kill_at
 from torch.distributed import HashStore
 from torch.overrides import TorchFunctionMode
 
 from model import PaliGemma
 from model.decoding.closed_set import GroupDecoder
 from model.io.tokenizer import Tokenizer
+from train import fit as train
 from train import loss as objective_module
 from train import validate
 from train.data.coco import CocoDetections
@@ -56,7 +69,7 @@ def gpus(monkeypatch):
     [("cuda", {}, 0), ("cuda:1", {}, 1), ("cuda", dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"), 0)],
     ids=["the GPU", "one by its number", "torchrun, one process"],
 )
-def test_training_on_a_gpu(device, environment, current, gpus, tiny, scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_training_on_a_gpu(device, environment, current, gpus, tiny, scenes, tmp_path, monkeypatch):
     """With validation, a checkpoint and going on from it: what the CPU does without autocast."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -102,12 +115,12 @@ def sharded(folder, options="") -> Objective:
     return train.distribute(Objective(model, None).train(), train.arguments(argv))
 
 
-def test_sharded_on_the_cpu_of_a_machine_with_gpus(group, tiny, monkeypatch):  # noqa: F811
+def test_sharded_on_the_cpu_of_a_machine_with_gpus(group, tiny, monkeypatch):
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
     assert {p.device_mesh.device_type for p in sharded(tiny).parameters()} == {"cpu"}
 
 
-def test_helper_head_on_an_adapters_base(tiny, tmp_path):  # noqa: F811
+def test_helper_head_on_an_adapters_base(tiny, tmp_path):
     """Its weights are float32, the image tokens of an adapter's base bfloat16."""
     run(tiny, tmp_path / "run", "--lora --steps 2 --patch-weight 1")
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
@@ -128,7 +141,7 @@ def two_processes(model, out, options, program=ROOT / "train" / "fit.py") -> str
 
 
 @pytest.mark.parametrize("option", ["", "--shard"], ids=["DDP", "FSDP"])
-def test_validation_in_two_processes(option, tiny, scenes, tmp_path):  # noqa: F811
+def test_validation_in_two_processes(option, tiny, scenes, tmp_path):
     """Before a checkpoint is written and steps follow. Five pictures: the processes' shares differ."""
     options = f"--data {scenes} --val {scenes} --val-every 2 --val-count 5 --save-every 2 --steps 4"
     run(tiny, tmp_path / "one", f"{PLAIN} {options}")
@@ -142,10 +155,10 @@ def test_validation_in_two_processes(option, tiny, scenes, tmp_path):  # noqa: F
         assert "val_mAP" not in printed
         assert [x["val_mAP"] for x in one] == pytest.approx([x["val_mAP"] for x in two], abs=1e-3)
     one, two = (weights(tmp_path / name / "step-0000004") for name in ("one", "two"))
-    assert apart(one, two) < 1e-4
+    assert weights_apart(one, two) < 1e-4
 
 
-def test_the_first_process_decides_what_is_best(tiny, scenes, tmp_path):  # noqa: F811
+def test_the_first_process_decides_what_is_best(tiny, scenes, tmp_path):
     """One digit in which figures differ would let only some processes save, and the others wait forever."""
     program = tmp_path / "differing.py"
     program.write_text(
@@ -172,7 +185,7 @@ def test_the_first_process_decides_what_is_best(tiny, scenes, tmp_path):  # noqa
 # Rounding ---------------------------------------------------------------------------------------------------
 
 
-def test_sharded_with_amp_rounds_no_totals_and_no_angles(group, tiny, scenes, monkeypatch):  # noqa: F811
+def test_sharded_with_amp_rounds_no_totals_and_no_angles(group, tiny, scenes, monkeypatch):
     """Weights are cast to bfloat16; the weights of the loss, their total and RoPE's angles are not."""
     objective = sharded(tiny, "--amp")
     attention, attend, loss_of = objective.model.decoder.layers[1].attn, [], []
@@ -197,7 +210,7 @@ def test_sharded_with_amp_rounds_no_totals_and_no_angles(group, tiny, scenes, mo
     assert logged.item() == pytest.approx(loss_sum.item() / 240.5, abs=1e-5)
 
 
-def test_loss_sums_are_float32(tiny):  # noqa: F811
+def test_loss_sums_are_float32(tiny):
     """Whatever the weights of the positions are: 300 times 1 is 300, in bfloat16 it would stop at 256."""
     decoder = PaliGemma.from_pretrained(str(tiny), dtype=torch.bfloat16).decoder
     language = language_of(tiny)
@@ -235,7 +248,7 @@ def test_all_weights_in_bfloat16_are_refused():
 # Recomputation ----------------------------------------------------------------------------------------------
 
 
-def test_recomputation_is_for_gradients_only(tiny, scenes, monkeypatch):  # noqa: F811
+def test_recomputation_is_for_gradients_only(tiny, scenes, monkeypatch):
     """It reads the state of the random generators in every block, which a CUDA graph of validation's decoder
     cannot capture."""
     model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
@@ -266,19 +279,19 @@ def test_recomputation_is_for_gradients_only(tiny, scenes, monkeypatch):  # noqa
 )  # fmt: skip
 def test_other_options_are_refused(option, name, begun):
     """Whatever changes the weights that a run ends with."""
-    model, scenes, out = begun  # noqa: F811
+    model, scenes, out = begun
     with pytest.raises(ValueError, match=f"{name} "):
         run(model, out, f"{PLAIN} --data {scenes} --steps 2 {option} --resume")
 
 
 @pytest.fixture(scope="module")
-def begun(tiny, scenes, tmp_path_factory):  # noqa: F811
+def begun(tiny, scenes, tmp_path_factory):
     out = tmp_path_factory.mktemp("begun") / "run"
     run(tiny, out, f"{PLAIN} --data {scenes} --steps 2")
     return tiny, scenes, out
 
 
-def test_the_machine_and_the_watching_may_change(tiny, scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_the_machine_and_the_watching_may_change(tiny, scenes, tmp_path, monkeypatch):
     out, options = tmp_path / "run", f"{PLAIN} --data {scenes} --steps 4 --save-every 2"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 4)
@@ -288,7 +301,7 @@ def test_the_machine_and_the_watching_may_change(tiny, scenes, tmp_path, monkeyp
     assert [line["step"] for line in metrics(out) if "loss" in line] == [1, 2, 4]
 
 
-def test_a_run_from_before_an_option_goes_on(tiny, scenes, tmp_path):  # noqa: F811
+def test_a_run_from_before_an_option_goes_on(tiny, scenes, tmp_path):
     """Its run.json does not have the option: that is as good as its default, and as nothing else."""
     out, options = tmp_path / "run", f"{PLAIN} --data {scenes} --steps 2"
     run(tiny, out, options)
@@ -299,7 +312,7 @@ def test_a_run_from_before_an_option_goes_on(tiny, scenes, tmp_path):  # noqa: F
     run(tiny, out, options, "--resume")
 
 
-def test_the_best_is_of_one_measure(tiny, scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_the_best_is_of_one_measure(tiny, scenes, tmp_path, monkeypatch):
     """A score on other pictures says nothing about which checkpoint is better."""
     out, options = tmp_path / "run", f"{PLAIN} --data {scenes} --val {scenes} --val-every 1 --save-every 1"
     scores = iter((0.9, 0.8, 0.3, 0.4, 0.2))
@@ -315,7 +328,7 @@ def test_the_best_is_of_one_measure(tiny, scenes, tmp_path, monkeypatch):  # noq
 # Validation data --------------------------------------------------------------------------------------------
 
 
-def test_validation_data_of_another_kind(tiny, scenes, pairs, tmp_path):  # noqa: F811
+def test_validation_data_of_another_kind(tiny, scenes, pairs, tmp_path):
     """A loss over the ids of closed-set detection says nothing about lines of text, and the other way."""
     for options, held in (
         (f"--data {scenes} --val {pairs}", "lines of text"),
@@ -327,7 +340,7 @@ def test_validation_data_of_another_kind(tiny, scenes, pairs, tmp_path):  # noqa
     assert not (tmp_path / "run").exists()
 
 
-def test_validation_pictures_are_the_same_for_loss_and_map(tiny, scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_validation_pictures_are_the_same_for_loss_and_map(tiny, scenes, tmp_path, monkeypatch):
     """The first in the file, whatever their ids."""
     data = json.loads(scenes.read_text())
     data["images"].reverse()
