@@ -15,7 +15,7 @@ from torch import nn
 
 from infer.benchmark import seconds
 from infer.lib.options import DTYPES, usable_device
-from model.decoding.closed_set import Head, captured
+from model.decoding.closed_set import Head, capture_graph
 from model.decoding.generate import GREEDY
 
 LOC0, CLASS0, CLASSES, CAP = 256_000, 7, 80, 30.0  # official
@@ -54,7 +54,7 @@ def ways(decoder: TiedHead, hidden: torch.Tensor, slot: int) -> dict:
 
         fused = FusedHead(*options)
         functions["kernel"] = lambda: fused(hidden, slot, uniform)
-        functions = {name: captured(function, lambda: None) for name, function in functions.items()}
+        functions = {name: capture_graph(function, lambda: None) for name, function in functions.items()}
     return functions
 
 
