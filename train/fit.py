@@ -37,7 +37,7 @@ from train.data.samples import ROUND, PracticeScenes, StepSampler, classes_for, 
 from train.objective import Objective
 from train.run.checkpoint import load_trainer_state, newest, save_checkpoint, save_model
 from train.run.log import Log, stop_on_signals
-from train.run.options import SAME_RUN, arguments, as_json
+from train.run.options import SAME_RUN, arguments, as_json, caps_of, noise_of
 from train.run.plan import print_plan
 from train.run.processes import gathered, join, leave
 from train.validate import Validation
@@ -56,7 +56,8 @@ def make_optimizers(objective: nn.Module, args: argparse.Namespace) -> list[torc
     else:
         groups.append(dict(params=matrices, weight_decay=args.weight_decay))
     groups = [group for group in groups if group["params"]]
-    optimizers.append(torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=args.device != "cpu"))
+    betas = 0.9, args.beta2
+    optimizers.append(torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=args.device != "cpu"))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -72,13 +73,24 @@ def lr_factor(step: int, args: argparse.Namespace) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def recomputed(forward, *args):
+    """A block's forward that is run again for its gradient, instead of keeping what the gradient needs.
+
+    Without a gradient it is the forward alone: checkpoint would read the GPU's random state first, which
+    ends the capture of a CUDA graph, and validation decodes with one.
+    """
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
+
+
 def distribute(objective: Objective, args: argparse.Namespace) -> nn.Module:
     """The objective as it is called: compiled, and its gradients shared between the processes."""
     model = objective.model
     blocks = [*model.vision.layers, *model.decoder.layers]
     if args.recompute:
         for block in blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(recomputed, block.forward)
     if args.compile:  # all but the loss, which picks a different number of positions in every batch
         model.encode = torch.compile(model.encode, dynamic=False)
         model.read = torch.compile(model.read, dynamic=False)
@@ -124,6 +136,7 @@ def train(args: argparse.Namespace) -> int:
     known = load_config(str(base)).classes
     overrides = dict(classes=classes_for(args.data, args.images, known)) if args.data else {}
     overrides |= dict(open_vocabulary=True) if args.data and is_jsonl(args.data) else {}
+    overrides |= caps_of(args)
     options = dict(dtype=getattr(torch, args.dtype), device=device) | overrides
     model = PaliGemma.from_pretrained(str(base), adapter=found if args.lora else None, **options)
     if args.lora and not found:
@@ -137,12 +150,12 @@ def train(args: argparse.Namespace) -> int:
         )
     language = ClosedSet.of(model.config, tokenizer)
     if args.data:
-        options = args.seed, args.augment, args.allow_outside
+        options = args.seed, args.augment, args.allow_outside, noise_of(args)
         data = open_data(args.data, args.images, model, tokenizer, *options)
     else:
         codec = MaskCodec.load(codec_file(base)) if args.tasks == "all" else None
         vision = model.config.vision
-        scenes = args.first_scene, "train", tokenizer, codec
+        scenes = args.first_scene, "train", tokenizer, codec, noise_of(args)
         data = PracticeScenes(language, vision.image_size, vision.patch_size, *scenes)
     closed_set = hasattr(data, "language") and args.tasks == "closed-set"
     if args.patch_weight and args.data:
@@ -162,7 +175,8 @@ def train(args: argparse.Namespace) -> int:
     steps = range(first_step, max(first_step, args.steps))
     sampler = StepSampler(items, steps, args.batch_size, rank, world, micro, args.seed)
     multiple = ROUND if args.tasks == "all" else 1
-    padded = functools.partial(collate, pad=model.config.pad, multiple=multiple)
+    per_example = args.loss_mean == "example"
+    padded = functools.partial(collate, pad=model.config.pad, multiple=multiple, per_example=per_example)
     prefetch = dict(prefetch_factor=4) if args.workers else {}
     loader = DataLoader(
         data, batch_sampler=sampler, collate_fn=padded, num_workers=args.workers, pin_memory=cuda, **prefetch
@@ -202,7 +216,7 @@ def train(args: argparse.Namespace) -> int:
                 loss, logged = compute(part | {"total": total}, patch_only=step < args.patch_steps)
                 loss.backward()
             loss_sum += logged
-        norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip)
+        norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             save()

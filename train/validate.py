@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import io
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
 from train.data.samples import collate, open_data
 from train.practice.scenes import write_coco
+from train.run.options import noise_of
 from train.run.processes import gathered, process
 
 BATCH = 16
@@ -48,10 +51,14 @@ class Validation:
             file = Path(self._scenes.name) / "same" / "instances.json"
             write_coco(file.parent, args.val_count, "same", model.config.vision.image_size)
         images = images or file.parent / "images"
-        data = open_data(file, images, model, tokenizer, args.seed, augment=False)
+        # The noise of the training data, or val_loss would be of other answers; but every picture counts.
+        noise = replace(noise_of(args), skip_empty=False)
+        data = open_data(file, images, model, tokenizer, args.seed, augment=False, noise=noise)
         keys = [(item, item) for item in range(min(args.val_count, len(data)))][self.rank :: self.world]
         self.loader = DataLoader(
-            Keyed(data, keys), BATCH, collate_fn=lambda samples: collate(samples, model.config.pad)
+            Keyed(data, keys),
+            BATCH,
+            collate_fn=partial(collate, pad=model.config.pad, per_example=args.loss_mean == "example"),
         )
         self.detector = None
         if isinstance(data, CocoDetections) and not args.shard:

@@ -20,8 +20,9 @@ from model.io.writing import read_json, save_tensors, write_json
 from model.lora import lora_layers, replace_linear
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's file
-DETECTION = "detection.json"  # beside it, ours: what the adapter was trained to detect
+DETECTION = "detection.json"  # beside it, ours: what the adapter was trained to detect, and with which caps
 DETECTION_FIELDS = ("groups", "classes", "open_vocabulary")  # of the config
+CAPS = ("attn_cap", "final_cap")  # of the config's text part
 
 # What is read (or means nothing for the result); any other key must be off.
 _READ = set(
@@ -122,11 +123,12 @@ def load_adapter(model: nn.Module, source: str | Path) -> None:
 
 
 def detection_overrides(source: str | Path) -> dict:
-    """What an adapter was trained to detect, as fields of the config; {} if its folder does not say."""
+    """What an adapter was trained to detect and with which caps, as fields of the config; {} if its folder
+    does not say."""
     file = resolve(source) / DETECTION
     if not file.exists():
         return {}
-    found = {name: value for name, value in read_json(file).items() if name in DETECTION_FIELDS}
+    found = {name: value for name, value in read_json(file).items() if name in DETECTION_FIELDS + CAPS}
     return found | dict(classes=tuple(found.get("classes", ())))
 
 
@@ -179,6 +181,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / "adapter_model.safetensors")
     detection = {name: getattr(model.config, name) for name in DETECTION_FIELDS}
+    detection |= {name: getattr(model.config.text, name) for name in CAPS}
     write_json(detection, folder / DETECTION)
     write_json(config, folder / "adapter_config.json")
 

@@ -3,9 +3,11 @@ that keep a record, as most machines that run the tests have no second GPU, or n
 
 import argparse
 import contextlib
+import copy
 import os
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from model import PaliGemma
 from model.decoding.closed_set import GROUP, GroupDecoder, capture_graph
 from model.decoding.generate import GREEDY
 from model.gemma import Gemma
+from train import fit
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +300,22 @@ def test_trial_runs_draw_from_numbers_in_range(model, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, float("inf")))
     decoder._prepare(2, torch.device("cpu"))
     assert (decoder.uniform >= 0).all() and (decoder.uniform < 1).all()
+
+
+def test_no_random_state_is_read_while_decoding(model, monkeypatch):
+    """--recompute: `checkpoint` reads the GPU's random state, which the capture of a graph forbids; where
+    there is no gradient it has nothing to do. Where there is one, every block is run twice."""
+    recomputing, runs, read = copy.deepcopy(model), [], torch.get_rng_state
+    options = argparse.Namespace(recompute=True, compile=False, shard=False)
+    fit.distribute(SimpleNamespace(model=recomputing), options)
+
+    def forbidden():
+        raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture")
+
+    monkeypatch.setattr(torch, "get_rng_state", forbidden)
+    assert equal(GroupDecoder(recomputing, LANGUAGE)(pictures(2)), GroupDecoder(model, LANGUAGE)(pictures(2)))
+    monkeypatch.setattr(torch, "get_rng_state", read)
+    for block in recomputing.decoder.layers:
+        block.mlp.register_forward_hook(lambda *args: runs.append(1))
+    recomputing(pictures(1), torch.ones(1, 4, dtype=torch.int64), 2).sum().backward()
+    assert len(runs) == 2 * len(recomputing.decoder.layers)

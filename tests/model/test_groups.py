@@ -13,7 +13,7 @@ from model.decoding.boxes import boxes_to_locs, locs_to_boxes
 from model.decoding.closed_set import ClosedSet, GroupDecoder
 from model.gemma import Gemma
 from model.io.tokenizer import Tokenizer
-from train.data.targets import DISGUISE, MAX_NOISE_IOU, NOISE_WEIGHT, closed_set_target
+from train.data.targets import MAX_NOISE_IOU, Noise, closed_set_target
 from train.loss import allowed_loss
 from train.nano.untrained import nano_config, train_tokenizer
 from train.practice.scenes import make_scene
@@ -91,7 +91,7 @@ def test_target(n):
         assert rows(boxes[:n], labels[:n]) == rows(*image), "the objects come first, whole pixels unharmed"
         assert (labels[n:] == len(CLASSES)).all() and (labels[:n] < len(CLASSES)).all()
         assert (weights[:n] == 1).all() and (weights[n:, :4] == 0).all()
-        assert (weights[n:, 4] == np.float32(NOISE_WEIGHT)).all() and 0 < NOISE_WEIGHT <= 1
+        assert (weights[n:, 4] == np.float32(Noise.weight)).all() and 0 < Noise.weight <= 1
         assert target.tokens[-1] == target.inputs[-1] == EOS and target.weights[-1] == 1
         assert (inputs[:, :4] == tokens[:, :4]).all() and (inputs[:n] == tokens[:n]).all()
         disguised += (inputs[n:, 4] != tokens[n:, 4]).sum()
@@ -103,7 +103,7 @@ def test_target(n):
             assert slow_iou(noise, real) <= MAX_NOISE_IOU == 0.15
         assert len({tuple(box) for box in boxes[n:]}) == G - n
     share = disguised / max(1, 60 * (G - n))
-    assert n == G or abs(share - DISGUISE) < 0.15
+    assert n == G or abs(share - Noise.disguise) < 0.15
 
 
 def test_order_is_random():

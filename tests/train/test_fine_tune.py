@@ -249,7 +249,7 @@ def test_dry_run(tiny, scenes, pairs, tmp_path, capsys):  # noqa: F811
 
 
 RECIPES = {  # what the dry run must tell
-    "coco_closed_set_lora_10b": ("paligemma2-10b-448", ["402 adapters", "1024 image tokens + 26", "22,179"]),
+    "coco_closed_set_lora_10b": ("paligemma2-10b-448", ["402 adapters", "1024 image tokens + 26", "21,987"]),
     "coco_closed_set_full_3b": ("paligemma2-3b-448", ["92,412", "64 samples"]),
     "captions_3b": ("paligemma2-3b-224", ["256 samples", "2,213"]),
     "refcoco_segmentation_3b": ("paligemma2-3b-224", ["10,000", "64 samples"]),

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from model.decoding.closed_set import ClosedSet
 from model.io.image import check_size, load_image
 from train.data.augment import augment
-from train.data.targets import Target, closed_set_target
+from train.data.targets import NANO_NOISE, Noise, Target, closed_set_target
 
 MOST_CLASSES = 98  # with noise they must fit <unused0..98>
 
@@ -218,6 +218,7 @@ class CocoDetections(Dataset):
         size: int,
         seed: int = 0,
         augment: bool = False,
+        noise: Noise = NANO_NOISE,
     ):
         """label_of: the model's class number of each of the file's classes. size: S, the image's side.
 
@@ -234,27 +235,33 @@ class CocoDetections(Dataset):
                     f"class {name!r} of the file is given the model's class {label}, not one of it"
                 )
         self.index, self.images, self.language = index, images, language
-        self.size, self.seed, self.augment = size, seed, augment
+        self.size, self.seed, self.augment, self.noise = size, seed, augment, noise
+        rows = torch.arange(len(index))
+        # Item i is the picture in row rows[i] of the index.
+        self.rows = (rows[index.offsets.diff() > 0] if noise.skip_empty else rows).share_memory_()
         # Where real boxes lie on whole pixels noise must too, or the two differ by arithmetic.
         self.grid = float((index.boxes == index.boxes.round()).all())
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.rows)
 
     def name(self, item: int) -> str:
-        return self.index.name(item)
+        return self.index.name(int(self.rows[item]))
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """A sample (see above). Raises ValueError for an image that is unreadable or of another size."""
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
         file = self.images / self.name(item)
+        row = int(self.rows[item])
         image = load_image(file)
-        check_size(image, file, *self.index.sizes[item].tolist())
-        boxes, labels = self.index.objects(item)
+        check_size(image, file, *self.index.sizes[row].tolist())
+        boxes, labels = self.index.objects(row)
         if self.augment:
-            image, boxes, kept = augment(rng, image, boxes)
-            labels = labels[kept]
+            changed, moved, kept = augment(rng, image, boxes)
+            if len(kept) or not self.noise.skip_empty:  # if no object is left, the picture stays as it was
+                image, boxes, labels = changed, moved, labels[kept]
         labels = self.label_of[labels]
-        target = closed_set_target(rng, boxes, labels, *image.size, self.language, self.grid)
+        real = boxes, labels, *image.size
+        target = closed_set_target(rng, *real, self.language, self.grid, self.noise)
         return closed_set_sample(square(image, self.size), target, self.language)

@@ -20,7 +20,7 @@ from model.io.image import pixels_to_tensor
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections, CocoIndex, answer_sample, closed_set_sample
 from train.data.jsonl import JsonlPairs, is_jsonl
-from train.data.targets import closed_set_target, text_target
+from train.data.targets import NANO_NOISE, Noise, closed_set_target, text_target
 from train.nano.patch_head import patch_targets
 from train.practice.scenes import Scene, make_scene
 from train.practice.tasks import SHARES, tasks
@@ -51,10 +51,11 @@ class PracticeScenes(Dataset):
         split: str = "train",
         tokenizer: Tokenizer | None = None,
         codec: MaskCodec | None = None,
+        noise: Noise = NANO_NOISE,
     ):
         self.language, self.size, self.patch = language, size, patch
         self.first, self.split, self.tokenizer = first, split, tokenizer
-        self.tasks = codec and tasks(codec)
+        self.tasks, self.noise = codec and tasks(codec), noise
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """answer_sample's tensors, lists of them for several samples; and of the image patch_labels int64 [P]
@@ -75,7 +76,7 @@ class PracticeScenes(Dataset):
     def _sample(self, rng: np.random.Generator, scene: Scene, task: str) -> dict[str, Tensor]:
         if task == "closed-set":
             real = scene.boxes, scene.labels, self.size, self.size
-            target = closed_set_target(rng, *real, self.language, grid=1)
+            target = closed_set_target(rng, *real, self.language, grid=1, noise=self.noise)
             return closed_set_sample(scene.image, target, self.language)
         prefix, suffix = self.tasks[task](rng, scene)
         target = text_target(self.tokenizer, suffix)
@@ -111,6 +112,7 @@ def open_data(
     seed: int,
     augment: bool,
     allow_outside: bool = False,
+    noise: Noise = NANO_NOISE,
 ) -> Dataset:
     """The data set of a COCO instances file or of JSONL lines, told apart by content.
 
@@ -119,15 +121,18 @@ def open_data(
     """
     images, size = images or file.parent / "images", model.config.vision.image_size
     if is_jsonl(file):
+        if changed := noise.changed():
+            what = f"{', '.join(changed)}: only closed-set detection has noise"
+            raise ValueError(f"{what}, and {file} holds lines of text, not COCO instances")
         data = JsonlPairs(file, images, tokenizer, size, seed, augment, allow_outside)
         longest = data.longest()
     else:
         index, language = read_coco_index(file, images), ClosedSet.of(model.config, tokenizer)
         labels = [language.classes.index(name) for name in index.classes]
-        data = CocoDetections(index, images, language, labels, size, seed=seed, augment=augment)
+        data = CocoDetections(index, images, language, labels, size, seed, augment, noise)
         longest = len(language.prompt) + 5 * language.groups
     if not len(data):
-        raise ValueError(f"{file} has no samples")
+        raise ValueError(f"{file} has no samples" + " with objects" * noise.skip_empty)
     check_length(longest, model)
     return data
 
@@ -185,10 +190,14 @@ class StepSampler:
         return int(self._order[1][place])
 
 
-def collate(samples: list[dict[str, Tensor]], pad: int = 0, multiple: int = 1) -> dict[str, Tensor]:
+def collate(
+    samples: list[dict[str, Tensor]], pad: int = 0, multiple: int = 1, per_example: bool = False
+) -> dict[str, Tensor]:
     """Stacked samples; texts are padded on the right to the longest, rounded up to a multiple.
 
     Where a sample has a list of texts, they follow each other in the batch: as many times the images.
+    per_example: each text's weights add up to 1, whatever its length. The sum of all weights, by which the
+    loss is divided, is then the number of texts, and the loss the mean of their means.
     """
     batch = {}
     for name in samples[0]:
@@ -199,6 +208,8 @@ def collate(samples: list[dict[str, Tensor]], pad: int = 0, multiple: int = 1) -
             fill = pad if name == "text" else 0
             batch[name] = torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill)
             batch[name] = F.pad(batch[name], (0, -batch[name].shape[1] % multiple), value=fill)
+            if name == "weights" and per_example:
+                batch[name] /= batch[name].sum(1, keepdim=True)  # never 0: eos always weighs 1
         else:
             batch[name] = torch.stack(column)
     return batch

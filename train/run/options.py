@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from model.lora import TARGETS
+from train.data.targets import Noise
 
 SAME_RUN = (
-    "model data images tasks batch_size seed first_scene lora lora_targets lora_rank lora_alpha".split()
+    "model data images tasks batch_size seed first_scene lora lora_targets lora_rank lora_alpha "
+    "noise_weight noise_disguise noise_near noise_apart skip_empty loss_mean attn_cap final_cap beta2".split()
 )
 
 
@@ -42,21 +44,36 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--rslora", action=switch, default=False, help="scale by alpha / sqrt(rank)")
     add("--freeze-vision", action=switch, default=False, help="leave the vision tower as it is")
 
+    add = parser.add_argument_group("closed-set targets (defaults: nano's)").add_argument
+    add("--noise-weight", type=float, default=Noise.weight, help="of a noise box's class in the loss")
+    add("--noise-disguise", type=float, default=Noise.disguise,
+        help="share of the noise boxes whose class, as an input, is a random real one")  # fmt: skip
+    add(
+        "--noise-near",
+        type=float,
+        default=Noise.near,
+        help="share of the noise boxes that are near real ones",
+    )
+    add("--noise-apart", action=switch, default=False, help="noise boxes keep away from each other as well")
+    add("--skip-empty", action=switch, default=False, help="leave out pictures of --data without objects")
+
     add = parser.add_argument_group("how").add_argument
     add("--lr", type=float, default=1e-5)
     add("--min-lr", type=float, default=1e-6, help="where the cosine ends")
     add("--muon-lr", type=float, default=0, help="Muon at this rate for the layers' matrices; 0: AdamW")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
-    add("--weight-decay", type=float, default=0.0)
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add(
+        "--weight-decay", type=float, default=0.0, help="of matrices; a step takes it times the learning rate"
+    )
+    add("--beta2", type=float, default=0.98, help="AdamW's decay of squared gradients")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--loss", choices=["allowed", "vocabulary"], default="allowed",
         help="closed-set: over the ids allowed at each position, or over all (train/loss.py)")  # fmt: skip
-    add(
-        "--patch-weight",
-        type=float,
-        default=0.0,
-        help="of the helper loss (train/nano/patch_head.py)",
-    )
+    add("--loss-mean", choices=["token", "example"], default="token",
+        help="mean of all tokens, or of each answer's mean: long ones weigh no more")  # fmt: skip
+    add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")
+    add("--final-cap", type=float, help="soft cap of the logits instead of the checkpoint's; 0: off")
+    add("--patch-weight", type=float, default=0.0, help="of the helper loss (train/nano/patch_head.py)")
     add("--patch-steps", type=int, default=0, help="steps at the start with the helper loss alone")
 
     add = parser.add_argument_group("machine").add_argument
@@ -94,6 +111,11 @@ def arguments(argv=None) -> argparse.Namespace:
         raise ValueError("--tasks all is of practice scenes: leave --data out; what lines ask for is in them")
     if args.val_every and args.data and not args.val:
         raise ValueError("--val-every needs --val FILE")
+    if args.skip_empty and not args.data:
+        raise ValueError("--skip-empty is for --data: every practice scene has objects")
+    if not 0 <= args.beta2 < 1:
+        raise ValueError(f"--beta2 {args.beta2}: must be at least 0 and less than 1")
+    noise_of(args)
     args.lora_targets = TARGETS.get(args.lora_targets, args.lora_targets)
     if args.lora and args.freeze_vision:
         args.lora_targets = rf"(?!vision\.)({args.lora_targets})"
@@ -104,6 +126,17 @@ def arguments(argv=None) -> argparse.Namespace:
             f"--lora-targets {args.lora_targets!r}: not a regular expression ({error})"
         ) from error
     return args
+
+
+def noise_of(args: argparse.Namespace) -> Noise:
+    """The noise that the options ask for. Raises ValueError for values out of range."""
+    return Noise(args.noise_weight, args.noise_disguise, args.noise_near, args.noise_apart, args.skip_empty)
+
+
+def caps_of(args: argparse.Namespace) -> dict[str, float]:
+    """The config's fields that the options override."""
+    caps = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
+    return {name: cap for name, cap in caps.items() if cap is not None}
 
 
 def as_json(args: argparse.Namespace) -> dict:
