@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from model import PaliGemma, lora
 from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
-from model.io.hub import BESIDE, codec_file, resolve
+from model.io.hub import COMPANION_FILES, codec_file, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
 from model.io.writing import read_json, write_json
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)  # of adapters and the helper head
     base = found if found and not args.lora else resolve(args.model)
     tokenizer = Tokenizer(base)
-    beside = {file.name: file.read_bytes() for name in BESIDE if (file := base / name).exists()}
+    beside = {file.name: file.read_bytes() for name in COMPANION_FILES if (file := base / name).exists()}
     known = load_config(str(base)).classes
     overrides = dict(classes=classes_for(args.data, args.images, known)) if args.data else {}
     overrides |= dict(open_vocabulary=True) if args.data and is_jsonl(args.data) else {}

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
-from train.data.samples import ROUND, network_input
+from model.io.image import to_network
+from train.data.samples import ROUND
 from train.loss import allowed_loss, vocabulary_loss
 from train.nano.patch_head import PatchHead
 
@@ -30,7 +31,7 @@ class Objective(nn.Module):
     def forward(self, batch: dict[str, Tensor], patch_only: bool = False) -> tuple[Tensor, Tensor]:
         """A micro-batch -> (what to minimise, the model's own loss for the log). batch["total"]: the weights
         of the whole batch, by which each part is divided, so that the parts add up to its mean."""
-        image_tokens = self.model.encode(network_input(batch["image"]))
+        image_tokens = self.model.encode(to_network(batch["image"]))  # bytes until here: they travel cheaper
         patch_loss = image_tokens.new_zeros(())
         if self.patch_head is not None:
             targets = batch["patch_labels"], batch["patch_boxes"]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.io.image import to_tensor
+from model.io.image import square, to_network
 from model.paligemma import PaliGemma
 
 MAX_BATCH_CPU, MAX_BATCH_GPU = 16, 64  # more images at a time gain nothing
@@ -16,7 +16,7 @@ UNKNOWN_MEMORY = 2 << 30  # bytes taken for free where the system does not say
 def network_images(model: PaliGemma, images: list[Image.Image]) -> Tensor:
     """Upright RGB images of any sizes -> float32 [B, 3, S, S] in [-1, 1], on the model's device."""
     size, device = model.config.vision.image_size, model.projector.weight.device
-    return torch.stack([to_tensor(image, size) for image in images]).to(device)
+    return torch.stack([to_network(square(image, size)) for image in images]).to(device)
 
 
 def fitting_batch(model: PaliGemma, prompt: int, answer: int) -> int:

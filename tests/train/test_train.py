@@ -23,11 +23,11 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
-from model.io.image import to_tensor
+from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 from train import fit as train
 from train import objective
-from train.data.samples import PracticeScenes, StepSampler, collate, network_input
+from train.data.samples import PracticeScenes, StepSampler, collate
 from train.nano import untrained as nano
 from train.nano.patch_head import MIN_COVER, PatchHead, _giou, patch_targets
 from train.practice.scenes import Scene, make_scene
@@ -122,8 +122,8 @@ def test_sample(tiny):
 def test_training_sees_what_detection_sees():
     """An image goes into the network alike, whether drawn for training or read from a file."""
     pixels = make_scene(0).image
-    ours = network_input(torch.tensor(pixels)[None])
-    assert torch.allclose(ours[0], to_tensor(Image.fromarray(pixels), 128), atol=1e-6)
+    ours = to_network(torch.tensor(pixels)[None])
+    assert torch.equal(ours[0], to_network(square(Image.fromarray(pixels), 128)))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -328,12 +328,12 @@ def kill_at(monkeypatch, step):
     """Let the run end in the middle of step number `step`, as seen from where it starts."""
     steps = iter(range(1, step + 1))
 
-    def network_input_or_death(image):
+    def to_network_or_death(image):
         if next(steps) == step:
             raise Killed
-        return network_input(image)
+        return to_network(image)
 
-    monkeypatch.setattr(objective, "network_input", network_input_or_death)
+    monkeypatch.setattr(objective, "to_network", to_network_or_death)
 
 
 @pytest.mark.parametrize(
