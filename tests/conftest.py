@@ -1,16 +1,29 @@
-"""Randomness that no test seeds itself starts from the environment variable SEED, told in the header."""
+"""Fixtures of all tests. Randomness that no test seeds itself starts from the environment variable SEED."""
 
+import json
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests use no network
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from helpers import picture, tiny_config  # noqa: E402
+
+from model import PaliGemma  # noqa: E402
+from model.config import COCO_CLASSES  # noqa: E402
+from model.decoding.masks import MaskCodec  # noqa: E402
+from model.io.hub import CODEC, NANO  # noqa: E402
+from model.io.tokenizer import Tokenizer  # noqa: E402
+from train.nano.untrained import train_tokenizer  # noqa: E402
+
 SEED = int(os.environ.get("SEED", 0))
+torch.set_num_threads(1)  # tensors this small only wait for other threads: minutes on a busy machine
 
 
 def pytest_report_header():
@@ -22,3 +35,62 @@ def seeded():
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    """A tokenizer of nano's form."""
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory, tokenizer_file):
+    """A checkpoint of nano's form, smaller, with weights that answer each picture in its own way."""
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copy(tokenizer_file, folder)
+    tiny = PaliGemma(tiny_config(Tokenizer(folder)))
+    generator = torch.Generator().manual_seed(6)
+    for name, weight in tiny.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if "norm" in name:  # Gemma's norms multiply by 1 + weight
+            weight.data = 0.3 * noise + (3 if name == "decoder.norm.weight" else name.startswith("vision"))
+        else:
+            gain = 0.5 if "embed." in name else 2.0
+            weight.data = 0.2 * noise if weight.ndim == 1 else gain * noise / weight[0].numel() ** 0.5
+    tiny.decoder.embed.weight.data[7 + len(COCO_CLASSES)] *= 3  # so that noise is an answer, at times
+    tiny.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def codec():
+    """nano's mask codec."""
+    return MaskCodec.load(NANO / CODEC)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A COCO set of three pictures and three classes; x, y, w, h of small, medium and large objects."""
+    boxes = [(0, 1, [10, 10, 20, 20]), (0, 2, [50, 50, 60, 40])]
+    boxes += [(1, 1, [0, 0, 120, 110]), (2, 3, [5, 6, 30, 40])]
+    data = dict(
+        images=[dict(id=i, file_name=f"{i}.png", width=128, height=128) for i in range(3)],
+        categories=[dict(id=i + 1, name=name) for i, name in enumerate(("cat", "dog", "bird"))],
+        annotations=[
+            dict(id=k + 1, image_id=image, category_id=label, bbox=box, area=box[2] * box[3], iscrowd=0)
+            for k, (image, label, box) in enumerate(boxes)
+        ],
+    )
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    for i in range(3):
+        picture(tmp_path / "images" / f"{i}.png", 128, 128, seed=i)
+    return tmp_path / "instances.json"

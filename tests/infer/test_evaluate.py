@@ -4,7 +4,6 @@ A detector that answers from a list stands in for the model, except where severa
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,16 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ENVIRONMENT, ROOT, torchrun
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_programs import model  # noqa: F401 - a fixture
 
 from infer import evaluate, report
 from model.decoding.detector import Detections
 
-torch.set_num_threads(1)
-ROOT = Path(__file__).parents[2]
 NAMES = ["cat", "dog", "bird"]
 COUNT = 8  # images; number 3 and 7 have no objects
 FIGURES = ["AP", "AP50", "AP75", "AP small", "AP medium", "AP large"]
@@ -238,7 +235,7 @@ def test_a_broken_line_is_told(run_evaluate, tmp_path):
 
 def test_other_settings_are_refused(run_evaluate, data, tmp_path):
     """In words, and nothing is touched; how fast it goes is no setting."""
-    out, model = tmp_path / "out", tmp_path / "model"  # noqa: F811
+    out, model = tmp_path / "out", tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"1")
     usual = ["--out", out, "--model", model]
@@ -306,17 +303,16 @@ def test_every_process_has_its_gpu(asked, gpus, device, monkeypatch):
     assert args.device == device and started == [("gloo",)]
 
 
-def test_two_processes(model, tmp_path):  # noqa: F811
+def test_two_processes(model, tmp_path):
     """torchrun with two, on a practice set: the figures of one, printed once; the scenes drawn once."""
     program = [ROOT / "infer" / "evaluate.py", "--model", model, "--count", "5", "--device", "cpu"]
     program += ["--sets", "same", "--batch-size", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    shared = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    shared = [sys.executable, *torchrun(2)]
     printed = []
     for command, out in (([sys.executable], "one"), (shared, "two")):
         done = subprocess.run(
-            [*command, *program, "--out", tmp_path / out],
-            env=environment, capture_output=True, text=True, timeout=300,
+            [*map(str, [*command, *program]), "--out", tmp_path / out],
+            env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         printed.append(done.stdout)

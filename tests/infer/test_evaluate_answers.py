@@ -5,23 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_programs import call, here, model, picture  # noqa: F401 - fixtures
+from helpers import call, disc, picture, write_jsonl
 
 from infer import evaluate_answers
 from infer.evaluate_answers import cider_d, judge, overlap
 from model.decoding.boxes import format_answer
-from model.decoding.masks import MaskCodec, crop, to_rle
+from model.decoding.masks import crop, to_rle
 from model.io.hub import CODEC, NANO
 
-
-@pytest.fixture(scope="module")
-def codec():
-    return MaskCodec.load(NANO / CODEC)
-
-
-def disc(r=20, x=50, y=40):
-    rows, columns = np.mgrid[:80, :120]
-    return (columns - x) ** 2 + (rows - y) ** 2 < r**2
+MASK, MOVED = disc(120, 80, 50, 40, 20), disc(120, 80, 60, 45, 20)
+ELSEWHERE = disc(120, 80, 100, 20, 8)
 
 
 def answer(mask, codec) -> str:
@@ -46,24 +39,22 @@ def test_cider_d():
 
 
 def test_overlap(codec):
-    mask = disc()
-    said = answer(mask, codec)
-    assert overlap(said, mask, codec) > 0.9
-    assert overlap(f"{said} ; {answer(disc(8, 100, 20), codec)}", mask, codec) == overlap(said, mask, codec)
-    assert overlap(said, mask, codec, bins=1023) != overlap(said, mask, codec)
-    assert 0 < overlap(answer(disc(20, 60, 45), codec), mask, codec) < 0.8
-    assert overlap(answer(disc(8, 100, 20), codec), mask, codec) == 0
+    said = answer(MASK, codec)
+    assert overlap(said, MASK, codec) > 0.9
+    assert overlap(f"{said} ; {answer(ELSEWHERE, codec)}", MASK, codec) == overlap(said, MASK, codec)
+    assert overlap(said, MASK, codec, bins=1023) != overlap(said, MASK, codec)
+    assert 0 < overlap(answer(MOVED, codec), MASK, codec) < 0.8
+    assert overlap(answer(ELSEWHERE, codec), MASK, codec) == 0
 
 
 def test_invalid_answers_score_nothing(codec):
     """Too few tokens, codes out of range, a box turned inside out."""
-    mask = disc()
-    said = answer(mask, codec)
+    said = answer(MASK, codec)
     locs, rest = said[:36], said[36:]
     for text in ("", "a cat", locs, said[: 36 + 15 * 8], said.replace("<seg", "<sag"), locs[9:] + rest):
-        assert overlap(text, mask, codec) == 0
+        assert overlap(text, MASK, codec) == 0
     turned = locs[18:] + locs[:18] + rest
-    assert overlap(turned, mask, codec) == 0
+    assert overlap(turned, MASK, codec) == 0
 
 
 def test_judge(codec):
@@ -73,10 +64,18 @@ def test_judge(codec):
         dict(image="a", prefix="answer en where?", suffix="top left", kind="where"),
         dict(image="a", prefix="caption en", suffix="a cat left of two dogs"),
         dict(image="b", prefix="caption en", suffix="a bus and a zebra"),
-        dict(image="a", prefix="segment cat", suffix="", mask=to_rle(disc())),
-        dict(image="b", prefix="segment cat", suffix="", mask=to_rle(disc())),
+        dict(image="a", prefix="segment cat", suffix="", mask=to_rle(MASK)),
+        dict(image="b", prefix="segment cat", suffix="", mask=to_rle(MASK)),
     ]
-    said = ["2", "Three", "top right", "a cat left of two dogs", "a bus", answer(disc(), codec), "none"]
+    said = [
+        "2",
+        "Three",
+        "top right",
+        "a cat left of two dogs",
+        "a bus",
+        answer(MASK, codec),
+        "none",
+    ]
     figures = judge(records, said, codec)
     assert figures["question"]["exact"] == 0.6667 and figures["question"]["lines"] == 3
     assert figures["question"]["kinds"] == {
@@ -93,19 +92,18 @@ def run(monkeypatch, capsys, *argv):
 
 
 @pytest.fixture
-def data(here):  # noqa: F811
+def data(here):
     lines = [
         dict(image="a.png", prefix="caption en", suffix="a cat"),
         dict(image="a.png", prefix="answer en where is the cat?", suffix="top left"),
-        dict(image="b.png", prefix="segment cat", suffix="", mask=to_rle(disc())),
+        dict(image="b.png", prefix="segment cat", suffix="", mask=to_rle(MASK)),
     ]
     for name in ("a.png", "b.png"):
         picture(here / "images" / name, 120, 80)
-    (here / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return here / "answers.jsonl"
+    return write_jsonl(here / "answers.jsonl", *lines)
 
 
-def test_program(monkeypatch, capsys, model, data):  # noqa: F811
+def test_program(monkeypatch, capsys, model, data):
     argv = "--data", data, "--model", model, "--codec", NANO / CODEC, "--max-tokens", 30
     code, out, err = run(monkeypatch, capsys, *argv, "--json", "f.json", "--answers", "said.jsonl")
     assert (code, err) == (0, []) and "caption" in out and "mean IoU" in out
@@ -115,7 +113,7 @@ def test_program(monkeypatch, capsys, model, data):  # noqa: F811
     assert len(said) == 3 and all(isinstance(line["answer"], str) for line in said)
 
 
-def test_practice_scenes(monkeypatch, capsys, model, here):  # noqa: F811
+def test_practice_scenes(monkeypatch, capsys, model, here):
     argv = "--model", model, "--codec", NANO / CODEC, "--count", 3, "--sets", "vendor", "--max-tokens", 20
     code, out, err = run(monkeypatch, capsys, *argv)
     assert (code, err) == (0, []) and "unseen vendor" in out and "(3 lines)" in out
@@ -132,7 +130,7 @@ def test_practice_scenes(monkeypatch, capsys, model, here):  # noqa: F811
         (dict(image="a.png", suffix=""), "prefix"),
     ],
 )
-def test_mistakes(monkeypatch, capsys, model, data, line, words):  # noqa: F811
+def test_mistakes(monkeypatch, capsys, model, data, line, words):
     data.write_text(json.dumps(line) + "\n")
     argv = "--data", data, "--model", model, "--codec", NANO / CODEC, "--max-tokens", 5
     code, _, err = run(monkeypatch, capsys, *argv)

@@ -8,80 +8,21 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from helpers import ROOT, call, edit_json, picture
 from PIL import Image
 from pycocotools.coco import COCO
 
 from infer import detect, evaluate
 from infer.lib.draw import class_colour, draw_boxes
-from model import PaliGemma
 from model.config import COCO_CLASSES
 from model.decoding.boxes import areas, locs_to_boxes
 from model.decoding.detector import Detections
 from model.io.tokenizer import Tokenizer
-from train.nano.untrained import nano_config, train_tokenizer
 from train.practice.scenes import write_coco
-
-torch.set_num_threads(1)
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A checkpoint of nano's form, smaller, with weights that answer each picture in its own way."""
-    folder = tmp_path_factory.mktemp("tiny")
-    train_tokenizer(folder / "tokenizer.model")
-    full = nano_config(Tokenizer(folder))
-    small = replace(
-        full,
-        vision=replace(full.vision, image_size=64, width=32, layers=2, heads=2, mlp=64),
-        text=replace(full.text, width=48, layers=2, head_dim=16, query_scale=0.25, mlp=96, sliding_window=16),
-    )
-    tiny = PaliGemma(small)
-    generator = torch.Generator().manual_seed(6)
-    for name, weight in tiny.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if "norm" in name:  # Gemma's norms multiply by 1 + weight
-            weight.data = 0.3 * noise + (3 if name == "decoder.norm.weight" else name.startswith("vision"))
-        else:
-            gain = 0.5 if "embed." in name else 2.0
-            weight.data = 0.2 * noise if weight.ndim == 1 else gain * noise / weight[0].numel() ** 0.5
-    tiny.decoder.embed.weight.data[7 + len(COCO_CLASSES)] *= 3  # so that noise is an answer, at times
-    tiny.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def picture(file: Path, width=90, height=60, seed=11) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file)
-    return file
-
-
-def call(monkeypatch, capsys, program, *argv) -> tuple[int, str, str]:
-    """Run a program's main() in this process: exit code, stdout, stderr, as the shell would see them."""
-    monkeypatch.setattr(sys, "argv", [f"{program.__name__.rpartition('.')[2]}.py", *map(str, argv)])
-    code = 0
-    try:
-        program.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    if isinstance(code, str):  # what Python prints before it exits with 1
-        code, err = 1, f"{err}{code}\n"
-    return code, out, err
 
 
 @pytest.fixture
@@ -348,25 +289,6 @@ def test_colours_differ():
 NAMES = ["cat", "dog", "bird"]
 
 
-@pytest.fixture
-def coco(tmp_path):
-    """A COCO set of three pictures and three classes; x, y, w, h of small, medium and large objects."""
-    boxes = [(0, 1, [10, 10, 20, 20]), (0, 2, [50, 50, 60, 40])]
-    boxes += [(1, 1, [0, 0, 120, 110]), (2, 3, [5, 6, 30, 40])]
-    data = dict(
-        images=[dict(id=i, file_name=f"{i}.png", width=128, height=128) for i in range(3)],
-        categories=[dict(id=i + 1, name=name) for i, name in enumerate(NAMES)],
-        annotations=[
-            dict(id=k + 1, image_id=image, category_id=label, bbox=box, area=box[2] * box[3], iscrowd=0)
-            for k, (image, label, box) in enumerate(boxes)
-        ],
-    )
-    (tmp_path / "instances.json").write_text(json.dumps(data))
-    for i in range(3):
-        picture(tmp_path / "images" / f"{i}.png", 128, 128, seed=i)
-    return tmp_path / "instances.json"
-
-
 def results_of(coco: COCO, score=0.9, shift=0, labels=None) -> list[dict]:
     """The set's own boxes as predictions."""
     return [
@@ -474,12 +396,6 @@ def test_predictions_are_in_pixels_of_the_picture(coco):
     assert figures["images"] == 3 and figures["calibration error"] == pytest.approx(0.2)
 
 
-def edit(file: Path, change) -> None:
-    data = json.loads(file.read_text())
-    change(data)
-    file.write_text(json.dumps(data))
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -487,8 +403,11 @@ def edit(file: Path, change) -> None:
         (lambda file: file.write_text("[]"), ["instances.json", "COCO"]),
         (lambda file: file.write_text("{"), ["instances.json", "COCO"]),
         (lambda file: file.write_text("{}"), ["instances.json", "'images'"]),
-        (lambda file: edit(file, lambda d: d.pop("categories")), ["instances.json", "'categories'"]),
-        (lambda file: edit(file, lambda d: d["categories"][0].update(name="ufo")), ["instances.json", "ufo"]),
+        (lambda file: edit_json(file, lambda d: d.pop("categories")), ["instances.json", "'categories'"]),
+        (
+            lambda file: edit_json(file, lambda d: d["categories"][0].update(name="ufo")),
+            ["instances.json", "ufo"],
+        ),
         (lambda file: (file.parent / "images" / "1.png").unlink(), ["1.png", "no such file"]),
         (lambda file: (file.parent / "images" / "1.png").write_text("?"), ["1.png", "not a readable image"]),
     ],

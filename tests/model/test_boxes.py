@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import slow_iou
 
 from model.decoding.boxes import BINS, areas, boxes_to_locs, iou, locs_to_boxes, nms
 
@@ -75,16 +76,6 @@ def test_areas():
     boxes = np.array([[1, 2, 4, 6], [4, 2, 1, 6], [1, 6, 4, 2], [4, 6, 1, 2], [3, 3, 3, 9]])
     assert areas(boxes).tolist() == [12, 0, 0, 0, 0]
     assert areas(np.zeros((2, 3, 4))).shape == (2, 3)
-
-
-def slow_iou(a, b):
-    """Of one pair, counted from the sides of their intersection."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
-    return width * height / union
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["any", "whole pixels"])

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from helpers import load
 from reference import (
-    BOS,
     EOS,
+    LANGUAGE,
     LOC0,
-    NEWLINE,
+    NOISE,
     UNUSED0,
     VOCAB,
     difference,
+    noisy,
     pad_right,
     random_inputs,
     reference_inputs,
@@ -20,8 +22,7 @@ from reference import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor
 
-from model import PaliGemma
-from model.decoding.closed_set import ClosedSet, GroupDecoder
+from model.decoding.closed_set import GroupDecoder
 
 ARCHITECTURES = {
     "gemma1": dict(family="gemma"),
@@ -36,7 +37,7 @@ ARCHITECTURES = {
 def both(folder, seed=0, **architecture):
     """A transformers model and ours with the same weights."""
     hf = tiny_paligemma(seed, **architecture)
-    return hf, PaliGemma.from_pretrained(str(save(hf, folder)), dtype=torch.float32)
+    return hf, load(save(hf, folder))
 
 
 # Any text ---------------------------------------------------------------------------------------------------
@@ -91,13 +92,10 @@ def test_full_cache(tmp_path):
         ours.step(tokens[:, 0], cache)
 
 
-# The closed-set language ------------------------------------------------------------------------------------
+GROUPS = LANGUAGE.groups
 
-GROUPS, CLASSES = 6, ("cat", "dog", "traffic light", "bird", "cow")
-LANGUAGE = ClosedSet(
-    prompt=(BOS, 500, 600, NEWLINE), loc0=LOC0, class0=UNUSED0, eos=EOS, classes=CLASSES, groups=GROUPS
-)
-NOISE = UNUSED0 + len(CLASSES)
+
+# The closed-set language ------------------------------------------------------------------------------------
 
 
 class OnlyGroups(LogitsProcessor):
@@ -118,14 +116,6 @@ class OnlyGroups(LogitsProcessor):
         allowed = torch.full_like(scores, -torch.inf)
         allowed[:, first:last] = scores[:, first:last]
         return allowed
-
-
-def noisy(folder, **architecture):
-    """Both models, the embedding of noise made longer: it is likeliest in many groups, but not in all."""
-    hf = tiny_paligemma(seed=15, **architecture)
-    with torch.no_grad():
-        hf.get_input_embeddings().weight[NOISE] *= 4
-    return hf, PaliGemma.from_pretrained(str(save(hf, folder)), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("noise_feedback", [True, False], ids=["noise fed back", "noise replaced"])

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 import torch
+from helpers import equal
 from PIL import Image
-from test_cache import LANGUAGE, noisy
+from reference import LANGUAGE, noisy
 
 from model.decoding.closed_set import EarlyStop, GroupDecoder
 from model.decoding.detector import MAX_BATCH, Detector
@@ -24,10 +25,6 @@ def model(tmp_path_factory):
 def pictures(model, batch, seed=2):
     size = model.config.vision.image_size
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def equal(a, b):
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
 
 
 def test_nothing_of_an_earlier_batch_is_left(model):

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import LOC0, UNUSED0, random_inputs, save, tiny_paligemma
-from test_cache import LANGUAGE
+from helpers import equal
+from reference import LANGUAGE, LOC0, UNUSED0, random_inputs, save, tiny_paligemma
 
 from infer import benchmark, benchmark_head, evaluate
 from infer import benchmark_step as train_benchmark
@@ -247,10 +247,6 @@ def test_capture(graphs):
     ]
     graphs.clear()
     assert replay() is outputs and replay() is outputs and graphs == ["replay", "replay"]
-
-
-def equal(a, b):
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
 
 
 def test_nan_does_not_outlive_its_batch(model):

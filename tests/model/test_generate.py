@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 from reference import EOS, PAD, random_inputs, reference_inputs, save, tiny_paligemma
-from test_programs import model  # noqa: F401 - a fixture
 
 from infer import generate as program
 from model import PaliGemma
@@ -130,7 +129,7 @@ def test_refused(both):
 
 
 @pytest.fixture
-def ask(model, tmp_path, monkeypatch, capsys):  # noqa: F811
+def ask(model, tmp_path, monkeypatch, capsys):
     """Run generate.py on a picture, in this process: exit code, standard output, lines of standard error."""
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)

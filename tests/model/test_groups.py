@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers import slow_iou
 from reference import BOS, EOS, LOC0, NEWLINE, UNUSED0, VOCAB, random_inputs, save, tiny_paligemma
 
 from model import PaliGemma
@@ -15,7 +16,7 @@ from model.gemma import Gemma
 from model.io.tokenizer import Tokenizer
 from train.data.targets import MAX_NOISE_IOU, Noise, closed_set_target
 from train.loss import allowed_loss
-from train.nano.untrained import nano_config, train_tokenizer
+from train.nano.untrained import nano_config
 from train.practice.scenes import make_scene
 
 G, CLASSES = 12, ("cat", "dog", "traffic light", "bird", "cow", "bear")
@@ -27,10 +28,9 @@ SIZE = 128
 # Ids --------------------------------------------------------------------------------------------------------
 
 
-def test_ids_of_a_checkpoint(tmp_path):
+def test_ids_of_a_checkpoint(tokenizer_file):
     """All from tokenizer and config: bos, the prompt, newline; 1,024 locations; 80 classes and noise."""
-    train_tokenizer(tmp_path / "tokenizer.model")
-    tokenizer = Tokenizer(tmp_path)
+    tokenizer = Tokenizer(tokenizer_file)
     language = ClosedSet.of(nano_config(tokenizer), tokenizer)
     assert language.prompt == (2, *tokenizer.encode("detect all classes"), 108)
     assert language.loc0 == tokenizer.loc0 and language.eos == 1
@@ -60,12 +60,6 @@ def groups_of(target, width=SIZE, height=SIZE):
     """The target's labels as pixel boxes [G, 4] and classes [G]; its other arrays as [G, 5]."""
     tokens, inputs, weights = (a[:-1].reshape(G, 5) for a in (target.tokens, target.inputs, target.weights))
     return locs_to_boxes(tokens[:, :4] - LOC0, width, height), tokens[:, 4] - UNUSED0, tokens, inputs, weights
-
-
-def slow_iou(a, b):
-    width, height = (min(a[2 + i], b[2 + i]) - max(a[i], b[i]) for i in (0, 1))
-    shared = max(width, 0) * max(height, 0)
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
 def rows(boxes, labels):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import load
 from reference import difference, pad_right, random_inputs, reference_logits, save, tiny_paligemma
 from transformers import PaliGemmaForConditionalGeneration
 
@@ -37,11 +38,6 @@ ARCHITECTURES = {
 }
 
 
-def load(hf, folder, dtype=torch.float32, **overrides) -> PaliGemma:
-    """Our model with the weights of a transformers model, by way of the disk."""
-    return PaliGemma.from_pretrained(str(save(hf, folder)), dtype=dtype, **overrides)
-
-
 @torch.no_grad()
 def assert_same_logits(ours: PaliGemma, hf):
     images, tokens = random_inputs(hf, length=9)
@@ -55,7 +51,7 @@ def assert_same_logits(ours: PaliGemma, hf):
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
 def test_architecture(architecture, tmp_path):
     hf = tiny_paligemma(seed=1, **architecture)
-    assert_same_logits(load(hf, tmp_path), hf)
+    assert_same_logits(load(save(hf, tmp_path)), hf)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -112,7 +108,7 @@ def test_written_by_transformers(tmp_path):
 def test_every_prefix_length(window, tmp_path):
     """One batch in which row i has a prefix of i + 1 tokens, up to no suffix at all; then each as an int."""
     hf = tiny_paligemma(seed=6, window=window)
-    ours = load(hf, tmp_path)
+    ours = load(save(hf, tmp_path))
     T = 7
     images, tokens = random_inputs(hf, batch=T, length=T)
     prefix_lens = torch.arange(1, T + 1)
@@ -130,7 +126,7 @@ def test_right_padding(architecture, tmp_path):
     """A padded batch equals transformers' on the same batch, and ours on every row without its padding: also
     where prefix_len is that of the longest row and reaches into the padding of others."""
     hf = tiny_paligemma(seed=7, **architecture)
-    ours = load(hf, tmp_path)
+    ours = load(save(hf, tmp_path))
     lengths = [5, 11, 8, 11]
     images, tokens = random_inputs(hf, batch=4, length=11)
     tokens = pad_right(tokens, lengths)
@@ -148,7 +144,7 @@ def test_right_padding(architecture, tmp_path):
 def test_suffix_is_causal_and_prefix_is_not(architecture, tmp_path):
     """An edited token changes its own logits and later ones: of earlier ones only those of its own prefix."""
     hf = tiny_paligemma(seed=8, **architecture)
-    ours = load(hf, tmp_path)
+    ours = load(save(hf, tmp_path))
     images, tokens = random_inputs(hf, batch=1, length=9)
     before = ours(images, tokens, 4)
     for edited in range(1, 9):
@@ -209,7 +205,7 @@ def test_bfloat16(architecture, tmp_path):
 def test_bfloat16_rounds_where_transformers_rounds(tmp_path):
     """Norms are computed in float32, and the factor sqrt(width) is rounded before it meets the embedding."""
     hf = tiny_paligemma(seed=30)
-    ours = load(hf, tmp_path, dtype=torch.bfloat16)
+    ours = load(save(hf, tmp_path), dtype=torch.bfloat16)
     theirs = hf.bfloat16().model.language_model
     _, tokens = random_inputs(hf, length=50)
     x = theirs.embed_tokens(tokens)

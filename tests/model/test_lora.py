@@ -5,6 +5,7 @@ import json
 import pytest
 import reference
 import torch
+from helpers import apart, load
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
@@ -28,10 +29,6 @@ def base(hf, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     reference.save(hf, folder)
     return folder
-
-
-def load(folder, adapter=None, dtype=torch.float32):
-    return PaliGemma.from_pretrained(str(folder), dtype=dtype, adapter=adapter and str(adapter))
 
 
 def randomize(parameters, seed=0):
@@ -67,10 +64,6 @@ def logits_of(theirs, seed=0):
 def our_logits(model, hf, seed=0):
     images, tokens = reference.random_inputs(hf, seed=seed)
     return model(images, tokens, 4)
-
-
-def apart(a, b):
-    return (a - b).abs().max().item()
 
 
 # The layer --------------------------------------------------------------------------------------------------

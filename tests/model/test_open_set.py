@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import call, picture
 from PIL import Image
-from test_programs import call, coco, here, model, picture  # noqa: F401 - fixtures
 
 from infer import detect, evaluate, segment
 from infer.lib import options as loading
@@ -16,7 +16,7 @@ from infer.lib.options import class_names
 from model.config import COCO_CLASSES, PaliGemmaConfig, TextConfig, VisionConfig
 from model.decoding.detector import KEEP_ALL, Asker, OpenSetDetector, Selection, scored
 from model.decoding.generate import collect_answers, generate
-from model.decoding.masks import MaskCodec, from_rle, paste_mask
+from model.decoding.masks import from_rle, paste_mask
 from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
 
@@ -124,9 +124,8 @@ def test_suppression_is_over_all_calls(tokenizer):
     assert found.labels.tolist() == [0, 1]
 
 
-def test_masks(tokenizer):
+def test_masks(tokenizer, codec):
     """Codes become a mask inside their box, in pixels of the picture; an answer without codes is none."""
-    codec = MaskCodec.load(NANO / CODEC)
     said = {"segment cat": f"{A}{SEGS} cat ; {B} cat", "segment dog": f"{B}{SEGS[:-8]} dog"}
     made = OpenSetDetector(Said(tokenizer, said), ["cat", "dog"], codec=codec)
     (found,) = made([Image.new("RGB", (200, 100))])
@@ -135,7 +134,7 @@ def test_masks(tokenizer):
     assert len(found.masks) == 1 and np.array_equal(found.masks[0], right) and right.any()
 
 
-def test_asker_answers_as_generate_does(model):  # noqa: F811
+def test_asker_answers_as_generate_does(model):
     """Prompts of several images in batches of their own: each answer is the one it would be alone."""
     from model import PaliGemma
 
@@ -190,7 +189,7 @@ def run(monkeypatch, capsys, program, *argv):
     return code, out, err.splitlines()
 
 
-def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):  # noqa: F811
+def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):
     """Writes what closed-set detection writes; class_id counts the classes asked for."""
     ask = Said(tokenizer, {"detect cat ; traffic light": f"{A} traffic light ; {B} cat ; {B} dog"})
     monkeypatch.setattr(loading, "Asker", lambda *_: ask)
@@ -217,13 +216,13 @@ def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):  # noqa: F
         (["--temperature", -1], "temperature"),
     ],
 )
-def test_detect_mistakes(monkeypatch, capsys, model, here, options, word):  # noqa: F811
+def test_detect_mistakes(monkeypatch, capsys, model, here, options, word):
     argv = "--image", picture(here / "a.png"), "--model", model
     code, _, err = run(monkeypatch, capsys, detect, *argv, *options)
     assert code == 1 and len(err) == 1 and err[0].startswith("detect.py: ") and word in err[0]
 
 
-def test_evaluate_by_name(monkeypatch, capsys, model, coco):  # noqa: F811
+def test_evaluate_by_name(monkeypatch, capsys, model, coco):
     """All classes, so many a call, through pycocotools."""
     monkeypatch.chdir(coco.parent)
     for i in range(3):
@@ -236,7 +235,7 @@ def test_evaluate_by_name(monkeypatch, capsys, model, coco):  # noqa: F811
     assert json.loads(Path("f.json").read_text())["instances"]["images"] == 3
 
 
-def test_segment(monkeypatch, capsys, model, here, tokenizer):  # noqa: F811
+def test_segment(monkeypatch, capsys, model, here, tokenizer):
     """A drawing, a picture of each mask, and run-length encodings that are the same."""
     said = {"segment cat": f"{A}{SEGS} cat", "segment hair drier": f"{B}{SEGS} hair drier"}
     ask = Said(tokenizer, said)
@@ -266,7 +265,7 @@ def test_segment(monkeypatch, capsys, model, here, tokenizer):  # noqa: F811
         assert x0 - 1 <= columns.min() and columns.max() < x1 and y0 - 1 <= rows.min() and rows.max() < y1
 
 
-def test_segment_needs_a_codec(monkeypatch, capsys, model, here):  # noqa: F811
+def test_segment_needs_a_codec(monkeypatch, capsys, model, here):
     argv = "--image", picture(here / "a.png"), "--model", model, "--classes", "cat"
     for options, word in (([], "vae-oid.npz"), (["--codec", here / "a.png"], "a.png")):
         code, _, err = run(monkeypatch, capsys, segment, *argv, *options)

@@ -8,7 +8,6 @@ import re
 
 import numpy as np
 import pytest
-import reference  # noqa: F401 - keeps transformers offline, so it comes first
 import sentencepiece
 from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
@@ -16,7 +15,6 @@ from transformers import AutoTokenizer, PaliGemmaProcessor, SiglipImageProcessor
 
 from model.config import COCO_CLASSES
 from model.io.tokenizer import Tokenizer
-from train.nano.untrained import train_tokenizer
 from train.practice.sentences import random_sentences
 
 Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -44,11 +42,9 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def plain(tmp_path_factory):
+def plain(tokenizer_file):
     """A small model of Gemma's form, without location and segmentation pieces."""
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(file)
-    return file
+    return tokenizer_file
 
 
 def with_pieces(source, target, pieces, kind=Piece.USER_DEFINED, score=0.0):

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from helpers import complaint, load, same
 from huggingface_hub.errors import GatedRepoError
 from reference import difference, random_inputs, reference_logits, save, tiny_paligemma, write_shards
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
-
-from model import PaliGemma
 
 Q_PROJ = "language_model.model.layers.1.self_attn.q_proj.weight"
 UP_PROJ = "language_model.model.layers.0.mlp.up_proj.weight"
@@ -42,21 +41,8 @@ def split(folder, shards=2):
     return folder / "model.safetensors.index.json"
 
 
-def load(folder, dtype=torch.float32, **overrides):
-    return PaliGemma.from_pretrained(str(folder), dtype=dtype, **overrides)
-
-
-def complaint(folder, **arguments) -> str:
-    """The message of the ValueError that loading must end in."""
-    with pytest.raises(ValueError) as error:
-        load(folder, **arguments)
-    print(error.value)
-    return str(error.value)
-
-
 def same_weights(a, b) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return same(a.state_dict(), b.state_dict())
 
 
 # Refused ----------------------------------------------------------------------------------------------------
@@ -71,7 +57,7 @@ def test_every_bad_tensor_is_named_at_once(checkpoint):
         state["multi_modal_projector.linear.bias"] = torch.zeros(47)
 
     edit(checkpoint, spoil)
-    message = complaint(checkpoint)
+    message = complaint(load, checkpoint)
     assert str(checkpoint) in message
     for name in (Q_PROJ, FC1_BIAS):
         assert f"missing {name}" in message
@@ -83,7 +69,7 @@ def test_every_bad_tensor_is_named_at_once(checkpoint):
 
 def test_good_tensors_are_not_named(checkpoint):
     edit(checkpoint, lambda state: state.pop(Q_PROJ))
-    message = complaint(checkpoint)
+    message = complaint(load, checkpoint)
     assert message.count("language_model") == 1 and "vision_tower" not in message
 
 
@@ -95,7 +81,7 @@ def test_wrong_version(family, tmp_path):
         tiny_paligemma(family="gemma" if family == "gemma2" else "gemma2", layers=2), tmp_path / "other"
     )
     shutil.copy(other / "config.json", folder)
-    assert "layers.1.post_feedforward_layernorm.weight" in complaint(folder)
+    assert "layers.1.post_feedforward_layernorm.weight" in complaint(load, folder)
 
 
 def test_stored_head(checkpoint):
@@ -103,7 +89,7 @@ def test_stored_head(checkpoint):
     edit(checkpoint, lambda state: state.update({HEAD: state[EMBED].clone()}))
     load(checkpoint)
     edit(checkpoint, lambda state: state[HEAD][3].add_(1))
-    message = complaint(checkpoint)
+    message = complaint(load, checkpoint)
     assert HEAD in message and "tied" in message
 
 
@@ -116,21 +102,21 @@ def test_shard_outside_the_folder(file, checkpoint):
     raw["weight_map"][Q_PROJ] = file
     index.write_text(json.dumps(raw))
     shutil.copy(checkpoint / "model-00001-of-00002.safetensors", checkpoint.parent / "outside.safetensors")
-    message = complaint(checkpoint)
+    message = complaint(load, checkpoint)
     assert file in message and "outside" in message
 
 
 def test_lost_shard(checkpoint):
     split(checkpoint)
     (checkpoint / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors" in complaint(checkpoint)
+    assert "model-00002-of-00002.safetensors" in complaint(load, checkpoint)
 
 
 def test_cut_shard(checkpoint):
     """A download that broke off."""
     whole = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "model.safetensors" in complaint(checkpoint)
+    assert "model.safetensors" in complaint(load, checkpoint)
 
 
 def test_tensor_in_two_shards(checkpoint):
@@ -138,41 +124,41 @@ def test_tensor_in_two_shards(checkpoint):
     file = checkpoint / "model-00002-of-00002.safetensors"
     other = load_file(checkpoint / "model-00001-of-00002.safetensors")
     save_file(load_file(file) | {Q_PROJ: torch.zeros(64, 48)} | {UP_PROJ: torch.zeros(96, 48)}, file)
-    assert any(name in complaint(checkpoint) for name in (Q_PROJ, UP_PROJ) if name in other)
+    assert any(name in complaint(load, checkpoint) for name in (Q_PROJ, UP_PROJ) if name in other)
 
 
 def test_one_tensor_under_two_names(checkpoint):
     """Two generations of names in one file: which of the two is meant cannot be known."""
     edit(checkpoint, lambda state: state.update({f"model.{FC1_BIAS}": state[FC1_BIAS] + 1}))
-    assert f"model.{FC1_BIAS}" in complaint(checkpoint)
+    assert f"model.{FC1_BIAS}" in complaint(load, checkpoint)
 
 
 def test_config_that_is_missing_or_broken(checkpoint):
     config = checkpoint / "config.json"
     config.write_text(config.read_text()[:-20])
-    assert "config.json" in complaint(checkpoint)
+    assert "config.json" in complaint(load, checkpoint)
     config.unlink()
-    assert "config.json is missing" in complaint(checkpoint)
+    assert "config.json is missing" in complaint(load, checkpoint)
 
 
 def test_folder_without_weights(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    assert "no *.safetensors" in complaint(checkpoint)
+    assert "no *.safetensors" in complaint(load, checkpoint)
 
 
 def test_float16_is_refused_with_the_reason(checkpoint):
-    message = complaint(checkpoint, dtype=torch.float16)
+    message = complaint(load, checkpoint, dtype=torch.float16)
     assert "float16" in message and "range" in message and "bfloat16" in message and "float32" in message
 
 
 def test_unknown_override(checkpoint):
-    assert "attn_softcap" in complaint(checkpoint, attn_softcap=None)
+    assert "attn_softcap" in complaint(load, checkpoint, attn_softcap=None)
 
 
 @pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder", "no/such/folder", "nobody/nothing"])
 def test_no_such_folder(source, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = complaint(source)
+    message = complaint(load, source)
     assert source in message and "folder" in message
 
 
@@ -229,7 +215,7 @@ def test_gated_hub_source(monkeypatch):
         raise GatedRepoError("403 Client Error", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    message = complaint("google/paligemma2-3b-pt-224")
+    message = complaint(load, "google/paligemma2-3b-pt-224")
     assert "licence" in message and "login" in message and "folder" in message
 
 

@@ -5,29 +5,31 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_train import language_of, run, tiny, train, weights  # noqa: F401 - a fixture among them
+from helpers import language_of, run, weights
 
 from model import PaliGemma
 from model.config import COCO_CLASSES
 from model.decoding.masks import MaskCodec
 from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
+from train import fit as train
 from train.data.samples import LOC_WEIGHT, PROMPTS, SEG_WEIGHT, SHORT, PracticeScenes, collate
 from train.nano import codec as codec_program
 from train.nano import untrained as nano
-from train.nano.codec import Codebook, Masks, overlap, random_shape
-from train.practice.tasks import SHARES
+from train.nano.codec import Codebook, Masks, mean_iou, random_shape
+from train.practice.tasks import TASK_SHARES
+from train.run.program import run as run_program
 
 
 @pytest.fixture(scope="module")
-def with_codec(tiny, tmp_path_factory):  # noqa: F811
+def with_codec(tiny, tmp_path_factory):
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("tasks") / "model")
     shutil.copy(NANO / CODEC, folder / CODEC)
     return folder
 
 
 @pytest.fixture(scope="module")
-def scenes(tiny):  # noqa: F811
+def scenes(tiny):
     return PracticeScenes(
         language_of(tiny), 64, 16, tokenizer=Tokenizer(tiny), codec=MaskCodec.load(NANO / CODEC)
     )
@@ -43,7 +45,7 @@ def texts(sample, tokenizer) -> tuple[str, str, torch.Tensor]:
     return prompt, tokenizer.decode(answer[:-1]), sample["weights"][length - 1 :]
 
 
-def test_samples_of_all_tasks(scenes, tiny):  # noqa: F811
+def test_samples_of_all_tasks(scenes, tiny):
     """Each prompt with its kind of answer; short answers in words weigh as much as longer ones."""
     tokenizer, starts = Tokenizer(tiny), {}
     drawn = [
@@ -52,7 +54,7 @@ def test_samples_of_all_tasks(scenes, tiny):  # noqa: F811
         for k in range(PROMPTS)
     ]
     for sample in drawn:
-        prompt, answer, weights = texts(sample, tokenizer)  # noqa: F811
+        prompt, answer, weights = texts(sample, tokenizer)
         start = "detect all" if prompt == "detect all classes" else prompt.split()[0]
         starts[start] = starts.get(start, 0) + 1
         if start in ("caption", "answer"):
@@ -61,7 +63,7 @@ def test_samples_of_all_tasks(scenes, tiny):  # noqa: F811
             locs, segs = answer.count("<loc"), answer.count("<seg")
             assert locs % 4 == 0 and segs == (4 * locs if start == "segment" else 0)
             assert (weights == LOC_WEIGHT).sum() == locs and (weights == SEG_WEIGHT).sum() == segs
-    assert len(starts) == len(SHARES) + 1 and min(starts.values()) > 2
+    assert len(starts) == len(TASK_SHARES) + 1 and min(starts.values()) > 2
 
 
 def test_texts_of_a_batch_have_few_lengths(scenes):
@@ -98,7 +100,7 @@ def test_training(with_codec, tmp_path):
     assert any(not torch.equal(after[name].float(), before[name].bfloat16().float()) for name in before)
 
 
-def test_all_tasks_need_a_codec(tiny, tmp_path):  # noqa: F811
+def test_all_tasks_need_a_codec(tiny, tmp_path):
     with pytest.raises(ValueError, match="no mask codec: fetch"):
         run(tiny, tmp_path / "run", "--tasks all --steps 2")
 
@@ -129,6 +131,23 @@ def test_a_nano_that_detects_learns_to_speak(tmp_path):
         for model, tokenizer in zip(models, (known, words), strict=True)
     ]
     assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "words"),
+    [
+        (nano, ("--codec", "none.safetensors"), "untrained.py: none.safetensors: no such file"),
+        (nano, ("--start", "none"), "untrained.py: "),
+        (codec_program, ("--channels", "12"), "codec.py: --channels 12: must be a multiple of 8"),
+    ],
+)
+def test_programs_complain(program, options, words, tmp_path, capsys):
+    """One line that names the program, and nothing is written."""
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: program.main(["--out", str(tmp_path / "out"), *options]), program.__file__)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.startswith(words) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # The codec --------------------------------------------------------------------------------------------------
@@ -163,7 +182,7 @@ def test_codebook_follows_the_features():
 def test_codec_training(tmp_path, capsys, monkeypatch):
     """A few steps get somewhere, and what is written is a codec."""
     monkeypatch.setattr(codec_program, "SCENES", 4)
-    monkeypatch.setattr(codec_program, "HELD_OUT", 5)
+    monkeypatch.setattr(codec_program, "HELD_OUT_SCENES", 5)
     for steps in (1, 100):
         size = "--channels 16 --width 8 --lr 5e-3 --workers 0".split()
         codec_program.main(["--out", str(tmp_path / str(steps)), "--steps", str(steps), *size])
@@ -172,4 +191,4 @@ def test_codec_training(tmp_path, capsys, monkeypatch):
     codecs = [MaskCodec.load(tmp_path / name / CODEC) for name in ("1", "100")]
     short, longer = ((codec.decode(codec.encode(masks)) - masks).square().mean() for codec in codecs)
     assert longer < short - 0.02
-    assert 0 <= overlap(codecs[1], masks) < overlap(MaskCodec.load(NANO / CODEC), masks) <= 1
+    assert 0 <= mean_iou(codecs[1], masks) < mean_iou(MaskCodec.load(NANO / CODEC), masks) <= 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import write_jsonl
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
@@ -27,7 +28,6 @@ from train.data.augment import FILL, MIN_KEPT, augment, flip, jitter, rescale
 from train.data.coco import CocoDetections, CocoIndex, closed_set_sample
 from train.data.jsonl import JsonlPairs, is_jsonl, read_lines
 from train.data.targets import closed_set_target
-from train.nano.untrained import train_tokenizer
 
 CLASSES = ("cat", "dog", "traffic light", "bird")
 LANGUAGE = ClosedSet((2, 500, 600, 108), 1000, 7, 1, CLASSES, groups=6)
@@ -282,10 +282,8 @@ def test_detections_refuse(folder):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(folder / "tokenizer.model")
-    return Tokenizer(folder)
+def tokenizer(tokenizer_file):
+    return Tokenizer(tokenizer_file)
 
 
 CAT = dict(image="a.png", prefix="caption en", suffix="a cat")
@@ -294,17 +292,16 @@ LIGHT = dict(
 )
 
 
-def write_lines(folder, *lines):
-    file = folder / "train.jsonl"
-    file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return file
-
-
 def test_pairs(folder, tokenizer):
     """Text and labels line up; blank lines and other keys do no harm; answers are drawn from a list."""
     several = dict(image="b.png", prefix="", suffix=["cow", "a long traffic light", ""])
-    file = write_lines(
-        folder, "", CAT | dict(id=7), "  ", json.dumps(LIGHT, ensure_ascii=False) + "\r", several
+    file = write_jsonl(
+        folder / "train.jsonl",
+        "",
+        CAT | dict(id=7),
+        "  ",
+        json.dumps(LIGHT, ensure_ascii=False) + "\r",
+        several,
     )
     data = JsonlPairs(file, folder / "images", tokenizer, SIZE)
     assert len(data) == 3 and [data.name(i) for i in range(3)] == ["a.png", "sub/c.png", "b.png"]
@@ -325,7 +322,7 @@ def test_pairs(folder, tokenizer):
 
 def test_pairs_depend_on_the_key_alone(folder, tokenizer):
     """With two workers as with none; augmentation changes colours and nothing else."""
-    file = write_lines(folder, CAT, LIGHT | dict(suffix=["x", "y", "z"]))
+    file = write_jsonl(folder / "train.jsonl", CAT, LIGHT | dict(suffix=["x", "y", "z"]))
     plain, data = (JsonlPairs(file, folder / "images", tokenizer, SIZE, augment=on) for on in (False, True))
     keys = [(draw, draw % 2) for draw in range(12)]
     for key, other in zip(keys, DataLoader(data, batch_size=None, sampler=keys, num_workers=2), strict=True):
@@ -359,7 +356,7 @@ def test_bad_lines(folder, tokenizer, message):
     """Found before training, with file and line; outside paths only where they are allowed."""
     Image.new("RGB", (9, 9), BLUE).save(folder / "secret.png")
     (folder / "images/link.png").symlink_to(folder / "secret.png")
-    file = write_lines(folder, CAT, "", BAD_LINES[message], CAT)
+    file = write_jsonl(folder / "train.jsonl", CAT, "", BAD_LINES[message], CAT)
     with pytest.raises(ValueError, match=re.escape(f"{file}:3: ") + ".*" + re.escape(message)):
         JsonlPairs(file, folder / "images", tokenizer, SIZE)
     if "secret" in message or "link" in message:
@@ -369,7 +366,7 @@ def test_bad_lines(folder, tokenizer, message):
 
 def test_no_lines(folder, tokenizer):
     with pytest.raises(ValueError, match="has no lines"):
-        JsonlPairs(write_lines(folder, "", " "), folder / "images", tokenizer, SIZE)
+        JsonlPairs(write_jsonl(folder / "train.jsonl", "", " "), folder / "images", tokenizer, SIZE)
 
 
 def test_is_jsonl(folder):
@@ -499,7 +496,9 @@ def test_absent_classes(folder, most):
 def test_lines_to_coco(folder, capsys):
     """Several lines of an image become one; what is no box with a label is counted."""
     suffix = f"{A} cat ; {B} ; <loc0005> dog ; <loc0009><loc0001><loc0009><loc0004> cat"
-    file = write_lines(folder, CAT | dict(suffix=suffix), LIGHT, CAT | dict(suffix=[f"{B} dog", "x"]), CAT)
+    file = write_jsonl(
+        folder / "train.jsonl", CAT | dict(suffix=suffix), LIGHT, CAT | dict(suffix=[f"{B} dog", "x"]), CAT
+    )
     out = folder / "back.json"
     convert.main(
         ["jsonl-to-coco", "--data", str(file), "--images", str(folder / "images"), "--out", str(out)]
@@ -519,7 +518,7 @@ def test_converter_errors(folder, capsys):
     source, out = str(folder / "instances.json"), folder / "out.jsonl"
     semicolon = folder / "semicolon.json"
     semicolon.write_text(json.dumps(broken("categories", 0, name="a;b")))
-    bad = write_lines(folder, CAT, "{")
+    bad = write_jsonl(folder / "train.jsonl", CAT, "{")
     back = ["jsonl-to-coco", "--images", str(folder / "images"), "--out", str(out), "--data"]
     forth = ["coco-to-jsonl", "--out", str(out), "--data"]
     for command, message in (
@@ -532,7 +531,7 @@ def test_converter_errors(folder, capsys):
         ([*forth[:2], source, "--data", source], "exists"),
         ([*back, str(bad)], "train.jsonl:2: not JSON"),
         (
-            [*back, str(write_lines(folder.joinpath("images"), CAT | dict(image="x.png")))],
+            [*back, str(write_jsonl(folder / "images" / "train.jsonl", CAT | dict(image="x.png")))],
             "x.png: no such file",
         ),
     ):

@@ -17,9 +17,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import (
+    ENVIRONMENT,
+    ROOT,
+    complaint,
+    language_of,
+    metrics,
+    run,
+    same,
+    torchrun,
+    weights,
+    weights_apart,
+)
 from PIL import Image
 from safetensors.torch import load_file
-from test_train import ROOT, language_of, metrics, run, same, tiny, train, weights  # noqa: F401 - tiny is a fixture
 from torch.distributed import HashStore
 
 from model import PaliGemma
@@ -28,9 +39,10 @@ from model.gemma import Gemma
 from model.io.config_json import config_to_json
 from model.io.weights import load_config
 from model.lora import lora_layers
+from train import fit as train
 from train import objective
 from train.loss import allowed_loss, vocabulary_loss
-from train.practice.scenes import write_coco
+from train.practice.write import write_coco
 from train.run import checkpoint, processes
 
 PLAIN = "--patch-weight 0"
@@ -65,13 +77,6 @@ def command(model, out, options, launcher=()):
     return [*map(str, [*program, "--model", model, "--out", out]), *f"{usual} {options}".split()]
 
 
-def torchrun(processes, *more):
-    return ["-m", "torch.distributed.run", "--nproc_per_node", processes, *(more or ["--standalone"])]
-
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 def launch(*args, **kwargs):
     done = subprocess.run(
         command(*args, **kwargs), env=ENVIRONMENT, capture_output=True, text=True, timeout=400
@@ -79,18 +84,11 @@ def launch(*args, **kwargs):
     return done.returncode, done.stderr
 
 
-def apart(one, two) -> float:
-    """Largest difference of two checkpoints. The keys' biases only add a constant to the scores: their
-    gradient is rounding noise, and AdamW takes steps of full length whatever a gradient's size."""
-    assert one.keys() == two.keys()
-    return max((one[name] - two[name]).abs().max().item() for name in one if "k_proj.bias" not in name)
-
-
 # Losses -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("final_cap", [None, 3.0])
-def test_vocabulary_loss(final_cap, tiny, monkeypatch):  # noqa: F811
+def test_vocabulary_loss(final_cap, tiny, monkeypatch):
     """Equals the loss of all logits at once, gradients included, whatever the chunks."""
     torch.manual_seed(0)
     config = PaliGemma.from_pretrained(str(tiny), final_cap=final_cap).config.text
@@ -120,7 +118,7 @@ def test_vocabulary_loss(final_cap, tiny, monkeypatch):  # noqa: F811
     assert torch.equal(again.grad, ours.grad)
 
 
-def test_no_logits_of_all_positions(tiny, monkeypatch):  # noqa: F811
+def test_no_logits_of_all_positions(tiny, monkeypatch):
     """Only supervised positions meet the head, and in closed-set training only the allowed rows of it."""
     torch.manual_seed(0)
     decoder = Gemma(PaliGemma.from_pretrained(str(tiny)).config.text)
@@ -145,7 +143,7 @@ def test_no_logits_of_all_positions(tiny, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("loss", ["allowed", "vocabulary"])
-def test_coco(loss, tiny, scenes, tmp_path):  # noqa: F811
+def test_coco(loss, tiny, scenes, tmp_path):
     """Closed-set training on files, with validation loss and mAP; the best checkpoint outlives the newest."""
     options = f"--data {scenes} --val {scenes} --val-every 2 --val-count 4 --save-every 2 --keep 1 --augment"
     run(tiny, tmp_path / "run", f"{PLAIN} {options} --loss {loss} --lr 1e-2 --steps 6")
@@ -157,7 +155,7 @@ def test_coco(loss, tiny, scenes, tmp_path):  # noqa: F811
     assert kept == {f"step-{best:07d}", "step-0000006"}
 
 
-def test_other_classes(tiny, scenes, tmp_path):  # noqa: F811
+def test_other_classes(tiny, scenes, tmp_path):
     """A file with classes of its own: the checkpoint's become the file's, in the order of its ids."""
     data = json.loads(scenes.read_text())
     data["categories"] = [{"id": 90, "name": "bolt"}, {"id": 7, "name": "nut"}]
@@ -169,7 +167,7 @@ def test_other_classes(tiny, scenes, tmp_path):  # noqa: F811
     assert PaliGemma.from_pretrained(str(tmp_path / "run" / "final")).config.classes == ("nut", "bolt")
 
 
-def test_jsonl(tiny, pairs, tmp_path):  # noqa: F811
+def test_jsonl(tiny, pairs, tmp_path):
     """Prefixes and suffixes of different lengths in a batch; the answers are learnt."""
     run(tiny, tmp_path / "run", f"{PLAIN} --data {pairs} --val {pairs} --val-every 30 --lr 1e-2 --steps 30")
     losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
@@ -178,7 +176,7 @@ def test_jsonl(tiny, pairs, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_jsonl_brings_new_words(tiny, pairs, tmp_path, adapter):  # noqa: F811
+def test_jsonl_brings_new_words(tiny, pairs, tmp_path, adapter):
     """A model that knew its classes only may now have heard of others."""
     assert not load_config(str(tiny)).open_vocabulary
     run(tiny, tmp_path / "run", f"{PLAIN} --data {pairs} --steps 1{' --lora' if adapter else ''}")
@@ -187,7 +185,7 @@ def test_jsonl_brings_new_words(tiny, pairs, tmp_path, adapter):  # noqa: F811
     assert PaliGemma.from_pretrained(**source).config.open_vocabulary
 
 
-def test_adapter_run(tiny, scenes, tmp_path):  # noqa: F811
+def test_adapter_run(tiny, scenes, tmp_path):
     """An adapter on a bfloat16 base; interrupted and resumed it is the same adapter, bit for bit."""
     options = f"{PLAIN} --data {scenes} --lora --lora-rank 4 --lr 1e-2 --save-every 3"
     run(tiny, tmp_path / "straight", f"{options} --steps 6")
@@ -220,7 +218,7 @@ def test_adapter_run(tiny, scenes, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("option", ["--freeze-vision", "--lora --freeze-vision"])
-def test_frozen_vision(option, tiny, scenes, tmp_path):  # noqa: F811
+def test_frozen_vision(option, tiny, scenes, tmp_path):
     run(tiny, tmp_path / "run", f"{PLAIN} --data {scenes} {option} --steps 2 --dtype float32")
     if "--lora" in option:
         names = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
@@ -231,15 +229,15 @@ def test_frozen_vision(option, tiny, scenes, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("option", ["--accumulate 2", "--accumulate 4", "--recompute"])
-def test_less_memory_same_result(option, tiny, scenes, tmp_path):  # noqa: F811
+def test_less_memory_same_result(option, tiny, scenes, tmp_path):
     for name, more in (("plain", ""), ("other", option)):
         run(tiny, tmp_path / name, f"{PLAIN} --data {scenes} --steps 3 {more}")
-    assert apart(*(weights(tmp_path / name / "step-0000003") for name in ("plain", "other"))) < 1e-4
+    assert weights_apart(*(weights(tmp_path / name / "step-0000003") for name in ("plain", "other"))) < 1e-4
     one, two = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "other"))
     assert one == pytest.approx(two, abs=2e-4)
 
 
-def test_dry_run(tiny, scenes, pairs, tmp_path, capsys):  # noqa: F811
+def test_dry_run(tiny, scenes, pairs, tmp_path, capsys):
     """Sizes, memory and steps of a run, without one: nothing is written."""
     for data, words in ((scenes, "80.00 epochs"), (pairs, "6 samples")):
         run(tiny, tmp_path / "run", f"{PLAIN} --data {data} --lora --steps 160 --dry-run")
@@ -257,7 +255,7 @@ RECIPES = {  # what the dry run must tell
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes(name, tiny, scenes, pairs, tmp_path):  # noqa: F811
+def test_recipes(name, tiny, scenes, pairs, tmp_path):
     """Each command for the official weights, dry: their config, a tokenizer, and no weights at all."""
     variant, words = RECIPES[name]
     model, coco = tmp_path / "model", tmp_path / "coco"
@@ -280,47 +278,41 @@ def test_recipes(name, tiny, scenes, pairs, tmp_path):  # noqa: F811
 # What can go wrong ------------------------------------------------------------------------------------------
 
 
-def complaint(model, out, options) -> str:
-    with pytest.raises(ValueError) as error:
-        run(model, out, f"{PLAIN} {options}")
-    print(error.value)
-    return str(error.value)
-
-
-def test_refusals(tiny, scenes, pairs, tmp_path):  # noqa: F811
+def test_refusals(tiny, scenes, pairs, tmp_path):
     """Before anything is trained, in one line that names the option or the file."""
     out = tmp_path / "run"
     empty, long = tmp_path / "empty.json", tmp_path / "long.jsonl"
     empty.write_text(json.dumps(dict(images=[], annotations=[], categories=[])))
     long.write_text(json.dumps(dict(image="0.png", prefix="x", suffix="cat dog " * 600)) + "\n")
     images = pairs.parent / "images"
-    assert "empty.json" in complaint(tiny, out, f"--data {empty}  --images {images}")
-    assert "positions" in complaint(tiny, out, f"--data {long} --images {images}")
-    assert "float16" in complaint(tiny, out, "--dtype float16")
-    assert "--batch-size 4" in complaint(tiny, out, "--accumulate 3")
-    assert "--steps 0" in complaint(tiny, out, "--steps 0")
-    assert "--val" in complaint(tiny, out, f"--data {scenes} --val-every 2")
-    assert "practice scenes" in complaint(tiny, out, f"--data {scenes} --patch-weight 1")
-    assert "practice scenes" in complaint(tiny, out, f"--data {scenes} --tasks all")
-    assert "no module" in complaint(tiny, out, "--lora --lora-targets nothing")
+    assert "empty.json" in complaint(run, tiny, out, f"{PLAIN} --data {empty}  --images {images}")
+    assert "positions" in complaint(run, tiny, out, f"{PLAIN} --data {long} --images {images}")
+    assert "float16" in complaint(run, tiny, out, f"{PLAIN} --dtype float16")
+    assert "--batch-size 4" in complaint(run, tiny, out, f"{PLAIN} --accumulate 3")
+    assert "--steps 0" in complaint(run, tiny, out, f"{PLAIN} --steps 0")
+    assert "--val" in complaint(run, tiny, out, f"{PLAIN} --data {scenes} --val-every 2")
+    assert "practice scenes" in complaint(run, tiny, out, f"{PLAIN} --data {scenes} --patch-weight 1")
+    assert "practice scenes" in complaint(run, tiny, out, f"{PLAIN} --data {scenes} --tasks all")
+    assert "no module" in complaint(run, tiny, out, f"{PLAIN} --lora --lora-targets nothing")
     assert not list(out.glob("*"))
 
 
-def test_vocabulary_too_small(tiny, tmp_path):  # noqa: F811
+def test_vocabulary_too_small(tiny, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")
     small = PaliGemma.from_pretrained(str(tiny)).config
     config = small.override(vocab_size=1024)
     PaliGemma(config).save_pretrained(model)
-    assert "ids" in complaint(model, tmp_path / "run", "")
+    assert "ids" in complaint(run, model, tmp_path / "run", PLAIN)
 
 
-def test_another_run_is_not_resumed(tiny, scenes, tmp_path):  # noqa: F811
-    run(tiny, tmp_path / "run", f"{PLAIN} --data {scenes} --steps 1")
-    assert "--batch-size" in complaint(tiny, tmp_path / "run", f"--data {scenes} --batch-size 2 --resume")
-    assert "--resume" in complaint(tiny, tmp_path / "run", f"--data {scenes}")
+def test_another_run_is_not_resumed(tiny, scenes, tmp_path):
+    out, options = tmp_path / "run", f"{PLAIN} --data {scenes}"
+    run(tiny, out, f"{options} --steps 1")
+    assert "--batch-size" in complaint(run, tiny, out, f"{options} --batch-size 2 --resume")
+    assert "--resume" in complaint(run, tiny, out, options)
 
 
-def test_not_finite(tiny, scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_not_finite(tiny, scenes, tmp_path, monkeypatch):
     """The run stops with the names of the pictures, and the weights before the step are saved."""
     real, calls = objective.allowed_loss, []
 
@@ -329,14 +321,14 @@ def test_not_finite(tiny, scenes, tmp_path, monkeypatch):  # noqa: F811
         return real(*args) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(objective, "allowed_loss", loss)
-    message = complaint(tiny, tmp_path / "run", f"--data {scenes} --steps 5")
+    message = complaint(run, tiny, tmp_path / "run", f"{PLAIN} --data {scenes} --steps 5")
     assert "step 3" in message and ".png" in message
     saved = weights(tmp_path / "run" / "step-0000002")
     assert all(torch.isfinite(x).all() for x in saved.values())
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "no json"])
-def test_damaged_checkpoint(damage, tiny, scenes, tmp_path, capsys):  # noqa: F811
+def test_damaged_checkpoint(damage, tiny, scenes, tmp_path, capsys):
     """The newest checkpoint cannot be read: a warning, and the one before is gone on from."""
     options = f"{PLAIN} --data {scenes} --steps 4 --save-every 2"
     run(tiny, tmp_path / "run", options)
@@ -349,7 +341,7 @@ def test_damaged_checkpoint(damage, tiny, scenes, tmp_path, capsys):  # noqa: F8
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4], "no step is logged twice"
 
 
-def test_full_disk(tiny, scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_full_disk(tiny, scenes, tmp_path, monkeypatch):
     """The checkpoints from before are whole, and nothing half written stays."""
     real = checkpoint.save_tensors
 
@@ -376,7 +368,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds=200) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_kill_9_and_resume(processes, tiny, scenes, tmp_path):  # noqa: F811
+def test_kill_9_and_resume(processes, tiny, scenes, tmp_path):
     """N + M steps in one go, or N, kill -9, and M: identical weights; with an adapter and its dropout."""
     launcher = torchrun(processes) if processes > 1 else ()
     options = f"--data {scenes} --lora --dtype float32 --save-every 4 --keep 9 --steps"
@@ -398,7 +390,7 @@ def test_kill_9_and_resume(processes, tiny, scenes, tmp_path):  # noqa: F811
         assert same(one, two), file
 
 
-def test_preemption(tiny, scenes, tmp_path):  # noqa: F811
+def test_preemption(tiny, scenes, tmp_path):
     """SIGTERM: the step is finished, everything saved, and the exit code says so."""
     process = subprocess.Popen(
         command(tiny, tmp_path / "run", f"--data {scenes} --steps 100000 --save-every 100000"),
@@ -414,7 +406,7 @@ def test_preemption(tiny, scenes, tmp_path):  # noqa: F811
     assert checkpoint.newest(tmp_path / "run").name == f"step-{last:07d}"
 
 
-def test_sharded(tiny, scenes, tmp_path):  # noqa: F811
+def test_sharded(tiny, scenes, tmp_path):
     """FSDP2 on two processes, interrupted by the end of its steps and resumed, against one process."""
     options = f"--data {scenes} --save-every 2 --keep 5"
     run(tiny, tmp_path / "one", f"{PLAIN} {options} --steps 4 --warmup 2")
@@ -426,7 +418,7 @@ def test_sharded(tiny, scenes, tmp_path):  # noqa: F811
             shutil.rmtree(tmp_path / "two" / "step-0000004")
             shutil.rmtree(tmp_path / "two" / "final")
     one, two = (weights(tmp_path / name / "step-0000004") for name in ("one", "two"))
-    assert apart(one, two) < 1e-4
+    assert weights_apart(one, two) < 1e-4
     assert PaliGemma.from_pretrained(str(tmp_path / "two" / "final")).config.groups == 12
 
 
@@ -446,7 +438,7 @@ def test_processes_of_a_restart_find_each_other():
     assert len(set(names)) == 20
 
 
-def test_two_nodes_and_a_lost_rank(tiny, scenes, tmp_path):  # noqa: F811
+def test_two_nodes_and_a_lost_rank(tiny, scenes, tmp_path):
     """Two torchrun agents on this machine; the first time a rank dies after step 2, and --max-restarts goes
     on by itself from the checkpoint of step 2. The result is that of one process."""
     options = f"--data {scenes} --save-every 2 --steps 4"
@@ -478,4 +470,4 @@ def test_two_nodes_and_a_lost_rank(tiny, scenes, tmp_path):  # noqa: F811
     errors = [node.communicate(timeout=400)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
     one, two = (weights(tmp_path / name / "step-0000004") for name in ("one", "two"))
-    assert apart(one, two) < 1e-4
+    assert weights_apart(one, two) < 1e-4

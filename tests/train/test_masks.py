@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_jsonl
 from PIL import Image
 from pycocotools.mask import decode
 
@@ -49,12 +50,6 @@ def coco_file(folder, *segmentations, crowd=0, width=WIDTH) -> Path:
     )
     file = folder / "instances.json"
     file.write_text(json.dumps(data))
-    return file
-
-
-def lines_file(folder, *records) -> Path:
-    file = folder / "masks.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file
 
 
@@ -106,7 +101,9 @@ def test_pictures(folder, mode):
         Image.fromarray(mask.astype(np.uint16) * 65535).save(folder / "m.png")
     else:
         Image.fromarray(mask).convert(mode).save(folder / "m.png")
-    (line,), said = run(folder, lines_file(folder, dict(image="b.png", label="cat", mask="m.png")))
+    (line,), said = run(
+        folder, write_jsonl(folder / "masks.jsonl", dict(image="b.png", label="cat", mask="m.png"))
+    )
     assert not said and line["prefix"] == "segment cat"
     assert np.array_equal(from_rle(line["mask"]), rectangle())
 
@@ -209,7 +206,9 @@ def picture(folder, pixels, name="m.png"):
 )
 def test_faults_of_pictures(folder, pixels, words):
     picture(folder, pixels)
-    lines, said = run(folder, lines_file(folder, dict(image="a.png", label="cat", mask="m.png")))
+    lines, said = run(
+        folder, write_jsonl(folder / "masks.jsonl", dict(image="a.png", label="cat", mask="m.png"))
+    )
     assert lines == [] and words in said and "masks.jsonl:1" in said and "\n" not in said
 
 
@@ -226,7 +225,7 @@ def test_faults_of_pictures(folder, pixels, words):
 )
 def test_faults_of_lines(folder, record, words):
     picture(folder, rectangle().astype(np.uint8))
-    lines, said = run(folder, lines_file(folder, record))
+    lines, said = run(folder, write_jsonl(folder / "masks.jsonl", record))
     assert lines == [] and said.startswith("convert.py: ") and words in said and "\n" not in said
 
 

@@ -4,7 +4,7 @@ its figures on a thousand scenes, but far above what a model would get that has 
 import json
 
 import pytest
-from test_programs import call, here  # noqa: F401 - fixture
+from helpers import call
 
 from infer import detect, evaluate, evaluate_answers, generate, segment
 from model.config import COCO_CLASSES
@@ -17,7 +17,7 @@ ANSWERS = {("question", "exact"): 0.75, ("caption", "CIDEr-D"): 3.5, ("mask", "m
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, here):  # noqa: F811
+def run(monkeypatch, capsys, here):
     """A program on nano: what it prints, and what it writes to --json."""
 
     def run(program, *argv, as_json=True):

@@ -3,18 +3,26 @@
 The loop runs on a checkpoint of nano's form that is much smaller; a step takes a few hundredths of a second.
 """
 
-import json
-import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 import torch
+from helpers import (
+    ENVIRONMENT,
+    ROOT,
+    USUAL,
+    language_of,
+    metrics,
+    run,
+    same,
+    torchrun,
+    weights,
+    weights_apart,
+)
 from PIL import Image
 from reference import difference, reference_logits
 from safetensors.torch import load_file
@@ -22,7 +30,6 @@ from torch.utils.data import DataLoader
 from transformers import PaliGemmaForConditionalGeneration
 
 from model import PaliGemma
-from model.decoding.closed_set import ClosedSet
 from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 from train import fit as train
@@ -33,53 +40,7 @@ from train.nano.patch_head import MIN_COVER, PatchHead, _giou, patch_targets
 from train.practice.scenes import Scene, make_scene
 from train.run import checkpoint
 
-ROOT = Path(__file__).parents[2]
-
-
 LAST = "step-0000008"
-USUAL = "--steps 8 --batch-size 4 --lr 1e-3 --warmup 2 --patch-weight 1 --log-every 1 --save-every 8 --no-amp"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """An untrained checkpoint with everything that nano has, and 0.2 million parameters."""
-    folder = tmp_path_factory.mktemp("tiny")
-    nano.train_tokenizer(folder / "tokenizer.model")
-    tokenizer = Tokenizer(folder)
-    full = nano.nano_config(tokenizer)
-    config = replace(
-        full,
-        vision=replace(full.vision, image_size=64, width=32, layers=2, heads=2, mlp=64),
-        text=replace(full.text, width=48, layers=2, head_dim=16, query_scale=0.25, mlp=96, sliding_window=16),
-    )
-    torch.manual_seed(0)
-    model = PaliGemma(config)
-    nano.initialise(model, tokenizer)
-    model.save_pretrained(folder)
-    return folder
-
-
-def run(model, out, options="", *more):
-    """fit.py in this process, without worker processes. Later options win."""
-    argv = f"--model {model} --out {out} --device cpu --workers 0 {USUAL} {options}".split()
-    train.train(train.arguments([*argv, *more]))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def language_of(folder) -> ClosedSet:
-    tokenizer = Tokenizer(folder)
-    return ClosedSet.of(nano.nano_config(tokenizer), tokenizer)
 
 
 # Samples ----------------------------------------------------------------------------------------------------
@@ -414,19 +375,15 @@ def test_two_processes(tiny, tmp_path):
     """
     options = "--steps 4 --warmup 1"
     run(tiny, tmp_path / "one", options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [ROOT / "train" / "fit.py", "--model", tiny, "--out", tmp_path / "two", "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun(2), ROOT / "train" / "fit.py"]
+    command += ["--model", tiny, "--out", tmp_path / "two", "--device", "cpu"]
     done = subprocess.run(
-        [*command, *f"--workers 0 {USUAL} {options}".split()],
-        env=environment, capture_output=True, text=True, timeout=300,
+        [*map(str, command), *f"--workers 0 {USUAL} {options}".split()],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (weights(tmp_path / name / "step-0000004") for name in ("one", "two"))
-    apart = {
-        name: (one[name] - two[name]).abs().max().item() for name in one if not name.endswith("k_proj.bias")
-    }
-    assert one.keys() == two.keys() and max(apart.values()) <= 1e-4, max(apart, key=apart.get)
+    assert weights_apart(one, two) <= 1e-4
     moved = [(one[name] - tensor).abs().max() for name, tensor in weights(tiny).items()]
     assert max(moved) > 1e-3, "the test needs steps longer than its tolerance"
 

@@ -99,7 +99,7 @@ class CocoIndex:
                 continue
             owners.append(image_rows[record["image_id"]])
             labels.append(category_rows[record["category_id"]])
-            boxes.append(_bbox(record, f"{file}: annotation {i}"))
+            boxes.append(read_bbox(record, f"{file}: annotation {i}"))
 
         owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
         boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)
@@ -125,10 +125,13 @@ class CocoIndex:
         )
 
 
-def read_records(file: Path, object_hook=None) -> tuple[dict[int, dict], dict[int, dict], dict[int, dict]]:
+def read_records(
+    file: Path, object_hook=None, need_sizes: bool = True
+) -> tuple[dict[int, dict], dict[int, dict], dict[int, dict]]:
     """Categories, images and annotations of a COCO file by id, in the file's order. Each category has a name,
     each image a file_name and whole sides, each annotation an image and a category; that is all it checks.
 
+    need_sizes: False for images that may do without width and height.
     Raises ValueError that names the file and the record at fault, OSError if the file cannot be opened.
     """
     try:
@@ -146,7 +149,8 @@ def read_records(file: Path, object_hook=None) -> tuple[dict[int, dict], dict[in
     for i, record in pictures.items():
         where = f"{file}: image {i}"
         _check_file_name(record, where)
-        record |= {side: _side(record, side, where) for side in ("width", "height")}
+        sides = [side for side in ("width", "height") if need_sizes or side in record]
+        record |= {side: _side(record, side, where) for side in sides}
     for i, record in annotations.items():
         for key, known in (("image_id", pictures), ("category_id", categories)):
             if type(record.get(key)) is not int or record[key] not in known:
@@ -191,7 +195,8 @@ def _side(record: dict, side: str, where: str) -> int:
     return int(value)
 
 
-def _bbox(record: dict, where: str) -> list[float]:
+def read_bbox(record: dict, where: str) -> list[float]:
+    """The bbox [x, y, width, height] of an annotation; where: its name in complaints."""
     box = record.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
         raise ValueError(f"{where} has the bbox {box!r:.60}: it must be [x, y, width, height]")

@@ -22,7 +22,7 @@ from train.data.jsonl import JsonlPairs, is_jsonl
 from train.data.targets import NANO_NOISE, Noise, closed_set_target, text_target
 from train.nano.patch_head import patch_targets
 from train.practice.scenes import Scene, make_scene
-from train.practice.tasks import SHARES, tasks
+from train.practice.tasks import TASK_SHARES, make_tasks
 
 PROMPTS = 3  # of a scene, when there are several tasks: it is drawn and encoded once
 IN_WORDS = ("caption", "answer")
@@ -54,7 +54,7 @@ class PracticeScenes(Dataset):
     ):
         self.language, self.size, self.patch = language, size, patch
         self.first, self.split, self.tokenizer = first, split, tokenizer
-        self.tasks, self.noise = codec and tasks(codec), noise
+        self.tasks, self.noise = codec and make_tasks(codec), noise
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """answer_sample's tensors, lists of them for several samples; and of the image patch_labels int64 [P]
@@ -63,7 +63,7 @@ class PracticeScenes(Dataset):
         scene = make_scene(seed, size, self.split)
         rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
         if self.tasks:
-            drawn = rng.choice(list(SHARES), PROMPTS - 1, p=list(SHARES.values()))
+            drawn = rng.choice(list(TASK_SHARES), PROMPTS - 1, p=list(TASK_SHARES.values()))
             samples = [self._sample(rng, scene, task) for task in ("closed-set", *drawn)]
             sample = {name: [each[name] for each in samples] for name in samples[0]}
             sample["image"] = samples[0]["image"]

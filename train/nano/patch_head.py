@@ -1,9 +1,9 @@
 """A throw-away detection head on the image tokens: nano's stand-in for SigLIP's pre-training.
 
-An official checkpoint's encoder has seen billions of captioned images before it meets a box: its tokens are
-like the words for what they show. Nano's has seen nothing, and a decoder that reads noise learns little; so
-each image token is also asked directly which class's name it is like, and where the box of the object under
-its patch is. Dense and easy to learn; dropped after training.
+An official checkpoint's encoder has seen billions of captioned images before it meets a box: its tokens
+resemble the words for what they show. Nano's encoder has seen nothing, and a decoder that reads noise learns
+little. So each image token is also trained to resemble the name of the class under its patch and to predict
+the box of the object there, which is a dense signal and easy to learn. The head is dropped after training.
 
 Axes: B batch, P image tokens, C classes, D decoder width.
 """
@@ -42,8 +42,8 @@ class PatchHead(nn.Module):
         self.box = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 4)
         )
-        self.sharpness = nn.Parameter(torch.tensor(10.0).log())  # of likeness, as in CLIP and SigLIP
-        self.background = nn.Parameter(torch.zeros(1))  # the likeness that stands for no class
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())  # of similarities, as in CLIP and SigLIP
+        self.background = nn.Parameter(torch.zeros(1))  # the similarity of "no class"
         lengths = torch.tensor([0, *map(len, names)])
         self.register_buffer("pieces", torch.tensor(sum(names, [])), persistent=False)
         self.register_buffer("starts", lengths.cumsum(0)[:-1], persistent=False)
@@ -54,18 +54,17 @@ class PatchHead(nn.Module):
 
     def forward(self, image_tokens: Tensor, embed: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
         """Image tokens [B, P, D], the embedding [vocab, D], labels [B, P] (C is background), boxes [B, P, 4]
-        -> cross-entropy + L1 and GIoU of boxes, a mean over all patches: equal parts of a batch have losses
-        whose mean is that of the batch."""
+        -> cross-entropy of the labels + L1 and GIoU of the boxes, a mean over all patches, so that a batch's
+        loss is the mean of its micro-batches' losses."""
         names = F.embedding_bag(self.pieces, embed, self.starts, mode="mean")  # [C, D]
-        likeness = F.normalize(image_tokens.float(), dim=-1) @ F.normalize(names.float(), dim=-1).mT
-        likeness = (
-            torch.cat((likeness, self.background.expand(*labels.shape, 1)), dim=-1) * self.sharpness.exp()
-        )
-        class_loss = F.cross_entropy(likeness.float().flatten(0, 1), labels.flatten())
-        guess = self.box(image_tokens).float() * 0.25 + self.centres  # a box starts at its patch
-        seen = (labels != len(self.starts)).float()
-        per_patch = 5 * (guess - boxes).abs().sum(-1) + 1 - _giou(guess, boxes)
-        return class_loss + (per_patch * seen).mean()
+        similarity = F.normalize(image_tokens.float(), dim=-1) @ F.normalize(names.float(), dim=-1).mT
+        similarity = torch.cat((similarity, self.background.expand(*labels.shape, 1)), dim=-1)  # [B, P, C+1]
+        logits = similarity * self.log_scale.exp()
+        class_loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        predicted = self.box(image_tokens).float() * 0.25 + self.centres  # starts at the patch
+        is_object = (labels != len(self.starts)).float()
+        box_loss = 5 * (predicted - boxes).abs().sum(-1) + 1 - _giou(predicted, boxes)  # [B, P]
+        return class_loss + (box_loss * is_object).mean()
 
 
 def _giou(a: Tensor, b: Tensor) -> Tensor:

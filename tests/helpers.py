@@ -1,0 +1,172 @@
+"""What several test files share: programs run as the shell runs them, small files, and comparisons.
+
+Fixtures are in conftest.py, the models of transformers in reference.py.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from model import PaliGemma
+from model.config import PaliGemmaConfig
+from model.decoding.closed_set import ClosedSet
+from model.io.tokenizer import Tokenizer
+from train import fit
+from train.nano.untrained import nano_config
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+# Programs ---------------------------------------------------------------------------------------------------
+
+
+def call(monkeypatch, capsys, program, *argv) -> tuple[int, str, str]:
+    """Run a program's main() in this process: exit code, stdout, stderr, as the shell would see them."""
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__.rpartition('.')[2]}.py", *map(str, argv)])
+    code = 0
+    try:
+        program.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    if isinstance(code, str):  # what Python prints before it exits with 1
+        code, err = 1, f"{err}{code}\n"
+    return code, out, err
+
+
+def torchrun(processes: int, *options) -> list:
+    """What stands between python and the program to start it in several processes."""
+    return ["-m", "torch.distributed.run", "--nproc_per_node", processes, *(options or ["--standalone"])]
+
+
+def complaint(function, *args, **kwargs) -> str:
+    """The message of the ValueError that a call must end in."""
+    with pytest.raises(ValueError) as error:
+        function(*args, **kwargs)
+    print(error.value)
+    return str(error.value)
+
+
+def complaint_about(file: Path, function, **options) -> str:
+    """The same of a function that reads a file: one line, with the file's name."""
+    message = complaint(function, file, **options)
+    assert file.name in message and "\n" not in message
+    return message
+
+
+# Training runs ----------------------------------------------------------------------------------------------
+
+USUAL = "--steps 8 --batch-size 4 --lr 1e-3 --warmup 2 --patch-weight 1 --log-every 1 --save-every 8 --no-amp"
+
+
+def run(model, out, options="", *more):
+    """fit.py in this process, without worker processes. Later options win."""
+    argv = f"--model {model} --out {out} --device cpu --workers 0 {USUAL} {options}".split()
+    fit.train(fit.arguments([*argv, *more]))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------
+
+
+def tiny_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
+    """nano's form with 0.2 million parameters."""
+    full = nano_config(tokenizer)
+    vision = replace(full.vision, image_size=64, width=32, layers=2, heads=2, mlp=64)
+    text = replace(full.text, width=48, layers=2, head_dim=16, query_scale=0.25, mlp=96, sliding_window=16)
+    return replace(full, vision=vision, text=text)
+
+
+def load(folder, adapter=None, dtype=torch.float32, **overrides) -> PaliGemma:
+    adapter = adapter and str(adapter)
+    return PaliGemma.from_pretrained(str(folder), dtype=dtype, adapter=adapter, **overrides)
+
+
+def language_of(folder: Path) -> ClosedSet:
+    """nano's closed-set language in a checkpoint's tokenizer."""
+    tokenizer = Tokenizer(folder)
+    return ClosedSet.of(nano_config(tokenizer), tokenizer)
+
+
+# Files ------------------------------------------------------------------------------------------------------
+
+
+def picture(file: Path, width=90, height=60, seed=11) -> Path:
+    """A file of noise."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+def edit_json(file: Path, change) -> None:
+    """Rewrite a JSON file after change(content)."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def write_jsonl(file: Path, *lines) -> Path:
+    """A line for each record; strings as they are."""
+    file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return file
+
+
+# Boxes and masks --------------------------------------------------------------------------------------------
+
+
+def slow_iou(a, b) -> float:
+    """Of one pair, counted from the sides of their intersection."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    return width * height / union
+
+
+def disc(width, height, x, y, r) -> np.ndarray:
+    """The pixels whose middle is nearer than r to (x, y)."""
+    rows, columns = np.mgrid[:height, :width]
+    return (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 < r**2
+
+
+# Comparisons ------------------------------------------------------------------------------------------------
+
+
+def same(a: dict, b: dict) -> bool:
+    """The same tensors under the same names."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def equal(a, b) -> bool:
+    """Two answers of a decoder, tensor by tensor."""
+    return same(vars(a), vars(b))
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference."""
+    return (a - b).abs().max().item()
+
+
+def weights_apart(one: dict, two: dict) -> float:
+    """The largest difference of two checkpoints. The keys' biases only add a constant to the scores: their
+    gradient is rounding noise, and AdamW takes steps of full length whatever a gradient's size."""
+    assert one.keys() == two.keys()
+    return max(apart(one[name], two[name]) for name in one if "k_proj.bias" not in name)
