@@ -25,7 +25,7 @@ from infer.lib.options import add_device_argument, usable_device
 from infer.lib.plots import new_figure, require_matplotlib
 from infer.lib.predictions import evaluate
 from model import PaliGemma
-from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head, captured
+from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
 from model.decoding.detector import Detector, Selection
 from model.decoding.generate import GREEDY
 from model.io.hub import NANO
@@ -161,7 +161,7 @@ def three_ways(decoder: TiedHead, hidden: Tensor, slot: int) -> dict:
         from model.decoding.head_kernel import FusedHead
 
         functions["kernel"] = partial(FusedHead(decoder, **how), hidden, slot, uniform)
-        functions = {name: captured(function, lambda: None) for name, function in functions.items()}
+        functions = {name: capture_graph(function, lambda: None) for name, function in functions.items()}
     return functions
 
 

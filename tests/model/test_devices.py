@@ -18,7 +18,7 @@ from infer import benchmark, benchmark_step, evaluate, tradeoffs
 from infer.lib import measuring
 from infer.lib import options as loading
 from model import PaliGemma
-from model.decoding.closed_set import GROUP, GroupDecoder, captured
+from model.decoding.closed_set import GROUP, GroupDecoder, capture_graph
 from model.decoding.generate import GREEDY
 from model.gemma import Gemma
 from model.io.hub import NANO
@@ -160,7 +160,7 @@ def current(monkeypatch):
 
 def test_decoding_is_on_the_gpu_of_the_images(model, current, monkeypatch):
     """The buffers and the graph are made, and every group decoded, with the images' device current."""
-    seen, images, prepare, group = [], pictures(2), GroupDecoder._prepare, GroupDecoder._group
+    seen, images, prepare, group = [], pictures(2), GroupDecoder._prepare, GroupDecoder._decode_group
 
     def note(function):
         def noted(*args, **kwargs):
@@ -170,7 +170,7 @@ def test_decoding_is_on_the_gpu_of_the_images(model, current, monkeypatch):
         return noted
 
     monkeypatch.setattr(GroupDecoder, "_prepare", note(prepare))
-    monkeypatch.setattr(GroupDecoder, "_group", note(group))
+    monkeypatch.setattr(GroupDecoder, "_decode_group", note(group))
     GroupDecoder(model, LANGUAGE)(images)
     assert seen == [True] * (1 + LANGUAGE.groups) and not current
 
@@ -244,7 +244,7 @@ def test_capture(graphs):
         graphs.append("run")
         return outputs
 
-    replay = captured(function, lambda: graphs.append("prepare"))
+    replay = capture_graph(function, lambda: graphs.append("prepare"))
     assert graphs == [
         *("side waits for main", "on side", "prepare", "run", "prepare", "run", "prepare", "off side"),
         *("main waits for side", "capture on side, thread_local", "run", "captured"),
