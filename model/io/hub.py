@@ -1,6 +1,7 @@
 """Where a checkpoint or an adapter is: a folder, a hub id, or "nano", which comes with this repository."""
 
 import re
+import shutil
 from pathlib import Path
 
 NANO = Path(__file__).parent.parent / "nano"
@@ -19,8 +20,9 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", source):
         where = "give a folder, a hub id such as google/paligemma2-3b-pt-448, or 'nano'"
         raise ValueError(f"no folder {source!r}; {where}")
+    # Imported here, because neither a folder nor nano needs it.
     from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download  # here, as a folder or nano does not need it
+    from huggingface_hub import snapshot_download
 
     repo, _, revision = source.partition("@")
     wanted = ["config.json", "adapter_config.json", "detection.json", *COMPANION_FILES]
@@ -31,13 +33,18 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
         how = "accept its licence on its hub page and run `hf auth login`, or download it and give the folder"
         raise ValueError(f"{repo} is gated: {how}") from error
     except hub.RepositoryNotFoundError as error:
-        raise ValueError(f"no folder {source!r}, and no such repository (private: log in)") from error
+        raise ValueError(f"no folder {source!r}, and no such hub repository (private: log in)") from error
     except hub.RevisionNotFoundError as error:
         raise ValueError(f"{repo} has no revision {revision!r}: its hub page lists all") from error
-    except (
-        hub.HfHubHTTPError.__bases__
-    ) as error:  # OSError, and the errors of the HTTP library, whichever it is
+    except hub.HfHubHTTPError.__bases__ as error:  # OSError, and the HTTP library's, whichever that is
         raise ValueError(f"no folder {source!r}, and the hub could not be reached: {error}") from error
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer and mask codec, where a checkpoint has them, to the folder of another."""
+    for name in COMPANION_FILES if source.resolve() != target.resolve() else ():
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
 
 
 def codec_file(source: str | Path) -> Path:

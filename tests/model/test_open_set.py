@@ -210,7 +210,6 @@ def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):
         (["--classes", ";"], "names nothing"),
         (["--classes", "cat", "--groups", 3], "--groups"),
         (["--classes", "cat", "--early-stop", 0.5, 1], "--early-stop"),
-        (["--classes", "cat", "--classes-per-call", 0], "--classes-per-call"),
         (["--classes", "cat", "--max-tokens", 100000], "positions"),
         (["--eos-offset", 1], "--eos-offset"),
         (["--temperature", -1], "temperature"),
@@ -239,7 +238,7 @@ def test_segment(monkeypatch, capsys, model, here, tokenizer):
     """A drawing, a picture of each mask, and run-length encodings that are the same."""
     said = {"segment cat": f"{A}{SEGS} cat", "segment hair drier": f"{B}{SEGS} hair drier"}
     ask = Said(tokenizer, said)
-    monkeypatch.setattr(segment, "Asker", lambda *_: ask)
+    monkeypatch.setattr(loading, "Asker", lambda *_: ask)
     monkeypatch.setattr("model.decoding.detector.fitting_batch", lambda *_: 4)
     argv = [
         "--image",

@@ -30,6 +30,7 @@ from train.data.coco import CocoDetections, CocoIndex, read_records
 from train.data.jsonl import JsonlPairs, is_jsonl, read_lines
 from train.data.samples import answer_sample
 from train.data.targets import closed_set_target
+from train.measures import read_coco
 
 CLASSES = ("cat", "dog", "traffic light", "bird")
 LANGUAGE = ClosedSet((2, 500, 600, 108), 1000, 7, 1, CLASSES, groups=6)
@@ -182,13 +183,18 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("message", BAD_FILES)
-def test_bad_instances(tmp_path, message):
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [(CocoIndex.read, message) for message in BAD_FILES]
+    + [(read_coco, message) for message in BAD_FILES if message != "99 categories"],
+)
+def test_bad_instances(tmp_path, read, message):
+    """Training and evaluation complain in the same words; only training has a limit of classes."""
     file = tmp_path / "bad.json"
     bad = BAD_FILES[message]
     file.write_text(bad if isinstance(bad, str) else json.dumps(bad))
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        CocoIndex.read(file)
+        read(file)
     assert "bad.json" in str(error.value)
 
 

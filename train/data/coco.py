@@ -20,13 +20,14 @@ from train.data.targets import NANO_NOISE, Noise, closed_set_target
 
 
 def read_records(
-    file: Path, boxes: bool = True, outlines: bool = False
+    file: Path, boxes: bool = True, outlines: bool = False, sizes: bool = True
 ) -> tuple[dict[int, dict], dict[int, dict], dict[int, dict]]:
     """Categories, images and annotations of a COCO file by id, in the file's order.
 
     Each category has a name; each image has a file_name inside the image folder, and an int width and height;
     each annotation has an image and a category of the file. Other fields are as the file has them, unchecked.
     boxes: each annotation must have a bbox. outlines: keep the segmentations, which are most of a file.
+    sizes: each image must have a width and a height.
     """
     with explain(f"{file} is not a COCO annotation file: not JSON", ValueError):
         data = json.loads(file.read_bytes(), object_hook=None if outlines else _without_outlines)
@@ -41,7 +42,8 @@ def read_records(
     for i, record in images.items():
         where = f"{file}: image {i}"
         _check_file_name(record, where)
-        record |= {side: _side(record, side, where) for side in ("width", "height")}
+        given = [side for side in ("width", "height") if sizes or side in record]
+        record |= {side: _side(record, side, where) for side in given}
     for i, record in annotations.items():
         for key, known in (("image_id", images), ("category_id", categories)):
             if type(record.get(key)) is not int or record[key] not in known:
