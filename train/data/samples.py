@@ -22,7 +22,7 @@ from torch import Tensor
 
 from train.data.targets import Target
 
-ROUND = 16  # with several tasks, texts are padded to a multiple of this: few shapes to compile for
+TEXT_MULTIPLE = 16  # with several tasks, texts are padded to a multiple of it: few shapes to compile for
 
 
 def answer_sample(image: np.ndarray, prompt: Sequence[int], target: Target) -> dict[str, Tensor]:
