@@ -23,15 +23,23 @@ PILLOWS_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.Decompre
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """An upright RGB image: its EXIF orientation is applied."""
-    if not Path(path).exists():
-        raise ValueError(f"{path}: no such file")
-    with explain(f"{path}: not a readable image", *PILLOWS_ERRORS), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        return image.convert("RGB")
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """An upright RGB image from a file or a PIL image: its EXIF orientation is applied."""
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    if not isinstance(source, str | Path):
+        raise ValueError(f"an image is a file or a PIL image, not of type {type(source).__name__}")
+    if not Path(source).exists():
+        raise ValueError(f"{source}: no such file")
+    with explain(f"{source}: not a readable image", *PILLOWS_ERRORS), Image.open(source) as image:
+        return _upright_rgb(image)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def check_size(image: Image.Image, file: Path, width: int, height: int) -> None:

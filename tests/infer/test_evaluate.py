@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from infer import evaluate, report
-from model.decoding.detector import Detections
+from model.decoding.detections import Detections
 
 NAMES = ["cat", "dog", "bird"]
 COUNT = 8  # images; number 3 and 7 have no objects
@@ -73,7 +73,9 @@ class FromAList:
             rows = np.array(rows, float)
             rows[:, 2:4] += rows[:, :2] + rng.integers(-3, 4, (len(rows), 2))
             scores = np.sort(rng.random(len(rows)))[::-1]
-            self.answers[key] = Detections(rows[:, :4], scores, rows[:, 4].astype(int), None)
+            class_ids = rows[:, 4].astype(int)
+            labels = [self.classes[c] for c in class_ids]
+            self.answers[key] = Detections(rows[:, :4], scores, class_ids, labels, tokens=None)
         self.seen, self.limit = 0, limit
 
     def fitting_batch(self):
@@ -424,7 +426,7 @@ def test_nothing_found(run_evaluate, run_report, data, tmp_path):
     """A detector that finds nothing has a report too."""
     pytest.importorskip("matplotlib")
     silent = FromAList(data)
-    none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), None)
+    none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), [], tokens=None)
     silent.answers = dict.fromkeys(silent.answers, none)
     assert run_evaluate("--out", tmp_path / "eval", detector=silent)[0] == 0
     assert run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page", "--images", 1) == 0
