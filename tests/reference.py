@@ -183,10 +183,10 @@ def difference(ours: Tensor, theirs: Tensor, tokens: Tensor) -> float:
 
 # Writing checkpoints ----------------------------------------------------------------------------------------
 
-LANGUAGE, VISION, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
+DECODER, VISION, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
 NAMES = {  # from transformers 5's names to ...
     "A": {  # the official files, and what transformers wrote up to 4.51
-        LANGUAGE: "language_model.model.",
+        DECODER: "language_model.model.",
         VISION: "vision_tower.vision_model.",
         PROJECTOR: "multi_modal_projector.",
         "lm_head.": "language_model.lm_head.",
@@ -194,7 +194,7 @@ NAMES = {  # from transformers 5's names to ...
     "B": {VISION: "model.vision_tower.vision_model."},  # 4.52 to 4.57
     "C": {},  # 5
     "hybrid": {  # what 5 writes: the first generation's names, but for the vision tower's
-        LANGUAGE: "language_model.model.",
+        DECODER: "language_model.model.",
         VISION: "vision_tower.",
         PROJECTOR: "multi_modal_projector.",
         "lm_head.": "language_model.lm_head.",

@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 
 from model.decoding.boxes import BINS, locs_to_boxes, parse_answer
 from model.decoding.masks import MaskCodec, from_rle, mask_iou, paste_mask
-from train.data.coco import read_bbox, read_records
+from train.data.coco import read_records
 from train.data.jsonl import right_answers
 
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # in pycocotools' order
@@ -33,11 +33,10 @@ LONGEST_N_GRAM, LENGTH_SIGMA = 4, 6.0  # of CIDEr-D; sigma: how far a caption's 
 
 def read_coco(file: Path) -> COCO:
     """A COCO annotation file, checked; the images need no width and height."""
-    categories, images, annotations = read_records(file, need_sizes=False)
-    for number, (i, record) in enumerate(annotations.items(), start=1):
-        box = read_bbox(record, f"{file}: annotation {i}")
+    categories, images, annotations = read_records(file, sizes=False)
+    for number, record in enumerate(annotations.values(), start=1):
         record["id"] = number  # pycocotools takes 0 for "no match"
-        record.setdefault("area", box[2] * box[3])
+        record.setdefault("area", record["bbox"][2] * record["bbox"][3])
         record.setdefault("iscrowd", 0)
     return make_coco(images.values(), annotations.values(), categories.values())
 

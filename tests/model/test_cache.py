@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "one kv head, no caps": dict(kv_heads=1, attn_cap=None, final_cap=None),
     "window of one": dict(window=1),
 }
+GROUPS = LANGUAGE.groups
 
 
 def both(folder, seed=0, **architecture):

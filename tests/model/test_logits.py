@@ -173,7 +173,7 @@ def test_suffix_is_causal_and_prefix_is_not(architecture, tmp_path):
 def test_override_at_load(override, of_hf, tmp_path):
     """A field overridden at load gives the model that has it in its config, not the one on disk."""
     on_disk, wanted = tiny_paligemma(seed=9, window=8), tiny_paligemma(seed=9, **(dict(window=8) | of_hf))
-    ours = load(on_disk, tmp_path, **override)
+    ours = load(save(on_disk, tmp_path), **override)
     assert_same_logits(ours, wanted)
     images, tokens = random_inputs(on_disk)
     assert difference(ours(images, tokens, 5), reference_logits(on_disk, images, tokens, 5), tokens) > 0.01

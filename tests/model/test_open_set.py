@@ -219,7 +219,6 @@ def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):
         (["--classes", ";"], "names no class"),
         (["--classes", "cat", "--groups", 3], "--groups"),
         (["--classes", "cat", "--early-stop", 0.5, 1], "--early-stop"),
-        (["--classes", "cat", "--classes-per-call", 0], "--classes-per-call"),
         (["--classes", "cat", "--max-tokens", 100000], "positions"),
         (["--eos-offset", 1], "--eos-offset"),
         (["--temperature", -1], "temperature"),

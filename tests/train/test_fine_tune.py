@@ -19,17 +19,19 @@ import pytest
 import torch
 from helpers import (
     ENVIRONMENT,
+    PLAIN,
     ROOT,
-    complaint,
+    command,
     language_of,
+    launch,
     metrics,
     run,
+    run_complaint,
     same,
     torchrun,
     weights,
     weights_apart,
 )
-from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed import HashStore
 
@@ -40,49 +42,9 @@ from model.io.config_json import config_to_json
 from model.io.weights import load_config
 from model.lora import lora_layers
 from train import fit as train
-from train import objective
+from train import loss as objective
 from train.loss import allowed_loss, vocabulary_loss
-from train.practice.write import write_coco
 from train.run import checkpoint, processes
-
-PLAIN = "--patch-weight 0"
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    """Eight practice scenes as files."""
-    folder = tmp_path_factory.mktemp("scenes") / "set"
-    write_coco(folder, 8, "same", 64)
-    return folder / "instances.json"
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Six pictures of one colour with a question and an answer of different lengths."""
-    folder = tmp_path_factory.mktemp("pairs")
-    (folder / "images").mkdir()
-    with open(folder / "pairs.jsonl", "w") as file:
-        for i, name in enumerate(("red", "green", "blue", "black", "white", "yellow")):
-            Image.new("RGB", (40, 30), name).save(folder / "images" / f"{i}.png")
-            line = dict(
-                image=f"{i}.png", prefix="what colour" + " now" * (i % 3), suffix=f"{name} " * (i + 1)
-            )
-            file.write(json.dumps(line) + "\n")
-    return folder / "pairs.jsonl"
-
-
-def command(model, out, options, launcher=()):
-    program = [sys.executable, *launcher, ROOT / "train" / "fit.py"]
-    usual = "--device cpu --workers 0 --batch-size 4 --lr 1e-3 --warmup 2 --log-every 1 --no-amp"
-    return [*map(str, [*program, "--model", model, "--out", out]), *f"{usual} {options}".split()]
-
-
-def launch(*args, **kwargs):
-    done = subprocess.run(
-        command(*args, **kwargs), env=ENVIRONMENT, capture_output=True, text=True, timeout=400
-    )
-    return done.returncode, done.stderr
-
 
 # Losses -----------------------------------------------------------------------------------------------------
 
@@ -285,15 +247,15 @@ def test_refusals(tiny, scenes, pairs, tmp_path):
     empty.write_text(json.dumps(dict(images=[], annotations=[], categories=[])))
     long.write_text(json.dumps(dict(image="0.png", prefix="x", suffix="cat dog " * 600)) + "\n")
     images = pairs.parent / "images"
-    assert "empty.json" in complaint(run, tiny, out, f"{PLAIN} --data {empty}  --images {images}")
-    assert "positions" in complaint(run, tiny, out, f"{PLAIN} --data {long} --images {images}")
-    assert "float16" in complaint(run, tiny, out, f"{PLAIN} --dtype float16")
-    assert "--batch-size 4" in complaint(run, tiny, out, f"{PLAIN} --accumulate 3")
-    assert "--steps 0" in complaint(run, tiny, out, f"{PLAIN} --steps 0")
-    assert "--val" in complaint(run, tiny, out, f"{PLAIN} --data {scenes} --val-every 2")
-    assert "practice scenes" in complaint(run, tiny, out, f"{PLAIN} --data {scenes} --patch-weight 1")
-    assert "practice scenes" in complaint(run, tiny, out, f"{PLAIN} --data {scenes} --tasks all")
-    assert "no module" in complaint(run, tiny, out, f"{PLAIN} --lora --lora-targets nothing")
+    assert "empty.json" in run_complaint(tiny, out, f"--data {empty}  --images {images}")
+    assert "positions" in run_complaint(tiny, out, f"--data {long} --images {images}")
+    assert "float16" in run_complaint(tiny, out, "--dtype float16")
+    assert "--batch-size 4" in run_complaint(tiny, out, "--accumulate 3")
+    assert "--steps 0" in run_complaint(tiny, out, "--steps 0")
+    assert "--val" in run_complaint(tiny, out, f"--data {scenes} --val-every 2")
+    assert "practice scenes" in run_complaint(tiny, out, f"--data {scenes} --patch-weight 1")
+    assert "practice scenes" in run_complaint(tiny, out, f"--data {scenes} --tasks all")
+    assert "no module" in run_complaint(tiny, out, "--lora --lora-targets nothing")
     assert not list(out.glob("*"))
 
 
@@ -302,14 +264,14 @@ def test_vocabulary_too_small(tiny, tmp_path):
     small = PaliGemma.from_pretrained(str(tiny)).config
     config = small.override(vocab_size=1024)
     PaliGemma(config).save_pretrained(model)
-    assert "ids" in complaint(run, model, tmp_path / "run", PLAIN)
+    assert "ids" in run_complaint(model, tmp_path / "run", "")
 
 
 def test_another_run_is_not_resumed(tiny, scenes, tmp_path):
-    out, options = tmp_path / "run", f"{PLAIN} --data {scenes}"
-    run(tiny, out, f"{options} --steps 1")
-    assert "--batch-size" in complaint(run, tiny, out, f"{options} --batch-size 2 --resume")
-    assert "--resume" in complaint(run, tiny, out, options)
+    out, options = tmp_path / "run", f"--data {scenes}"
+    run(tiny, out, f"{PLAIN} {options} --steps 1")
+    assert "--batch-size" in run_complaint(tiny, out, f"{options} --batch-size 2 --resume")
+    assert "--resume" in run_complaint(tiny, out, options)
 
 
 def test_not_finite(tiny, scenes, tmp_path, monkeypatch):
@@ -321,7 +283,7 @@ def test_not_finite(tiny, scenes, tmp_path, monkeypatch):
         return real(*args) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(objective, "allowed_loss", loss)
-    message = complaint(run, tiny, tmp_path / "run", f"{PLAIN} --data {scenes} --steps 5")
+    message = run_complaint(tiny, tmp_path / "run", f"--data {scenes} --steps 5")
     assert "step 3" in message and ".png" in message
     saved = weights(tmp_path / "run" / "step-0000002")
     assert all(torch.isfinite(x).all() for x in saved.values())

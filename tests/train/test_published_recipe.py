@@ -11,19 +11,32 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import (
+    ENVIRONMENT,
+    ROOT,
+    command,
+    language_of,
+    metrics,
+    run,
+    run_complaint,
+    torchrun,
+    weights,
+    weights_apart,
+)
 from PIL import Image
-from test_fine_tune import ENVIRONMENT, apart, command, complaint, pairs, scenes, torchrun  # noqa: F401 - fixtures
-from test_train import ROOT, language_of, metrics, run, tiny, train, weights  # noqa: F401 - tiny is a fixture
 
 from model import PaliGemma
 from model.decoding.boxes import iou, locs_to_boxes
 from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import to_network
 from model.io.tokenizer import Tokenizer
+from train import fit as train
 from train.data.augment import augment
 from train.data.coco import CocoDetections, CocoIndex
-from train.data.samples import PracticeScenes, StepSampler, collate, open_data
+from train.data.open import open_data
+from train.data.samples import StepSampler, collate
 from train.data.targets import MAX_NOISE_IOU, Noise, closed_set_target, noise_boxes
+from train.practice.dataset import PracticeScenes
 
 LANGUAGE = ClosedSet((2, 500, 600, 108), 1000, 7, 1, tuple("abcdef"), groups=12)
 PUBLISHED = Noise(weight=1, disguise=0, near=0, apart=True, skip_empty=True)
@@ -127,7 +140,7 @@ def test_noise_apart_without_room():
         assert len(np.unique(boxes, axis=0)) == 11
 
 
-def test_data_sets_use_the_noise(tiny, scenes):  # noqa: F811
+def test_data_sets_use_the_noise(tiny, scenes):
     """Practice scenes and COCO files alike: noise weighs 1 and is fed as it is."""
     language = language_of(tiny)
     index = CocoIndex.read(scenes)
@@ -197,33 +210,33 @@ def test_skip_empty_after_augmentation(with_empty):
     assert moved_out > 5
 
 
-def test_skip_empty_counts(with_empty, tiny, tmp_path, capsys):  # noqa: F811
+def test_skip_empty_counts(with_empty, tiny, tmp_path, capsys):
     """The dry run's epochs are of the pictures that take part; data without any is refused."""
     for option, words in (("", "4 samples, 20.00 epochs"), ("--skip-empty", "2 samples, 40.00 epochs")):
         run(tiny, tmp_path / "run", f"--patch-weight 0 --data {with_empty} --steps 20 --dry-run {option}")
         assert words in capsys.readouterr().out
     all_empty = tmp_path / "all_empty.json"
     all_empty.write_text(json.dumps(json.loads(with_empty.read_text()) | dict(annotations=[])))
-    message = complaint(tiny, tmp_path / "run", f"--data {all_empty} --skip-empty")
+    message = run_complaint(tiny, tmp_path / "run", f"--data {all_empty} --skip-empty")
     assert "all_empty.json" in message and "no samples with objects" in message
 
 
-def test_refusals(tiny, scenes, pairs, tmp_path):  # noqa: F811
+def test_refusals(tiny, scenes, pairs, tmp_path):
     """Where an option would have no effect, or its value makes no sense; in the dry run too."""
     out = tmp_path / "run"
     for option in PUBLISHED.changed():
         words = re.search(rf"{option}( [\d.]+)?", AS_OPTIONS)[0]
         for dry in ("", "--dry-run"):
-            message = complaint(tiny, out, f"--data {pairs} {words} {dry}")
+            message = run_complaint(tiny, out, f"--data {pairs} {words} {dry}")
             assert option in message and "pairs.jsonl" in message
-    assert "--skip-empty" in complaint(tiny, out, "--skip-empty")
+    assert "--skip-empty" in run_complaint(tiny, out, "--skip-empty")
     for option in (
         "--noise-weight -1", "--noise-weight nan", "--noise-disguise 1.5", "--noise-near -0.1", "--beta2 1"
     ):  # fmt: skip
         with pytest.raises(ValueError, match=option.split()[0]):
             train.arguments(f"--model x --out x --data x {option}".split())
     for dry in ("", "--dry-run"):
-        assert "attn_cap" in complaint(tiny, out, f"--data {scenes} --attn-cap -1 {dry}")
+        assert "attn_cap" in run_complaint(tiny, out, f"--data {scenes} --attn-cap -1 {dry}")
     assert not out.exists()
 
 
@@ -252,7 +265,7 @@ def first_batch(data):
 
 @pytest.mark.parametrize("mean", ["token", "example"])
 @pytest.mark.parametrize("kind", ["pairs", "scenes", "practice"])
-def test_loss_of_a_step(kind, mean, tiny, scenes, pairs, tmp_path):  # noqa: F811
+def test_loss_of_a_step(kind, mean, tiny, scenes, pairs, tmp_path):
     """The loss that is logged, of texts of different lengths and of detection over the whole vocabulary with
     its eos, is the plain one; micro-batches change nothing."""
     noise = Noise() if kind == "pairs" else Noise(weight=1, disguise=0)
@@ -272,7 +285,7 @@ def test_loss_of_a_step(kind, mean, tiny, scenes, pairs, tmp_path):  # noqa: F81
         out = tmp_path / str(accumulate)
         run(tiny, out, f"{options} --steps 2 --accumulate {accumulate}")
         assert metrics(out)[0]["loss"] == pytest.approx(expected, abs=2e-4)
-        assert apart(weights(tmp_path / "1" / "step-0000002"), weights(out / "step-0000002")) < 1e-4
+        assert weights_apart(weights(tmp_path / "1" / "step-0000002"), weights(out / "step-0000002")) < 1e-4
     if kind == "pairs":
         other = plain_loss(tiny, samples, "token" if mean == "example" else "example")
         assert abs(other - expected) > 2e-3, "the test needs means that differ"
@@ -291,19 +304,19 @@ def test_weights_of_an_example():
     assert collate(samples)["weights"].sum() == 5.5
 
 
-def test_loss_mean_in_two_processes(tiny, pairs, tmp_path):  # noqa: F811
+def test_loss_mean_in_two_processes(tiny, pairs, tmp_path):
     """Two processes and micro-batches of one text each, of other lengths, do what one process does."""
     options = f"--patch-weight 0 --data {pairs} --loss-mean example --steps 3 --save-every 3"
     run(tiny, tmp_path / "one", options)
     two = command(tiny, tmp_path / "two", f"{options} --accumulate 2", torchrun("2"))
     done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert apart(*(weights(tmp_path / name / "step-0000003") for name in ("one", "two"))) <= 1e-4
+    assert weights_apart(*(weights(tmp_path / name / "step-0000003") for name in ("one", "two"))) <= 1e-4
     one, two = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=2e-4)
 
 
-def test_validation_loss_is_of_the_same_kind(with_empty, tiny, tmp_path):  # noqa: F811
+def test_validation_loss_is_of_the_same_kind(with_empty, tiny, tmp_path):
     """The training's noise and mean, at weights that do not move; pictures without objects count."""
     options = (
         f"{AS_OPTIONS} --loss vocabulary --loss-mean example --lr 1e-30 --min-lr 0 --steps 1 --val-every 1"
@@ -317,7 +330,7 @@ def test_validation_loss_is_of_the_same_kind(with_empty, tiny, tmp_path):  # noq
     assert found == pytest.approx(expected, abs=2e-4)
 
 
-def test_optimizer_options(tiny):  # noqa: F811
+def test_optimizer_options(tiny):
     model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
     objective = train.Objective(model, None)
     for options, beta2, decay in (("", 0.98, 0), ("--beta2 0.999 --weight-decay 0.01", 0.999, 0.01)):
@@ -327,20 +340,20 @@ def test_optimizer_options(tiny):  # noqa: F811
         assert max(group["weight_decay"] for group in optimizer.param_groups) == decay
 
 
-def test_no_clipping(tiny, scenes, tmp_path):  # noqa: F811
+def test_no_clipping(tiny, scenes, tmp_path):
     """--clip 0 leaves gradients as they are. (AdamW's first step hides a factor; those after it do not.)"""
     for name, clip in (("none", "0"), ("never", "1e9"), ("hard", "0.01")):
         run(tiny, tmp_path / name, f"--patch-weight 0 --data {scenes} --steps 3 --clip {clip}")
     none, never, hard = (weights(tmp_path / name / "step-0000003") for name in ("none", "never", "hard"))
-    assert apart(none, never) == 0 < apart(none, hard)
-    assert apart(none, weights(tiny)) > 1e-4
+    assert weights_apart(none, never) == 0 < weights_apart(none, hard)
+    assert weights_apart(none, weights(tiny)) > 1e-4
 
 
 # Soft caps --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("caps", [dict(attn_cap=0.5), dict(final_cap=1.0), dict(attn_cap=0, final_cap=0)])
-def test_caps(caps, tiny, pairs, tmp_path):  # noqa: F811
+def test_caps(caps, tiny, pairs, tmp_path):
     """They are in the loss, and the trained checkpoint has them."""
     options = " ".join(f"--{name.replace('_', '-')} {cap}" for name, cap in caps.items())
     run(tiny, tmp_path / "run", f"--patch-weight 0 --data {pairs} --steps 1 {options}")
@@ -355,7 +368,7 @@ def test_caps(caps, tiny, pairs, tmp_path):  # noqa: F811
     assert model.config.text.attn_cap == 50 and model.config.text.final_cap == 30
 
 
-def test_an_adapter_keeps_its_caps(tiny, pairs, tmp_path):  # noqa: F811
+def test_an_adapter_keeps_its_caps(tiny, pairs, tmp_path):
     """It is run as it was trained, whatever its base has; asked for other caps, with those."""
     lora = f"--patch-weight 0 --data {pairs} --lora --dtype float32 --steps 1"
     run(tiny, tmp_path / "off", f"{lora} --attn-cap 0 --final-cap 0")
@@ -371,14 +384,14 @@ def test_an_adapter_keeps_its_caps(tiny, pairs, tmp_path):  # noqa: F811
 # Runs and recipes -------------------------------------------------------------------------------------------
 
 
-def test_resuming_with_another_value_is_refused(tiny, scenes, tmp_path):  # noqa: F811
+def test_resuming_with_another_value_is_refused(tiny, scenes, tmp_path):
     run(tiny, tmp_path / "run", f"--patch-weight 0 --data {scenes} --steps 1")
     options = (
         "--noise-weight 1;--noise-disguise 0;--noise-near 0;--noise-apart;--skip-empty;--loss-mean example;"
     )
     options += "--attn-cap 0;--final-cap 0;--beta2 0.999"
     for option in options.split(";"):
-        message = complaint(tiny, tmp_path / "run", f"--data {scenes} --resume {option}")
+        message = run_complaint(tiny, tmp_path / "run", f"--data {scenes} --resume {option}")
         assert option.split()[0] in message and "cannot go on" in message
 
 
@@ -391,7 +404,7 @@ def argv_of(recipe):
     return done.stdout.splitlines()[1:]
 
 
-RECIPES = sorted((ROOT / "train" / "recipes").glob("*.sh"))
+RECIPES = sorted((ROOT / "train" / "recipes").glob("*_*.sh"))  # nano.sh is of several programs
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -8,31 +8,9 @@ the box of the object there, which is a dense signal and easy to learn. The head
 Axes: B batch, P image tokens, C classes, D decoder width.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from train.practice.scenes import Scene
-
-MIN_COVER = 0.2  # share of a patch that an object must own to be its label
-
-
-def patch_targets(scene: Scene, patch: int, background: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of the object that owns most of a patch: labels int64 [P], boxes float32 [P, 4] as fractions."""
-    side = scene.owner.shape[0] // patch
-    tiles = scene.owner.reshape(side, patch, side, patch)
-    ids = np.arange(len(scene.labels))
-    cover = np.zeros((side * side, 1))
-    if len(ids):
-        cover = (tiles[..., None] == ids).mean((1, 3)).reshape(side * side, -1)
-    best = cover.argmax(1)
-    seen = cover[np.arange(len(cover)), best] >= MIN_COVER
-    labels = np.full(side * side, background, np.int64)
-    boxes = np.zeros((side * side, 4), np.float32)
-    labels[seen] = scene.labels[best[seen]]
-    boxes[seen] = scene.boxes[best[seen]] / scene.owner.shape[0]
-    return labels, boxes
 
 
 class PatchHead(nn.Module):
@@ -61,6 +39,7 @@ class PatchHead(nn.Module):
         similarity = torch.cat((similarity, self.background.expand(*labels.shape, 1)), dim=-1)  # [B, P, C+1]
         logits = similarity * self.log_scale.exp()
         class_loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        image_tokens = image_tokens.to(self.box[1].weight.dtype)  # an adapter's base may be in bfloat16
         predicted = self.box(image_tokens).float() * 0.25 + self.centres  # starts at the patch
         is_object = (labels != len(self.starts)).float()
         box_loss = 5 * (predicted - boxes).abs().sum(-1) + 1 - _giou(predicted, boxes)  # [B, P]
