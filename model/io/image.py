@@ -24,18 +24,19 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """An upright RGB image from a file or a PIL image: its EXIF orientation is applied."""
+    """An upright RGB image from a file or a PIL image."""
     if isinstance(source, Image.Image):
-        return _upright_rgb(source)
+        return upright(source)
     if not isinstance(source, str | Path):
         raise ValueError(f"an image is a file or a PIL image, not of type {type(source).__name__}")
     if not Path(source).exists():
         raise ValueError(f"{source}: no such file")
     with explain(f"{source}: not a readable image", *PILLOWS_ERRORS), Image.open(source) as image:
-        return _upright_rgb(image)
+        return upright(image)
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """An RGB image, turned as EXIF says, from an image of any mode."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
