@@ -24,9 +24,8 @@ from model.decoding.generate import Prompter
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
-from model.io.hub import codec_file, resolve
+from model.io.hub import codec_file
 from model.io.image import load_image
-from model.io.tokenizer import Tokenizer
 from model.paligemma import PaliGemma
 
 
@@ -73,17 +72,13 @@ class ClosedSetDetector:
 
 
 class Detector:
-    """Finds objects in images: of the checkpoint's own classes, or of those you name.
+    """Finds objects in images: of the checkpoint's own classes, or of those you name."""
 
-    model: for example from load_for_decoding; folder: its checkpoint's, for the tokenizer and the mask codec.
-    """
-
-    def __init__(self, model: PaliGemma, folder: str | Path, selection: Selection = KEEP_ALL):
-        self.model, self.folder, self.selection = model, folder, selection
-        tokenizer = Tokenizer(folder)
-        decode = GroupDecoder(model, ClosedSet.of(model.config, tokenizer), head=head_for(model))
-        self.closed_set = ClosedSetDetector(decode, selection)
-        self.prompter = Prompter(model, tokenizer, MAX_ANSWER_TOKENS)
+    def __init__(self, model: PaliGemma, selection: Selection = KEEP_ALL):
+        self.model, self.selection = model, selection
+        language = ClosedSet.of(model.config, model.tokenizer)
+        self.closed_set = ClosedSetDetector(GroupDecoder(model, language, head=head_for(model)), selection)
+        self.prompter = Prompter(model, model.tokenizer, MAX_ANSWER_TOKENS)
 
     @classmethod
     def from_pretrained(
@@ -104,12 +99,11 @@ class Detector:
         dtype, int8: see load_for_decoding. device: None for a GPU if there is one. score_threshold, nms_iou,
         min_size: which objects are kept, see Selection. config_overrides: see PaliGemma.from_pretrained.
         """
-        folder = resolve(source)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_for_decoding(
-            folder, dtype=dtype, device=device, adapter=adapter, int8=int8, **config_overrides
+            source, dtype=dtype, device=device, adapter=adapter, int8=int8, **config_overrides
         )
-        return cls(model, folder, Selection(score_threshold, nms_iou, min_size))
+        return cls(model, Selection(score_threshold, nms_iou, min_size))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -119,7 +113,7 @@ class Detector:
     @cached_property
     def codec(self) -> MaskCodec:
         """The mask codec beside the checkpoint, read when it is first needed."""
-        return MaskCodec.load(codec_file(self.folder))
+        return MaskCodec.load(codec_file(self.model.folder))
 
     def __call__(
         self,

@@ -146,3 +146,16 @@ def test_fitting_batch(model, monkeypatch):
     config = model.config.text  # half of the memory holds at least their caches and images
     cache = 8 * config.layers * config.kv_heads * config.head_dim * 5 * LANGUAGE.groups
     assert sizes[2] * cache < 1 << 23
+
+
+def test_systems_that_do_not_say_how_much_memory_is_free(model, monkeypatch):
+    """macOS has no such figure, Windows no os.sysconf: images are decoded together all the same."""
+
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    detector = ClosedSetDetector(GroupDecoder(model, LANGUAGE))
+    monkeypatch.setattr(os, "sysconf", unknown)
+    assert detector.fitting_batch() == MAX_BATCH_CPU
+    monkeypatch.delattr(os, "sysconf")
+    assert detector.fitting_batch() == MAX_BATCH_CPU
