@@ -70,11 +70,11 @@ def score_objects(
     """
     # Where each token ends in the text: a label's characters give the tokens that it consists of.
     ends = [len(tokenizer.decode(tokens[: i + 1])) for i in range(len(tokens))]
-    numbers = {name.casefold(): i for i, name in enumerate(classes)}
+    ids = {name.casefold(): i for i, name in enumerate(classes)}
     objects = []
     for box in parse_answer(tokenizer.decode(tokens)):
         unlabelled = 0 if not box.label and len(classes) == 1 else None
-        class_id = numbers.get(box.label.casefold(), unlabelled)
+        class_id = ids.get(box.label.casefold(), unlabelled)
         if class_id is not None:
             start, end = box.span
             own = log_p[bisect_right(ends, start) : bisect_right(ends, end - 1) + 1]
@@ -98,8 +98,8 @@ class OpenSetDetector:
     ):
         self.prompter, self.model, self.selection, self.codec = prompter, prompter.model, selection, codec
         self.classes = tuple(classes)
-        starts = range(0, len(self.classes), per_prompt)
-        self.chunks = [range(len(self.classes))[start : start + per_prompt] for start in starts]
+        ids = range(len(self.classes))
+        self.chunks = [ids[start : start + per_prompt] for start in ids[::per_prompt]]  # of each prompt
 
     def __call__(self, images: list[Image.Image]) -> list[Detections]:
         """Detect in a batch of upright RGB images of any sizes."""
