@@ -20,7 +20,7 @@ from model import PaliGemma
 from model.config import PaliGemmaConfig
 from model.decoding.closed_set import ClosedSet
 from model.io.tokenizer import Tokenizer
-from train import fit
+from train import fit, loss
 from train.nano.untrained import nano_config
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +79,22 @@ def run(model, out, options="", *more):
 def run_complaint(model, out, options) -> str:
     """The message that ends such a run."""
     return complaint(run, model, out, f"{PLAIN} {options}")
+
+
+class Killed(Exception):
+    """Stands for a lost machine: nothing in the program expects it."""
+
+
+def kill_at(monkeypatch, step: int) -> None:
+    """Let such a run end in the middle of step number `step`, as seen from where it starts."""
+    steps, network_input = iter(range(1, step + 1)), loss.network_input
+
+    def network_input_or_death(image):
+        if next(steps) == step:
+            raise Killed
+        return network_input(image)
+
+    monkeypatch.setattr(loss, "network_input", network_input_or_death)
 
 
 def command(model, out, options, launcher=()) -> list[str]:

@@ -1,18 +1,79 @@
-"""Losses over the supervised positions only: no logits of positions, or of ids, that cannot be right.
+"""What a step of training minimises: the loss of the answers, and of the helper head on the image tokens.
 
-Axes: B batch, T text positions, n supervised positions. hidden [B, T, D]; labels int64 [B, T]: the token that
-follows each position; weights float32 [B, T], 0 where nothing is taught. Both losses are weighted sums: the
-caller divides by the weights of the whole batch, of which it may hold a part.
+Only supervised positions count: no logits of positions, or of ids, that cannot be right are ever computed.
+Both losses of answers are weighted sums; the caller divides by the weights of the whole batch, of which it
+may hold a part.
+
+Axes: B batch, T text positions, n supervised positions, D width. hidden [B, T, D]; labels int64 [B, T]: the
+token that follows each position; weights float32 [B, T], 0 where nothing is taught.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
 from model.gemma import Gemma
+from train.data.samples import ROUND, network_input
+from train.nano.patch_head import PatchHead
 
 CHUNK = 128  # positions whose full-vocabulary logits are in memory together, 132 MB for the official sizes
+
+
+class Objective(nn.Module):
+    """The loss of a batch: the model's, and that of the helper head on its image tokens."""
+
+    def __init__(
+        self,
+        model: PaliGemma,
+        language: ClosedSet | None,
+        patch_weight: float = 0.0,
+        micro_batches: int = 1,
+        names: list[list[int]] | None = None,
+    ):
+        """language: the loss is over the ids that it allows; None: over the whole vocabulary. micro_batches:
+        of a step. names: the token ids of each class's name, which a helper head needs."""
+        super().__init__()
+        self.model, self.language, self.patch_weight = model, language, patch_weight
+        self.micro_batches = micro_batches
+        width, image_tokens = model.config.text.width, model.config.vision.tokens
+        self.patch_head = PatchHead(width, names, image_tokens) if patch_weight else None
+
+    def forward(self, batch: dict[str, Tensor], patch_only: bool = False) -> tuple[Tensor, Tensor]:
+        """A micro-batch -> (what to minimise, the model's own loss for the log). batch["total"]: the weights
+        of the whole batch, by which each part is divided, so that the parts add up to its mean."""
+        image_tokens = self.model.encode(network_input(batch["image"]))  # [B, P, D]
+        patch_loss = batch["weights"].new_zeros(())  # float32, as all losses are
+        if self.patch_head is not None:
+            embed = self.model.decoder.embed.weight
+            patch_loss = self.patch_head(image_tokens, embed, batch["patch_labels"], batch["patch_boxes"])
+            patch_loss = patch_loss / self.micro_batches  # a mean already, so the parts' means are averaged
+        if patch_only:
+            return patch_loss, patch_loss.detach()
+        prompts = len(batch["text"]) // len(image_tokens)  # of an image
+        if prompts == 1:
+            loss = self._answers_loss(image_tokens, batch)
+        else:
+            # Most texts are much shorter than closed-set answers: the shorter half of the batch is read apart
+            # from the longer one, so that it need not be padded as far.
+            lengths = (batch["text"] != self.model.config.pad).sum(-1)
+            loss = batch["weights"].new_zeros(())
+            for rows in lengths.argsort(stable=True).chunk(2):
+                end = -(-int(lengths[rows].max()) // ROUND) * ROUND  # a GPU sync
+                texts = {name: batch[name][rows, :end] for name in ("text", "labels", "weights")}
+                texts["prefix_len"] = batch["prefix_len"][rows]
+                loss = loss + self._answers_loss(image_tokens[rows // prompts], texts)
+        loss = loss / batch["total"]
+        return loss + self.patch_weight * patch_loss, loss.detach()
+
+    def _answers_loss(self, image_tokens: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The weighted sum over the answers to a prompt for each row of the image tokens."""
+        hidden = self.model.read(image_tokens, batch["text"], batch["prefix_len"])  # [B, T, D]
+        labels, weights = batch["labels"], batch["weights"]
+        if self.language is not None:
+            return allowed_loss(self.model.decoder, hidden, labels, weights, self.language)
+        return vocabulary_loss(self.model.decoder, hidden, labels, weights)
 
 
 def allowed_loss(
@@ -20,21 +81,22 @@ def allowed_loss(
 ) -> Tensor:
     """Closed-set: cross-entropy over the ids allowed at each position. The eos after the last group is the
     only id allowed there, so it has nothing to teach."""
-    total = weights.new_zeros(())
-    for position in (0, 4):  # of a group: coordinates, then the class
-        first, last = language.allowed(position)
-        chosen = (weights > 0) & (labels >= first) & (labels < last)
-        logits = decoder.logits(hidden[chosen], first, last)
+    total = weights.new_zeros((), dtype=torch.float32)
+    for slot in (0, 4):  # of a group: coordinates (all four slots allow the same ids), then the class
+        first, last = language.allowed(slot)
+        chosen = (weights > 0) & (labels >= first) & (labels < last)  # [B, T]; indexing with it is a GPU sync
+        logits = decoder.logits(hidden[chosen], first, last)  # [n, last - first]
         losses = F.cross_entropy(logits, labels[chosen] - first, reduction="none")
-        total = total + (losses * weights[chosen]).sum()  # autocast would round a matmul
+        total = total + (losses * weights[chosen]).sum()  # no matmul: autocast would round it
     return total
 
 
 def vocabulary_loss(decoder: Gemma, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Cross-entropy over the whole vocabulary, by chunks of positions."""
     chosen = weights > 0
-    parts = hidden[chosen], labels[chosen], weights[chosen]
-    return ChunkedCrossEntropy.apply(decoder.embed.weight, decoder.config.final_cap, *parts)
+    return ChunkedCrossEntropy.apply(
+        decoder.embed.weight, decoder.config.final_cap, hidden[chosen], labels[chosen], weights[chosen]
+    )
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -48,17 +110,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, embed: Tensor, cap: float | None, hidden: Tensor, labels: Tensor, weights: Tensor):
         grad_hidden = torch.zeros_like(hidden)
         grad_embed = torch.zeros_like(embed) if ctx.needs_input_grad[0] else None
-        loss = weights.new_zeros(())
+        loss = weights.new_zeros((), dtype=torch.float32)
         for h, label, weight, grad in zip(*(x.split(CHUNK) for x in (hidden, labels, weights, grad_hidden))):
             logits = F.linear(h, embed)
-            x = logits.float()
+            x = logits.float()  # [chunk, vocab], overwritten at every line below
             tanh = x.div_(cap).tanh_().clone() if cap else None
             x = x.mul_(cap) if cap else x
-            x -= x.amax(-1, keepdim=True)
+            x -= x.amax(-1, keepdim=True)  # or exp would overflow
             chosen = x.gather(-1, label[:, None])[:, 0]
             total = x.exp_().sum(-1)
             loss += ((total.log() - chosen) * weight).sum()
-            x *= (weight / total)[:, None]
+            x *= (weight / total)[:, None]  # from here on the gradient: weight * (softmax - one-hot)
             x[torch.arange(len(label), device=x.device), label] -= weight
             if cap:
                 x.addcmul_(x, tanh.square_(), value=-1)  # the cap's slope is 1 - tanh^2

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
 
 from infer.evaluate import category_ids, read_coco, run_cocoeval
@@ -61,7 +62,10 @@ class Validation:
             collate_fn=partial(collate, pad=model.config.pad, per_example=args.loss_mean == "example"),
         )
         self.detector = None
-        if isinstance(data, CocoDetections) and not args.shard:
+        if isinstance(data, CocoDetections) and args.shard:
+            if process()[0] == 0:
+                print("--shard: validation computes val_loss only; for val_mAP, evaluate a checkpoint")
+        elif isinstance(data, CocoDetections):
             self.coco, self.images = first_images(read_coco(file), args.val_count), images
             language = ClosedSet.of(model.config, tokenizer)
             self.detector = Detector(GroupDecoder(model, language), Selection(nms_iou=0.5))
@@ -69,7 +73,8 @@ class Validation:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """{"val_loss": ..., "val_mAP": ...} of all processes' shares."""
+        """{"val_loss": ..., "val_mAP": ...} of all processes' shares. With --shard no mAP: the decoder
+        calls parts of the model by themselves, whose weights FSDP would not put together."""
         self.objective.eval()
         sums = torch.zeros(2, device=self.device)  # losses, weights
         for batch in self.loader:
@@ -84,6 +89,8 @@ class Validation:
         figures = {"val_loss": round((sums[0] / sums[1]).item(), 4)}
         if self.detector:
             figures["val_mAP"] = round(self._mean_average_precision(), 4)
+        if isinstance(self.objective, FSDPModule):  # without a backward pass its root stays unsharded
+            self.objective.reshard()
         self.objective.train()
         return figures
 
@@ -108,8 +115,8 @@ class Keyed(Dataset):
 
 
 def first_images(coco: COCO, count: int | None, start: int = 0, step: int = 1) -> COCO:
-    """The set cut down to some of its images, by id."""
-    records = sorted(coco.dataset["images"], key=lambda record: record["id"])[:count][start::step]
+    """The set cut down to some of its first images in the file, which val_loss is of, too."""
+    records = coco.dataset["images"][:count][start::step]
     kept, part = {record["id"] for record in records}, COCO()
     annotations = [a for a in coco.dataset["annotations"] if a["image_id"] in kept]
     part.dataset = dict(images=records, annotations=annotations, categories=coco.dataset["categories"])

@@ -316,7 +316,7 @@ def test_pairs(folder, tokenizer):
     seen = {tokenizer.decode(data[draw, 2]["text"].tolist()[2:]) for draw in range(30)}
     assert seen == set(several["suffix"])
     texts = [data[draw, item]["text"] for item in range(3) for draw in range(30)]
-    assert data.longest() == max(map(len, texts))
+    assert data.text_tokens == max(map(len, texts))
     assert data.offsets.is_shared()
 
 

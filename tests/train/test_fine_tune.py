@@ -42,7 +42,7 @@ from model.io.config_json import config_to_json
 from model.io.weights import load_config
 from model.lora import lora_layers
 from train import fit as train
-from train import objective
+from train import loss as objective
 from train.loss import allowed_loss, vocabulary_loss
 from train.run import checkpoint, processes
 

@@ -15,6 +15,8 @@ from helpers import (
     ENVIRONMENT,
     ROOT,
     USUAL,
+    Killed,
+    kill_at,
     language_of,
     metrics,
     run,
@@ -33,12 +35,12 @@ from model import PaliGemma
 from model.io.image import to_tensor
 from model.io.tokenizer import Tokenizer
 from train import fit as train
-from train import objective
 from train.data.samples import PracticeScenes, StepSampler, collate, network_input
 from train.nano import untrained as nano
 from train.nano.patch_head import MIN_COVER, PatchHead, _giou, patch_targets
 from train.practice.scenes import Scene, make_scene
-from train.run import checkpoint
+from train.run import checkpoint, program
+from train.run import optimizers as schedule
 
 LAST = "step-0000008"
 
@@ -236,11 +238,11 @@ def test_learning_rate():
     """Up in a line, down in half a cosine, from lr to min-lr."""
     argv = "--model x --out x --steps 110 --warmup 10 --lr 2e-3 --min-lr 2e-4".split()
     args = train.arguments(argv)
-    factors = [train.lr_factor(step, args) for step in range(111)]
+    factors = [schedule.lr_factor(step, args) for step in range(111)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == pytest.approx(1) and factors[60] == pytest.approx(0.55)
     assert factors[110] == pytest.approx(0.1) and factors[10:] == sorted(factors[10:], reverse=True)
-    assert train.lr_factor(0, train.arguments([*argv, "--warmup", "0"])) == pytest.approx(1)
+    assert schedule.lr_factor(0, train.arguments([*argv, "--warmup", "0"])) == pytest.approx(1)
 
 
 # The loop ---------------------------------------------------------------------------------------------------
@@ -281,22 +283,6 @@ def test_what_a_run_leaves(tiny, tmp_path, capsys):
     assert str(out / "final") in capsys.readouterr().out
 
 
-class Killed(Exception):
-    """Stands for a lost machine: nothing in the program expects it."""
-
-
-def kill_at(monkeypatch, step):
-    """Let the run end in the middle of step number `step`, as seen from where it starts."""
-    steps = iter(range(1, step + 1))
-
-    def network_input_or_death(image):
-        if next(steps) == step:
-            raise Killed
-        return network_input(image)
-
-    monkeypatch.setattr(objective, "network_input", network_input_or_death)
-
-
 @pytest.mark.parametrize(
     "options", ["", "--muon-lr 2e-3 --weight-decay 0.01", "--patch-steps 5"], ids=["AdamW", "Muon", "warm-up"]
 )
@@ -316,10 +302,12 @@ def test_killed_and_resumed(options, tiny, tmp_path, monkeypatch):
     assert (tmp_path / "killed" / "final" / "config.json").exists()
 
 
-def test_resume_in_the_middle_of_a_log_line(tiny, tmp_path):
+def test_resume_in_the_middle_of_a_log_line(tiny, tmp_path, monkeypatch):
     """The first loss after going on is a mean over the steps since then, not over all of the line's."""
-    run(tiny, tmp_path / "run", "--steps 3 --log-every 4 --save-every 3")
-    run(tiny, tmp_path / "run", "--steps 8 --log-every 4 --save-every 3", "--resume")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 4)
+        run(tiny, tmp_path / "run", "--log-every 4 --save-every 3")
+    run(tiny, tmp_path / "run", "--log-every 4 --save-every 3", "--resume")
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 2 and losses[0] > 0.7 * losses[1]
 
@@ -343,27 +331,29 @@ def test_killed_while_saving(tiny, tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_run_is_not_overwritten(tiny, tmp_path, monkeypatch):
+def test_a_run_is_not_overwritten(tiny, tmp_path, monkeypatch, capsys):
     """Without --resume, a folder that holds a run is refused, in words; nothing in it changes."""
     run(tiny, tmp_path / "run", "--steps 2")
     files = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
     argv = ["fit.py", *f"--model {tiny} --out {tmp_path / 'run'} --device cpu".split()]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stop:
-        train.main()
-    assert "holds a run already" in stop.value.code and "--resume" in stop.value.code
+        program.run(train.main, train.__file__)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and "holds a run already" in said and "--resume" in said
     assert files == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
 
 
 @pytest.mark.parametrize("model", ["no/such/one", "empty"])
-def test_bad_model(model, tmp_path, monkeypatch):
+def test_bad_model(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sys, "argv", ["fit.py", "--model", model, "--out", "run", "--device", "cpu"])
     with pytest.raises(SystemExit) as stop:
-        train.main()
-    assert stop.value.code.startswith("fit.py: ") and model in stop.value.code
+        program.run(train.main, train.__file__)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and said.startswith("fit.py: ") and model in said
     assert not (tmp_path / "run").exists()
 
 

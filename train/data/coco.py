@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model.decoding.closed_set import ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import check_size, load_image
 from train.data.augment import augment
 from train.data.targets import NANO_NOISE, Noise, Target, closed_set_target
@@ -244,6 +244,13 @@ class CocoDetections(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    closed_set = True
+
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens T of a sample."""
+        return len(self.language.prompt) + GROUP * self.language.groups
 
     def name(self, item: int) -> str:
         return self.index.name(int(self.rows[item]))

@@ -118,7 +118,10 @@ class JsonlPairs(Dataset):
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def longest(self) -> int:
+    closed_set = False  # answers are text
+
+    @property
+    def text_tokens(self) -> int:
         """Most text tokens T of any sample."""
         return self._longest
 

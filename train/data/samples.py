@@ -86,6 +86,11 @@ class PracticeScenes(Dataset):
         target.weights[target.tokens >= self.tokenizer.seg0] = SEG_WEIGHT
         return answer_sample(scene.image, self.tokenizer.encode_prompt(prefix), target)
 
+    @property
+    def closed_set(self) -> bool:
+        """Whether every answer is of the closed-set language."""
+        return not self.tasks
+
     def name(self, item: int) -> str:
         return f"practice scene {self.first + item} ({self.split})"
 
@@ -125,15 +130,13 @@ def open_data(
             what = f"{', '.join(changed)}: only closed-set detection has noise"
             raise ValueError(f"{what}, and {file} holds lines of text, not COCO instances")
         data = JsonlPairs(file, images, tokenizer, size, seed, augment, allow_outside)
-        longest = data.longest()
     else:
         index, language = read_coco_index(file, images), ClosedSet.of(model.config, tokenizer)
         labels = [language.classes.index(name) for name in index.classes]
         data = CocoDetections(index, images, language, labels, size, seed, augment, noise)
-        longest = len(language.prompt) + 5 * language.groups
     if not len(data):
         raise ValueError(f"{file} has no samples" + " with objects" * noise.skip_empty)
-    check_length(longest, model)
+    check_length(data.text_tokens, model)
     return data
 
 
@@ -177,9 +180,16 @@ class StepSampler:
         return len(self.steps) * self.accumulate
 
     def __iter__(self):
-        micro = self.batch // self.accumulate
-        for start in range(self.steps.start * self.batch, self.steps.stop * self.batch, micro):
-            yield [(draw, self.item(draw)) for draw in range(start + self.rank, start + micro, self.world)]
+        for step in self.steps:
+            yield from self.keys(step)
+
+    def keys(self, step: int) -> list[list[tuple[int, int]]]:
+        """The pairs of a step, a list for each micro-batch."""
+        micro, first = self.batch // self.accumulate, step * self.batch
+        return [
+            [(draw, self.item(draw)) for draw in range(start + self.rank, start + micro, self.world)]
+            for start in range(first, first + self.batch, micro)
+        ]
 
     def item(self, draw: int) -> int:
         if self.items is None:

@@ -62,7 +62,8 @@ class PatchHead(nn.Module):
             torch.cat((likeness, self.background.expand(*labels.shape, 1)), dim=-1) * self.sharpness.exp()
         )
         class_loss = F.cross_entropy(likeness.float().flatten(0, 1), labels.flatten())
-        guess = self.box(image_tokens).float() * 0.25 + self.centres  # a box starts at its patch
+        own = image_tokens.to(self.box[1].weight.dtype)  # an adapter's base may be in bfloat16
+        guess = self.box(own).float() * 0.25 + self.centres  # a box starts at its patch
         seen = (labels != len(self.starts)).float()
         per_patch = 5 * (guess - boxes).abs().sum(-1) + 1 - _giou(guess, boxes)
         return class_loss + (per_patch * seen).mean()

@@ -8,6 +8,7 @@ random generators or data: each step derives its own from the seed and its numbe
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from model import PaliGemma
 from model.io import weights
 from model.io.adapter import adapter_tensors, save_adapter
+from model.io.hub import BESIDE
 from model.io.writing import read_json, save_tensors, write_json
 from model.lora import lora_layers
 
@@ -46,40 +48,51 @@ def _flat_state(optimizers: list[Optimizer], trained: nn.Module) -> dict[str, Te
     return flat
 
 
-def save_model(model: PaliGemma, folder: Path, base: str, beside: dict[str, bytes], dtype=None) -> None:
-    """What was trained: the adapter if there is one (base: what it belongs to), or else all weights, and the
-    files that lie beside them. Every rank calls it; only the first writes."""
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes its checkpoints, and what every one of them needs besides what was trained."""
+
+    out: Path
+    base: str  # what an adapter belongs to, a folder or a hub id
+    companions: dict[
+        str, bytes
+    ]  # tokenizer and codec; their folder may be an old checkpoint, deleted meanwhile
+    keep: int  # checkpoints, besides the best
+
+    @classmethod
+    def of(cls, out: Path, base: str, files: Path, keep: int) -> "Run":
+        """files: the folder whose tokenizer and codec travel with the run."""
+        found = (files / name for name in BESIDE)
+        return cls(out, base, {file.name: file.read_bytes() for file in found if file.exists()}, keep)
+
+
+def save_model(model: PaliGemma, folder: Path, run: Run, dtype: torch.dtype | None = None) -> None:
+    """Write what was trained: the adapter if there is one, or else all weights and the files that travel with
+    them. Every rank calls it; only the first writes."""
     first = int(os.environ.get("RANK", 0)) == 0
     if lora_layers(model):
         tensors = {name: whole(tensor) for name, tensor in adapter_tensors(model).items()}
         if first:
-            save_adapter(model, folder, base, tensors)
+            save_adapter(model, folder, run.base, tensors)
         return
     state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     if first:
         weights.save_pretrained(model, folder, dtype, state=state)
-        for name, content in beside.items():
+        for name, content in run.companions.items():
             (folder / name).write_bytes(content)
 
 
 def save_checkpoint(
-    out: Path,
-    trainer: dict,
-    model: PaliGemma,
-    trained: nn.Module,
-    optimizers: list[Optimizer],
-    base: str,
-    beside: dict[str, bytes],
-    keep: int,
+    run: Run, trainer: dict, model: PaliGemma, trained: nn.Module, optimizers: list[Optimizer]
 ) -> None:
-    """Write OUT/step-..., then delete all but the newest `keep` and the best.
+    """Write OUT/step-..., then delete all but the newest checkpoints and the best.
 
     trainer: "step", and "best" {"step", ...} once something was validated; trained: all that is optimized.
     Raises OSError, with the older checkpoints intact, if the disk is full.
     """
     first = int(os.environ.get("RANK", 0)) == 0
-    final = out / f"step-{trainer['step']:07d}"
-    partial = out / f".{final.name}.partial"
+    final = run.out / f"step-{trainer['step']:07d}"
+    partial = run.out / f".{final.name}.partial"
     own = set(model.parameters())
     extra = {f"module/{name}": whole(p) for name, p in trained.named_parameters() if p not in own}
     state = _flat_state(optimizers, trained) | extra
@@ -87,7 +100,7 @@ def save_checkpoint(
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        save_model(model, partial, base, beside)
+        save_model(model, partial, run)
         if first:
             save_tensors(state, partial / "optimizer.safetensors")
             write_json(trainer, partial / "trainer.json")
@@ -100,8 +113,8 @@ def save_checkpoint(
         if first:
             shutil.rmtree(partial, ignore_errors=True)
     if first:
-        best = out / f"step-{trainer.get('best', trainer)['step']:07d}"
-        for old in checkpoints(out)[:-keep]:
+        best = run.out / f"step-{trainer.get('best', trainer)['step']:07d}"
+        for old in checkpoints(run.out)[: -run.keep]:
             if old != best:
                 shutil.rmtree(old)
 

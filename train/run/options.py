@@ -9,9 +9,10 @@ import torch
 from model.lora import TARGETS
 from train.data.targets import Noise
 
-SAME_RUN = (
-    "model data images tasks batch_size seed first_scene lora lora_targets lora_rank lora_alpha "
-    "noise_weight noise_disguise noise_near noise_apart skip_empty loss_mean attn_cap final_cap beta2".split()
+# The machine, and watching: a run may go on with other values of these. All else changes where it ends.
+MAY_CHANGE = set(
+    "out allow_outside device accumulate recompute shard compile workers dry_run resume save_every keep "
+    "log_every val val_images val_every val_count".split()
 )
 
 
@@ -59,7 +60,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
     add = parser.add_argument_group("how").add_argument
     add("--lr", type=float, default=1e-5)
-    add("--min-lr", type=float, default=1e-6, help="where the cosine ends")
+    add("--min-lr", type=float, help="where the cosine ends (default: 1e-6, or --lr if that is less)")
     add("--muon-lr", type=float, default=0, help="Muon at this rate for the layers' matrices; 0: AdamW")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
     add(
@@ -101,10 +102,22 @@ def arguments(argv=None) -> argparse.Namespace:
     for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every", "val_count"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not args.lr > 0:
+        raise ValueError(f"--lr {args.lr:g}: must be above 0")
+    if args.min_lr is None:
+        args.min_lr = min(1e-6, args.lr)
+    if not 0 <= args.min_lr <= args.lr:
+        raise ValueError(f"--min-lr {args.min_lr:g}: the rate falls from --lr {args.lr:g} to it, not below 0")
     if args.dtype == "float16":
         raise ValueError("--dtype float16: its range is too small for Gemma's activations; use bfloat16")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.lora else "float32"
+    if args.dtype == "bfloat16" and not args.lora:
+        raise ValueError(
+            "--dtype bfloat16 rounds most steps of all weights away: it holds 8 bits of a weight, and a step "
+            "changes less than that. Use --dtype float32 (--amp computes in bfloat16 all the same, --shard "
+            "splits the memory over the GPUs), or --lora"
+        )
     if args.shard and args.muon_lr:
         raise ValueError("--shard splits matrices that --muon-lr needs whole: use one of the two")
     if args.tasks == "all" and args.data:
@@ -137,6 +150,16 @@ def caps_of(args: argparse.Namespace) -> dict[str, float]:
     """The config's fields that the options override."""
     caps = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
     return {name: cap for name, cap in caps.items() if cap is not None}
+
+
+def changed_options(before: dict, args: argparse.Namespace) -> list[str]:
+    """The options, with their values before, that a run cannot go on with other values of.
+
+    before: its run.json. An option that it does not have is younger than the run, which had its default.
+    """
+    defaults, now = as_json(arguments(["--model", "", "--out", ""])), as_json(args)
+    old = {name: before.get(name, defaults[name]) for name in sorted(now.keys() - MAY_CHANGE)}
+    return [f"--{name.replace('_', '-')} {value}" for name, value in old.items() if value != now[name]]
 
 
 def as_json(args: argparse.Namespace) -> dict:

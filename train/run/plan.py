@@ -5,7 +5,6 @@ import argparse
 import torch
 
 from model import PaliGemma, lora
-from model.decoding.closed_set import ClosedSet
 from model.io.hub import resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
@@ -42,10 +41,7 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
         data = open_data(args.data, args.images, model, Tokenizer(folder), *options)
         epochs = args.steps * args.batch_size / len(data)
         print(f"data        {args.data}: {len(data):,} samples, {epochs:.2f} epochs")
-        if hasattr(data, "longest"):
-            text = data.longest()
-        else:
-            text = len(ClosedSet.of(config, Tokenizer(folder)).prompt) + 5 * groups
+        text = data.text_tokens
     check_length(text, model)
     positions = config.vision.tokens + text
     micro = args.batch_size // (world * args.accumulate)
