@@ -85,8 +85,8 @@ class Killed(Exception):
     """Stands for a lost machine: nothing in the program expects it."""
 
 
-def kill_at(monkeypatch, step: int) -> None:
-    """Let such a run end in the middle of step number `step`, as seen from where it starts."""
+def run_until_killed(monkeypatch, step: int, model, out, options="") -> None:
+    """Such a run that dies in the middle of step number `step`, counted from where it starts."""
     steps, network_input = iter(range(1, step + 1)), loss.network_input
 
     def network_input_or_death(image):
@@ -94,7 +94,9 @@ def kill_at(monkeypatch, step: int) -> None:
             raise Killed
         return network_input(image)
 
-    monkeypatch.setattr(loss, "network_input", network_input_or_death)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loss, "network_input", network_input_or_death)
+        run(model, out, options)
 
 
 def command(model, out, options, launcher=()) -> list[str]:

@@ -16,10 +16,10 @@ from helpers import (
     ROOT,
     USUAL,
     Killed,
-    kill_at,
     language_of,
     metrics,
     run,
+    run_until_killed,
     same,
     torchrun,
     weights,
@@ -290,9 +290,7 @@ def test_killed_and_resumed(options, tiny, tmp_path, monkeypatch):
     """A run that goes on from a checkpoint ends with the weights of one that never stopped, bit for bit."""
     start = shutil.copytree(tiny, tmp_path / "start")
     run(tiny, tmp_path / "straight", options)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 6)
-        run(start, tmp_path / "killed", f"--save-every 3 {options}")
+    run_until_killed(monkeypatch, 6, start, tmp_path / "killed", f"--save-every 3 {options}")
     assert sorted(path.name for path in (tmp_path / "killed").glob("step*")) == ["step-0000003"]
     shutil.rmtree(start)  # the checkpoint has all that is needed
     run(start, tmp_path / "killed", f"--save-every 3 {options}", "--resume")
@@ -304,9 +302,7 @@ def test_killed_and_resumed(options, tiny, tmp_path, monkeypatch):
 
 def test_resume_in_the_middle_of_a_log_line(tiny, tmp_path, monkeypatch):
     """The first loss after going on is a mean over the steps since then, not over all of the line's."""
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 4)
-        run(tiny, tmp_path / "run", "--log-every 4 --save-every 3")
+    run_until_killed(monkeypatch, 4, tiny, tmp_path / "run", "--log-every 4 --save-every 3")
     run(tiny, tmp_path / "run", "--log-every 4 --save-every 3", "--resume")
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 2 and losses[0] > 0.7 * losses[1]

@@ -11,12 +11,11 @@ from helpers import (
     ENVIRONMENT,
     PLAIN,
     ROOT,
-    Killed,
     command,
-    kill_at,
     language_of,
     metrics,
     run,
+    run_until_killed,
     same,
     torchrun,
     weights,
@@ -293,9 +292,7 @@ def begun(tiny, scenes, tmp_path_factory):
 
 def test_the_machine_and_the_watching_may_change(tiny, scenes, tmp_path, monkeypatch):
     out, options = tmp_path / "run", f"{PLAIN} --data {scenes} --steps 4 --save-every 2"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 4)
-        run(tiny, out, options)
+    run_until_killed(monkeypatch, 4, tiny, out, options)
     more = f"--accumulate 2 --recompute --val {scenes} --val-every 1 --val-count 2 --keep 1 --log-every 2"
     run(tiny, out, f"{options} {more}", "--resume")
     assert [line["step"] for line in metrics(out) if "loss" in line] == [1, 2, 4]
@@ -317,9 +314,7 @@ def test_the_best_is_of_one_measure(tiny, scenes, tmp_path, monkeypatch):
     out, options = tmp_path / "run", f"{PLAIN} --data {scenes} --val {scenes} --val-every 1 --save-every 1"
     scores = iter((0.9, 0.8, 0.3, 0.4, 0.2))
     monkeypatch.setattr(Validation, "run", lambda self: dict(val_loss=1.0, val_mAP=next(scores)))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 3)
-        run(tiny, out, f"{options} --steps 5")
+    run_until_killed(monkeypatch, 3, tiny, out, f"{options} --steps 5")
     run(tiny, out, f"{options} --steps 5 --val-count 2", "--resume")
     best = json.loads((out / "step-0000005" / "trainer.json").read_text())["best"]
     assert best == dict(step=4, score=0.4)
