@@ -44,6 +44,16 @@ def call(monkeypatch, capsys, program, *argv) -> tuple[int, str, str]:
     return code, out, err
 
 
+def python(*argv, cwd: Path | None = None, **environment: str) -> str:
+    """What python prints in a process of its own, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, env=ENVIRONMENT | environment,
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    return done.stdout
+
+
 def torchrun(processes: int, *options) -> list:
     """What stands between python and the program to start it in several processes."""
     return ["-m", "torch.distributed.run", "--nproc_per_node", processes, *(options or ["--standalone"])]
@@ -66,6 +76,7 @@ def complaint_about(file: Path, function, **options) -> str:
 
 # Training runs ----------------------------------------------------------------------------------------------
 
+FIT = ROOT / "train" / "fit.py"
 USUAL = "--steps 8 --batch-size 4 --lr 1e-3 --warmup 2 --patch-weight 1 --log-every 1 --save-every 8 --no-amp"
 PLAIN = "--patch-weight 0"  # for data from files: only practice scenes have the helper head
 
@@ -99,19 +110,16 @@ def run_until_killed(monkeypatch, step: int, model, out, options="") -> None:
         run(model, out, options)
 
 
-def command(model, out, options, launcher=()) -> list[str]:
-    """The same program in processes of its own."""
-    program = [sys.executable, *launcher, ROOT / "train" / "fit.py"]
+def command(model, out, options, launcher=(), program=FIT) -> list[str]:
+    """The same program in processes of its own; program: another one with its options."""
     usual = "--device cpu --workers 0 --batch-size 4 --lr 1e-3 --warmup 2 --log-every 1 --no-amp"
-    return [*map(str, [*program, "--model", model, "--out", out]), *f"{usual} {options}".split()]
+    files = [sys.executable, *launcher, program, "--model", model, "--out", out]
+    return [*map(str, files), *f"{usual} {options}".split()]
 
 
-def launch(*args, **kwargs) -> tuple[int, str]:
-    """Run such a command: exit code, stderr."""
-    done = subprocess.run(
-        command(*args, **kwargs), env=ENVIRONMENT, capture_output=True, text=True, timeout=400
-    )
-    return done.returncode, done.stderr
+def launch(*args, **kwargs) -> str:
+    """Run such a command, which must succeed; returns what it prints."""
+    return python(*command(*args, **kwargs)[1:])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

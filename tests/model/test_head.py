@@ -1,12 +1,10 @@
 """The restricted head: the Triton kernel against the plain form, in Triton's interpreter or on a GPU."""
 
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
 import torch
-from helpers import ENVIRONMENT
+from helpers import python
 
 from model.config import TextConfig
 from model.decoding.closed_set import Head, choose
@@ -181,6 +179,4 @@ for (weight, sample), target in product([("*bf16", False), ("*fp32", True)], [80
 
 def test_compiles_without_a_gpu(tmp_path):
     """For sm_80 and sm_90; bfloat16 products run on the tensor cores."""
-    environment = ENVIRONMENT | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-100:] + done.stderr[-2000:]
+    python("-c", COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

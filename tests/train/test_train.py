@@ -4,7 +4,6 @@ The loop runs on a checkpoint of nano's form that is much smaller; a step takes 
 """
 
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -12,11 +11,10 @@ import pytest
 import reference
 import torch
 from helpers import (
-    ENVIRONMENT,
-    ROOT,
     USUAL,
     Killed,
     language_of,
+    launch,
     metrics,
     run,
     run_until_killed,
@@ -354,20 +352,10 @@ def test_bad_model(model, tmp_path, monkeypatch, capsys):
 
 
 def test_two_processes(tiny, tmp_path):
-    """Two processes with half of each batch do what one does with all of it.
-
-    The keys' biases are left out: they only add a constant to the scores, their gradient is rounding noise,
-    and AdamW takes steps of full length whatever a gradient's size.
-    """
+    """Two processes with half of each batch do what one does with all of it."""
     options = "--steps 4 --warmup 1"
     run(tiny, tmp_path / "one", options)
-    command = [sys.executable, *torchrun(2), ROOT / "train" / "fit.py"]
-    command += ["--model", tiny, "--out", tmp_path / "two", "--device", "cpu"]
-    done = subprocess.run(
-        [*map(str, command), *f"--workers 0 {USUAL} {options}".split()],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(tiny, tmp_path / "two", f"{USUAL} {options}", torchrun(2))
     one, two = (weights(tmp_path / name / "step-0000004") for name in ("one", "two"))
     assert weights_apart(one, two) <= 1e-4
     moved = [(one[name] - tensor).abs().max() for name, tensor in weights(tiny).items()]
