@@ -27,7 +27,7 @@ from infer.lib.options import (
 from model import PaliGemma
 from model.decoding.closed_set import PROMPT
 from model.decoding.generate import generate
-from model.io.image import load_image, to_tensor
+from model.io.image import load_image, square, to_network
 from model.io.tokenizer import Tokenizer
 
 HELP = "ask about the image, or: /image FILE (look at another), /help, Ctrl-D (end)"
@@ -66,7 +66,7 @@ class Speaker:
 
     def look(self, file: Path) -> None:
         """Raises ValueError if it is no image."""
-        pixels = to_tensor(load_image(file), self.model.config.vision.image_size)
+        pixels = to_network(square(load_image(file), self.model.config.vision.image_size))
         with torch.inference_mode():
             self.image_tokens: Tensor = self.model.encode(pixels[None].to(self.model.projector.weight.device))
 

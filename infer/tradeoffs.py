@@ -27,7 +27,7 @@ from model.decoding.closed_set import (  # noqa: E402
 )
 from model.decoding.detector import Detector, Selection  # noqa: E402
 from model.io.hub import resolve  # noqa: E402
-from model.io.image import load_image, to_tensor  # noqa: E402
+from model.io.image import load_image, square, to_network  # noqa: E402
 from model.io.tokenizer import Tokenizer  # noqa: E402
 from train.practice.scenes import write_coco  # noqa: E402
 
@@ -51,7 +51,8 @@ def early_stop(count: int, repeats: int, axes) -> None:
         data = Path(temporary) / "instances.json"
         write_coco(data.parent, count, "same", model.config.vision.image_size)
         files = sorted((data.parent / "images").iterdir())[:TIMED]
-        few = torch.stack([to_tensor(load_image(file), model.config.vision.image_size) for file in files])
+        size = model.config.vision.image_size
+        few = torch.stack([to_network(square(load_image(file), size)) for file in files])
         stops = [None] + [EarlyStop(noise, patience) for patience in PATIENCE for noise in NOISE]
         decoders = [GroupDecoder(model, language, early_stop=stop) for stop in stops]
         times = [[] for _ in stops]

@@ -11,10 +11,16 @@ from torch import Tensor
 def prefix_lm_mask(valid: Tensor, is_suffix: Tensor) -> Tensor:
     """bool [B, S], bool [B, S] -> bool [B, S, S]: True where query t may read key s.
 
-    The prefix reads all of itself, the suffix is causal, padding (valid False) is never read.
-    is_suffix 0 0 0 1 1  ->  rows 0-2 see keys 0-2, row 3 sees 0-3, row 4 sees 0-4.
+    The prefix reads all of itself, the suffix is causal, and padding (not valid) is never read:
+
+        is_suffix    0 0 0 1 1          keys      0 1 2 3 4
+        block        0 0 0 1 2          query 0   x x x . .
+                                        query 1   x x x . .
+                                        query 2   x x x . .
+                                        query 3   x x x x .
+                                        query 4   x x x x x
     """
-    block = is_suffix.cumsum(-1)
+    block = is_suffix.cumsum(-1)  # the prefix is one block, every token of the suffix one of its own
     return (block[:, None, :] <= block[:, :, None]) & valid[:, None, :]
 
 
@@ -23,27 +29,37 @@ def window_mask(
 ) -> Tensor:
     """Narrow a mask [B, T, S] to the sliding window of a local layer; None leaves it as it is.
 
-    query_pos [B, T], key_pos [B, S]: absolute positions. A suffix token loses keys `window` or more positions
-    back; the prefix, is_suffix [B, T] False, goes on reading all of itself (as in transformers 5; big_vision
-    has no window).
+    query_pos [B, T], key_pos [B, S]: absolute positions; is_suffix [B, T]: of the queries. A token of the
+    suffix no longer reads keys that are `window` or more positions before it. With a window of 2:
+
+        is_suffix    0 0 0 1 1          keys      0 1 2 3 4
+                                        query 0-2 x x x . .       the prefix goes on reading all of itself
+                                        query 3   . . x x .
+                                        query 4   . . . x x
+
+    So it is in transformers 5. big_vision, which trained the official checkpoints, has no window at all:
+    they differ only above 4,096 positions (896 px), where sliding_window=None follows big_vision.
     """
     if window is None:
         return mask
-    near = query_pos[:, :, None] - key_pos[:, None, :] < window
+    near = query_pos[:, :, None] - key_pos[:, None, :] < window  # [B, T, S]
     return mask & (near | ~is_suffix[:, :, None])
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Positions [B, T] -> cos and sin, float32 [B, T, 1, H/2]."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None, None].float() * theta**-exponent
+    """Positions [B, T] -> cos and sin, float32 [B, T, 1, H/2]; the axis of 1 is for the heads.
+
+    Always float32: bfloat16 cannot tell positions above 256 apart.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # [H/2]
+    angles = positions[..., None, None].float() * theta**-exponent  # [B, T, 1, H/2]
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding of [B, T, N, H]; pairs are (i, i + H/2), the half-split form of Gemma."""
     cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.float().chunk(2, dim=-1)  # [B, T, N, H/2] each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -52,25 +68,28 @@ def attend(
 ) -> Tensor:
     """Softmax attention: q [B, T, N, H], k and v [B, K, S, H] -> [B, T, N, H].
 
-    Query heads j*N/K ... share kv head j. They are folded into the query axis, so keys and values are never
-    repeated. mask: bool [B, T, S], True where reading is allowed, or None, or a BlockMask (model/flex.py)
-    for its fused form. cap: scores become cap * tanh(scores / cap).
+    Query heads j * N/K to (j + 1) * N/K - 1 share kv head j. mask: bool [B, T, S], True where reading is
+    allowed; None: everywhere; or a BlockMask of model/flex.py. cap: scores become cap * tanh(scores / cap).
     """
-    if mask is None and cap is None:
-        q = q.transpose(1, 2)
+    if mask is None and cap is None:  # the vision tower: PyTorch's fused kernel does all of it
+        q = q.transpose(1, 2)  # [B, N, T, H]
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
-    if not isinstance(mask, Tensor | None):
-        from model.flex import flex_attend
+    if not isinstance(mask, Tensor | None):  # a BlockMask: a long prefill on a GPU
+        from model.flex import flex_attend  # here, because it brings torch.compile along
 
         return flex_attend(q, k, v, mask, scale, cap)
+
+    # The heads that share a kv head are laid along the query axis: one matmul per kv head serves them all,
+    # and keys and values are never repeated.
     B, T, N, H = q.shape
     K = k.shape[1]
-    q = q.view(B, T, K, N // K, H).permute(0, 2, 3, 1, 4)  # [B, K, N/K, T, H]
-    scores = (q.reshape(B, K, -1, H) * scale) @ k.transpose(-1, -2)  # [B, K, N/K * T, S]
+    q = q.view(B, T, K, N // K, H).permute(0, 2, 3, 1, 4).reshape(B, K, -1, H)  # [B, K, N/K * T, H]
+    scores = (q * scale) @ k.transpose(-1, -2)  # [B, K, N/K * T, S]
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
-    scores = scores.view(B, K, N // K, T, -1)
+    scores = scores.view(B, K, N // K, T, -1)  # [B, K, N/K, T, S]
     if mask is not None:
+        # Not -inf: the softmax of a row that reads nothing would be NaN.
         scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
     out = weights.view(B, K, -1, weights.shape[-1]) @ v  # [B, K, N/K * T, H]

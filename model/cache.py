@@ -1,9 +1,9 @@
-"""Static key/value cache: allocated once, filled by the prefill, extended one position a step.
+"""Static key/value cache: allocated once, filled by the prefill, extended by one position at each step.
 
-Which slot comes next is a number on the device, and a step reads all slots through a mask. So every step is
-the same sequence of operations, whatever the cache holds: a CUDA graph can replay it.
+A step reads all slots, through a mask, and which slot it writes is a number on the device. So every step is
+the same sequence of operations on the same memory, however full the cache is, and a CUDA graph can replay it.
 
-Axes: L layers, B batch, S slots, K kv heads, H head dim.
+Axes: L layers, B batch, T new tokens, S slots, K kv heads, H head dim.
 """
 
 import torch
@@ -20,12 +20,14 @@ class KVCache:
 
     def __init__(self, config: TextConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device):
         shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [L, B, K, S, H]
         self.values = torch.zeros_like(self.keys)
         self.valid = torch.zeros(batch, slots, dtype=torch.bool, device=device)
         self.positions = torch.zeros(batch, slots, dtype=torch.int64, device=device)
         self.last = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # position of the newest token
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # where it is
+        # The newest token's slot. A graph would keep a Python number as it was at the capture; this one it
+        # reads from memory at every replay.
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.seen = self.used = 0  # slots that the queries read; slots in use
 
     def start(self, valid: Tensor, positions: Tensor) -> None:
@@ -57,7 +59,7 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, K, T, H] into the slots just taken; returns what the queries read, [B, K, S, H]."""
         keys, values = self.keys[layer], self.values[layer]
-        if k.shape[2] == 1:
+        if k.shape[2] == 1:  # a step, which a graph may replay: the slot is read on the device
             keys.index_copy_(2, self.slot, k)
             values.index_copy_(2, self.slot, v)
         else:

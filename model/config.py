@@ -1,6 +1,7 @@
-"""Configurations, and the official variants in one table (config_json.py reads and writes config.json).
+"""Configurations: what makes one PaliGemma different from another, and the official variants in one table.
 
-Sources of the table: the model cards and the scripts that converted PaliGemma 1 and 2 for the hub.
+Sources of the table: the model cards, and the scripts that converted PaliGemma 1 and 2 for the hub. The hub's
+config.json is read and written by model/io/config_json.py.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -14,6 +15,7 @@ COCO_CLASSES = tuple(
     "keyboard;cell phone;microwave;oven;toaster;sink;refrigerator;book;clock;vase;scissors;teddy bear;"
     "hair drier;toothbrush".split(";")
 )
+MAX_CLASSES = 98  # class c is the token <unused c>, noise the one after: Gemma has <unused0> to <unused98>
 
 
 def _check(condition, config, name, why):
@@ -21,15 +23,17 @@ def _check(condition, config, name, why):
         raise ValueError(f"{type(config).__name__}.{name} = {getattr(config, name)!r}: {why}")
 
 
-def _check_positive(config, *names):
+def _check_positive(config, *names, kind=int, optional=False):
+    want = ("an integer > 0" if kind is int else "a number > 0") + (", or null for off" if optional else "")
     for name in names:
         value = getattr(config, name)
-        _check(
-            isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            config,
-            name,
-            "must be an integer > 0",
-        )
+        positive = isinstance(value, kind) and not isinstance(value, bool) and value > 0
+        _check(positive or (optional and value is None), config, name, f"must be {want}")
+
+
+def _check_multiple(config, name, factor):
+    divisor = getattr(config, factor)
+    _check(getattr(config, name) % divisor == 0, config, name, f"not a multiple of {factor} {divisor}")
 
 
 @dataclass(frozen=True)
@@ -47,22 +51,19 @@ class VisionConfig:
 
     def __post_init__(self):
         _check_positive(self, "image_size", "patch_size", "width", "layers", "heads", "mlp", "channels")
-        _check(
-            self.image_size % self.patch_size == 0,
-            self,
-            "image_size",
-            f"not a multiple of patch_size {self.patch_size}",
-        )
-        _check(self.width % self.heads == 0, self, "width", f"not a multiple of heads {self.heads}")
+        _check_positive(self, "norm_eps", kind=int | float)
+        _check_multiple(self, "image_size", "patch_size")
+        _check_multiple(self, "width", "heads")
 
     @property
     def tokens(self) -> int:
+        """Patches of an image, each of which becomes one image token of the decoder."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Gemma 1 or 2. Caps and window: None is off (0 is read as None)."""
+    """Gemma 1 or 2. Caps and window: None switches them off (0 is read as None)."""
 
     version: int
     width: int
@@ -71,10 +72,12 @@ class TextConfig:
     kv_heads: int
     head_dim: int
     mlp: int
-    query_scale: float  # an explicit field: the 28B divides by sqrt(width / heads), not by sqrt(head_dim)
-    attn_cap: float | None = None
-    final_cap: float | None = None
-    sliding_window: int | None = None  # in the local layers 0, 2, 4, ...
+    # A field of its own, because it is not always head_dim ** -0.5: the 28B was trained with
+    # (width / heads) ** -0.5 = 144 ** -0.5, although its head_dim is 128.
+    query_scale: float
+    attn_cap: float | None = None  # attention scores become cap * tanh(score / cap)
+    final_cap: float | None = None  # and so do the logits
+    sliding_window: int | None = None  # of the local layers 0, 2, 4, ...; the others are global
     vocab_size: int = 257_216
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
@@ -84,41 +87,36 @@ class TextConfig:
         for name in ("attn_cap", "final_cap", "sliding_window"):
             object.__setattr__(self, name, getattr(self, name) or None)
         _check(self.version in (1, 2), self, "version", "only Gemma 1 and 2 are known")
-        _check_positive(
-            self, "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "vocab_size", "max_positions"
-        )
-        _check(self.heads % self.kv_heads == 0, self, "heads", f"not a multiple of kv_heads {self.kv_heads}")
+        _check_positive(self, "width", "layers", "heads", "kv_heads", "head_dim", "mlp")
+        _check_positive(self, "vocab_size", "max_positions")
+        _check_positive(self, "query_scale", "norm_eps", "rope_theta", kind=int | float)
+        _check_positive(self, "attn_cap", "final_cap", kind=int | float, optional=True)
+        _check_positive(self, "sliding_window", optional=True)
+        _check_multiple(self, "heads", "kv_heads")
         _check(self.head_dim % 2 == 0, self, "head_dim", "RoPE rotates pairs, so it must be even")
-        for name in ("query_scale", "attn_cap", "final_cap", "sliding_window", "norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            kind = int if name == "sliding_window" else int | float
-            off = value is None and name in ("attn_cap", "final_cap", "sliding_window")
-            positive = isinstance(value, kind) and value > 0
-            _check(off or positive, self, name, "must be > 0 (or, for caps and window, 0 or null for off)")
 
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
     vision: VisionConfig
     text: TextConfig
-    image_token: int = (
-        257_152  # never fed to the network: it only marks the image's place in transformers' prompts
-    )
+    # Never fed to the network: it only marks the image's place in transformers' prompts.
+    image_token: int = 257_152
     bos: int = 2
     eos: int = 1
     pad: int = 0
     groups: int = 51  # boxes in a closed-set answer
     classes: tuple[str, ...] = field(default=COCO_CLASSES, repr=False)
-    open_vocabulary: bool = True  # False: has heard of nothing but its classes, as nano
+    open_vocabulary: bool = True  # False: knows no words except its classes, as nano
 
     def __post_init__(self):
+        if isinstance(self.classes, list):
+            object.__setattr__(self, "classes", tuple(self.classes))
+        names = isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)
+        good = names and 0 < len(self.classes) <= MAX_CLASSES
+        _check(good, self, "classes", f"must be a list of 1 to {MAX_CLASSES} names")
+        _check(isinstance(self.open_vocabulary, bool), self, "open_vocabulary", "must be true or false")
         _check_positive(self, "groups")
-        _check(
-            0 < len(self.classes) <= 98,
-            self,
-            "classes",
-            "1 to 98 names: with noise they must fit <unused0..98>",
-        )
         for name in ("bos", "eos", "pad"):
             value = getattr(self, name)
             in_vocab = isinstance(value, int) and 0 <= value < self.text.vocab_size

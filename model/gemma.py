@@ -1,4 +1,8 @@
-"""Gemma 1 and 2 decoder.   Axes: B batch, T query, S key, N query heads, K kv heads, H head dim, D width."""
+"""Gemma 1 and 2 decoder.   Axes: B batch, T query, S key, N query heads, K kv heads, H head dim, D width.
+
+One class for both: what Gemma 2 has beyond Gemma 1 (norms after attention and MLP, soft caps, a sliding
+window in every other layer) follows from the config.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +12,14 @@ from model.attention import attend, rope_angles, rotate
 from model.cache import KVCache
 from model.config import TextConfig
 
-Rope = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, Tensor]  # cos and sin, of model/attention.py
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight), in float32 whatever comes in: a weight of zero is the identity scale."""
+    """x / rms(x) * (1 + weight): a weight of zero leaves the scale as it is.
+
+    In float32 whatever comes in: 1 + weight in bfloat16 would be a multiple of 1/128.
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -45,10 +52,11 @@ class Attention(nn.Module):
         readers, q_rope = (x, rope) if only is None else (at(x, only), (at(rope[0], only), at(rope[1], only)))
         q = rotate(self.q_proj(readers).unflatten(-1, heads), q_rope)  # [B, T, N, H]
         k = rotate(self.k_proj(x).unflatten(-1, heads), rope).transpose(1, 2)  # [B, K, T, H]
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, H]
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, mask, self.scale, self.cap).flatten(-2))
+            k, v = cache.update(self.layer, k, v)  # [B, K, S, H]: those of the past too, already rotated
+        out = attend(q, k, v, mask, self.scale, self.cap)  # [B, T, N, H]
+        return self.o_proj(out.flatten(-2))  # [B, T, D]
 
 
 class MLP(nn.Module):
@@ -65,10 +73,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to x, with a norm before it and, in Gemma 2, another one after it.
+
+    The norms are named by their place: what the hub calls `post_attention_layernorm` is pre_mlp_norm in
+    Gemma 1, and post_attn_norm in Gemma 2.
+    """
+
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
-        norm = lambda used=True: RMSNorm(config.width, config.norm_eps) if used else nn.Identity()  # noqa: E731
-        post_norms = config.version == 2  # Gemma 1 has none
+
+        def norm(used: bool = True) -> nn.Module:
+            return RMSNorm(config.width, config.norm_eps) if used else nn.Identity()
+
+        post_norms = config.version == 2
         self.pre_attn_norm = norm()
         self.attn = Attention(config, layer)
         self.post_attn_norm = norm(post_norms)
@@ -88,12 +105,13 @@ class Gemma(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.embed = nn.Embedding(config.vocab_size, config.width)  # the output head too: see `logits`
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids [B, T] -> [B, T, D] * sqrt(D), the factor rounded to the weights' dtype as in training."""
+        """Ids [B, T] -> [B, T, D] * sqrt(D)."""
+        # Rounded to the weights' dtype first, as in training: 45.2548 is 45.25 in bfloat16.
         factor = torch.tensor(self.config.width**0.5, dtype=self.embed.weight.dtype)
         return self.embed(tokens) * factor
 
@@ -107,11 +125,12 @@ class Gemma(nn.Module):
     ) -> Tensor:
         """Embeddings [B, T, D] -> normalised hidden states [B, T, D].
 
-        positions int [B, T]; masks: bool [B, T, S] for the local and for the global layers. With a cache, x
-        is what follows the cached positions, and S counts those too. only: one position of each row [B] that
-        is wanted, and its mask [B, 1, S]; then the last block leaves the others out, and T becomes 1.
+        positions int [B, T]; masks: bool [B, T, S] of the local layers (0, 2, 4, ...) and of the global ones.
+        With a cache, x continues what is in it, and S counts that too. only: the one position of each row [B]
+        whose hidden state is wanted, and its mask [B, 1, S]. Then the last block computes no other, as no
+        block after it needs them: T becomes 1.
         """
-        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)  # once for all layers
         *blocks, last = self.layers
         for i, block in enumerate(blocks):
             x = block(x, rope, masks[i % 2], cache)
@@ -119,7 +138,10 @@ class Gemma(nn.Module):
         return self.norm(last(x, rope, mask, cache, position))
 
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """Hidden [..., D] -> float32 logits of the ids first..last-1 (default: all): the head is tied."""
+        """Hidden [..., D] -> float32 logits of the ids first to last - 1, by default of all.
+
+        The head is tied: its rows are those of the embedding, and a range of ids reads only its own.
+        """
         logits = F.linear(hidden, self.embed.weight[first:last]).float()
         cap = self.config.final_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap

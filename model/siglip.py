@@ -20,11 +20,12 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=None, scale=q.shape[-1] ** -0.5)
-        return self.out_proj(out.flatten(-2))
+        heads = (self.heads, -1)
+        q = self.q_proj(x).unflatten(-1, heads)  # [B, P, N, H]
+        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # [B, N, P, H]
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # [B, N, P, H]
+        out = attend(q, k, v, mask=None, scale=q.shape[-1] ** -0.5)  # every patch reads every patch
+        return self.out_proj(out.flatten(-2))  # [B, P, D]
 
 
 class MLP(nn.Module):
@@ -38,6 +39,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block, with LayerNorm and biases where Gemma has neither."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -51,8 +54,11 @@ class Block(nn.Module):
 
 
 class SigLIP(nn.Module):
+    """Only the tower: no class token and no pooling, as PaliGemma reads the patches themselves."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
+        # The stride is the kernel's size: one linear map of each patch, as patches do not overlap.
         self.patch_embedding = nn.Conv2d(
             config.channels, config.width, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -62,7 +68,8 @@ class SigLIP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] in [-1, 1] -> features [B, P, D], patches row by row from the top left."""
-        x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [B, P, D]
+        x = self.patch_embedding(images)  # [B, D, S / patch, S / patch]
+        x = x.flatten(2).transpose(1, 2)  # [B, P, D]
         x = x + self.position_embedding.weight
         for block in self.layers:
             x = block(x)

@@ -98,15 +98,15 @@ class Killed(Exception):
 
 def run_until_killed(monkeypatch, step: int, model, out, options="") -> None:
     """Such a run that dies in the middle of step number `step`, counted from where it starts."""
-    steps, network_input = iter(range(1, step + 1)), loss.network_input
+    steps, to_network = iter(range(1, step + 1)), loss.to_network
 
-    def network_input_or_death(image):
+    def to_network_or_death(image):
         if next(steps) == step:
             raise Killed
-        return network_input(image)
+        return to_network(image)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loss, "network_input", network_input_or_death)
+        patch.setattr(loss, "to_network", to_network_or_death)
         run(model, out, options)
 
 

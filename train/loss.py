@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
 from model.gemma import Gemma
-from train.data.samples import ROUND, network_input
+from model.io.image import to_network
+from train.data.samples import ROUND
 from train.nano.patch_head import PatchHead
 
 CHUNK = 128  # positions whose full-vocabulary logits are in memory together, 132 MB for the official sizes
@@ -43,7 +44,7 @@ class Objective(nn.Module):
     def forward(self, batch: dict[str, Tensor], patch_only: bool = False) -> tuple[Tensor, Tensor]:
         """A micro-batch -> (what to minimise, the model's own loss for the log). batch["total"]: the weights
         of the whole batch, by which each part is divided, so that the parts add up to its mean."""
-        image_tokens = self.model.encode(network_input(batch["image"]))  # [B, P, D]
+        image_tokens = self.model.encode(to_network(batch["image"]))  # bytes until now; [B, P, D]
         patch_loss = batch["weights"].new_zeros(())  # float32, as all losses are
         if self.patch_head is not None:
             embed = self.model.decoder.embed.weight

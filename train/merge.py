@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from model import PaliGemma
-from model.io.hub import BESIDE, resolve
+from model.io.hub import COMPANION_FILES, resolve
 from model.lora import fold
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -34,7 +34,7 @@ def main(argv=None) -> None:
         base = resolve(args.model)
         model = PaliGemma.from_pretrained(str(base), adapter=args.adapter, dtype=DTYPES[args.dtype])
         fold(model).save_pretrained(args.out, max_shard_bytes=int(args.shard_gb * 1e9))
-        for name in BESIDE:
+        for name in COMPANION_FILES:
             if (base / name).exists():
                 shutil.copy(base / name, args.out / name)
     except (ValueError, OSError) as error:

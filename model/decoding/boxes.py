@@ -1,7 +1,7 @@
-"""Boxes: pixels <-> location tokens, areas, overlaps, suppression, boxes in text.
+"""Boxes: pixels <-> location tokens, areas, overlaps, suppression, and boxes in text answers.
 
-A box is x0, y0, x1, y1 in pixels from the top left; a location quadruple is y0, x0, y1, x1 in 1/1024 of the
-image's sides.
+A box is x0, y0, x1, y1 in pixels from the image's top left corner. Its location tokens are y0, x0, y1, x1 in
+1/1024 of the image's height and width.
 """
 
 import re
@@ -10,22 +10,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-BINS = 1024
-_LOC = r"<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>"
-_OBJECT = re.compile(rf"((?:{_LOC}\s*){{4}})((?:<seg[0-9]{{3}}>\s*)*)([^;<>]*)")
+from model.io.tokenizer import LOC, LOCS, SEGS
+
+BINS = LOCS  # of a side of the image: a location token each
+MASK_CODES = 16  # segmentation tokens of a mask
+_OBJECT = re.compile(rf"((?:{LOC}\s*){{4}})((?:<seg[0-9]{{3}}>\s*)*)([^;<>]*)")
 
 
 def boxes_to_locs(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
-    """Pixel boxes [n, 4] -> int64 [n, 4], y0, x0, y1, x1 in 0..1023: the edge itself gets bin 1023."""
+    """Pixel boxes [n, 4] -> locations int64 [n, 4], y0, x0, y1, x1 in 0..1023."""
     scale = np.array([width, height, width, height], dtype=np.float64)
     bins = np.round(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * BINS / scale)
+    # The far edge would be bin 1024, which no token stands for: it shares the last one.
     return bins.clip(0, BINS - 1).astype(np.int64)[:, [1, 0, 3, 2]]
 
 
 def locs_to_boxes(locs: np.ndarray, width: float, height: float, bins: int = BINS) -> np.ndarray:
-    """Location quadruples [..., 4] -> float64 pixel boxes [..., 4]; the last bin stands for the edge.
+    """Locations [..., 4] -> float64 pixel boxes [..., 4]; the last bin stands for the edge.
 
-    bins: 1023 for checkpoints of big_vision's RefCOCO recipe, which makes locations from fractions by 1023.
+    bins: 1023 for checkpoints of big_vision's RefCOCO recipe, which multiplies fractions by 1023.
     """
     locs = np.asarray(locs, dtype=np.float64)[..., [1, 0, 3, 2]]
     fractions = np.where(locs == BINS - 1, 1.0, locs / bins)
@@ -33,7 +36,7 @@ def locs_to_boxes(locs: np.ndarray, width: float, height: float, bins: int = BIN
 
 
 def areas(boxes: np.ndarray) -> np.ndarray:
-    """[..., 4] -> [...]; a box that is turned inside out has area 0."""
+    """Boxes [..., 4] -> areas [...]; 0 if a box ends before it begins."""
     return np.maximum(boxes[..., 2:] - boxes[..., :2], 0).prod(-1)
 
 
@@ -45,7 +48,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:
-    """Per-class non-maximum suppression: indices kept, best first. A threshold of 1 or more keeps all."""
+    """Non-maximum suppression in each class: indices kept, best first. A threshold of 1 or more keeps all."""
     order = np.argsort(-scores, kind="stable")
     kept: list[int] = []
     overlaps = iou(boxes, boxes)
@@ -60,36 +63,39 @@ class ParsedBox:
     """An object of a text answer."""
 
     locs: tuple[int, ...]  # y0, x0, y1, x1 in 0..1023
-    seg: tuple[int, ...]  # the 16 codes of its mask in 0..127, or nothing
+    seg: tuple[int, ...]  # the 16 codes of its mask in 0..127, or ()
     label: str  # "" where the answer has none
-    span: tuple[int, int] = field(default=(0, 0), compare=False)  # of the label in the text, or of the object
+    # First and last + 1 character, in the answer, of the label, or of the whole object if it has no label.
+    span: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 def parse_answer(text: str) -> list[ParsedBox]:
     """The objects of "<loc0000><loc0000><loc0512><loc1023> traffic light ; <loc...", in order.
 
-    Answers are imperfect: anything around four locations is passed over, fewer than four are dropped, and so
-    are the codes of an unfinished mask, and those behind the sixteenth. Boxes may be turned inside out.
+    Answers are imperfect. Text around four locations is ignored, and so are fewer than four. A mask with
+    fewer than 16 codes, or with one that does not exist, is dropped, as are codes after the sixteenth. A box
+    may end before it begins: whoever uses it must check its area.
     """
     found = []
     for match in _OBJECT.finditer(text):
         locs, seg, label = match.groups()
-        codes = tuple(int(code) for code in re.findall("[0-9]{3}", seg))
-        whole = len(codes) >= 16 and max(codes) < 128
         quadruple = tuple(int(loc) for loc in re.findall("[0-9]{4}", locs))
+        codes = tuple(int(code) for code in re.findall("[0-9]{3}", seg))
+        complete = len(codes) >= MASK_CODES and max(codes) < SEGS
         start = match.start(3) + len(label) - len(label.lstrip())
         span = (start, start + len(label.strip())) if label.strip() else match.span()
-        found.append(ParsedBox(quadruple, codes[:16] if whole else (), label.strip(), span))
+        found.append(ParsedBox(quadruple, codes[:MASK_CODES] if complete else (), label.strip(), span))
     return found
 
 
 def box_prompt(names: Sequence[str], masks: bool = False) -> str:
-    """What asks for the boxes of some classes, "detect cat ; traffic light"; with masks, "segment cat"."""
+    """The prompt that asks for the boxes of some classes, "detect cat ; traffic light", or for their masks,
+    "segment cat"."""
     return ("segment " if masks else "detect ") + " ; ".join(names)
 
 
 def check_label(label: str) -> None:
-    """Raises ValueError for a label that would not come back from an answer."""
+    """Raise ValueError for a label that parse_answer could not read back."""
     if re.search("[;<>]", label):
         raise ValueError(f"label {label!r} cannot be written into an answer: it has one of ; < > in it")
 
@@ -101,10 +107,7 @@ def format_answer(
     height: float,
     codes: np.ndarray | None = None,
 ) -> str:
-    """Pixel boxes [n, 4], n labels and, of segmentation, codes [n, 16] -> the text that parse_answer reads.
-
-    Never writes <loc1024>. Raises ValueError as check_label does.
-    """
+    """Pixel boxes [n, 4], n labels and, for segmentation, codes [n, 16] -> text that parse_answer reads."""
     parts = []
     codes = np.empty((len(labels), 0), int) if codes is None else codes
     rows = zip(boxes_to_locs(boxes, width, height).tolist(), codes.tolist(), labels, strict=True)

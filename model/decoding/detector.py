@@ -24,7 +24,7 @@ from model.decoding.boxes import ParsedBox, areas, box_prompt, locs_to_boxes, nm
 from model.decoding.closed_set import GROUP, GroupDecoder
 from model.decoding.generate import GREEDY, Sampling, collect_answers, generate
 from model.decoding.masks import MaskCodec, place
-from model.io.image import to_tensor
+from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 
 MAX_BATCH = 16, 64  # images, on a CPU and on a GPU
@@ -105,7 +105,7 @@ class Detector:
 def network_images(model: PaliGemma, images: list[Image.Image]) -> torch.Tensor:
     """Upright RGB images of any sizes -> float32 [B, 3, S, S] where the model is."""
     size, device = model.config.vision.image_size, model.projector.weight.device
-    return torch.stack([to_tensor(image, size) for image in images]).to(device)
+    return torch.stack([to_network(square(image, size)) for image in images]).to(device)
 
 
 def fitting_batch(model: PaliGemma, prompt: int, answer: int) -> int:

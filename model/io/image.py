@@ -1,4 +1,7 @@
-"""Image files -> the network's input, pixel for pixel as transformers' SigLIP processor (PIL) makes it."""
+"""Image files -> the network's input, pixel for pixel as transformers' SigLIP processor (PIL) makes it.
+
+`to_network(square(load_image("photo.jpg"), 224))` is float32 [3, 224, 224] in [-1, 1].
+"""
 
 import struct
 from collections import deque
@@ -13,27 +16,31 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-READERS = 4  # threads that decode image files
+from model.io.writing import explain
+
+READERS = 4  # threads that decode image files: Pillow's decoders let other threads run
+PILLOWS_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An upright RGB image, EXIF orientation applied. Raises ValueError that names the file and the fault."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # Pillow's own conversion cuts all above 255 off
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+    """An upright RGB image from a file."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file")
+    with explain(f"{path}: not a readable image", *PILLOWS_ERRORS), Image.open(path) as image:
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An RGB image, turned as EXIF says, from an image of any mode."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def check_size(image: Image.Image, file: Path, width: int, height: int) -> None:
-    """Raise ValueError if an upright image is not of the size that its annotations were made for: every box
-    would be somewhere else."""
+    """Refuse an upright image of another size than its annotations are for: its boxes would be off."""
     if image.size != (width, height):
         raise ValueError(
             f"{file} has {image.width}x{image.height} pixels (upright), "
@@ -41,21 +48,24 @@ def check_size(image: Image.Image, file: Path, width: int, height: int) -> None:
         )
 
 
-def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """PIL image -> float32 [3, size, size] in [-1, 1]: bicubic, squashed to a square."""
-    return pixels_to_tensor(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """RGB image -> uint8 [size, size, 3], squashed to a square, bicubic."""
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def pixels_to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
-    scaled = torch.from_numpy(pixels * np.float32(1 / 255))
+def to_network(pixels: np.ndarray | Tensor) -> Tensor:
+    """uint8 [..., H, W, 3], on any device -> float32 [..., 3, H, W] in [-1, 1].
+
+    In two steps, as transformers rounds them: / 127.5 - 1 is not the same to the last bit.
+    """
+    scaled = torch.as_tensor(pixels) * (1 / 255)
     return ((scaled - 0.5) / 0.5).movedim(-1, -3)
 
 
 def read_ahead(items: Iterable, size: int) -> Iterator[list[tuple[Any, Future]]]:
-    """Batches of (file, future of its image), the image being read in the background while the caller works.
+    """Batches of (file, future of its image): the images are read in the background while the caller works.
 
-    The future's result() is the image, or raises the ValueError of load_image.
+    The future's result() is the image, or raises what load_image did.
     """
     with ThreadPoolExecutor(READERS) as pool:
         items, waiting = iter(items), deque()

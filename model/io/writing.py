@@ -1,4 +1,4 @@
-"""Files on disk: JSON read with errors in words; all is written under a temporary name and then renamed."""
+"""Files on disk: errors explained in words, JSON, and writing that never leaves half a file."""
 
 import contextlib
 import json
@@ -12,21 +12,19 @@ from safetensors.torch import save_file
 
 @contextlib.contextmanager
 def explain(what: str, *errors: type[BaseException]) -> Iterator[None]:
-    """Turn errors of a library into a ValueError for the user: "WHAT (the library's own words)"."""
+    """Turn errors of a library into a ValueError for the user: "WHAT (the library's own words)", one line."""
     try:
         yield
     except errors as error:
-        raise ValueError(f"{what} ({error})") from error
+        raise ValueError(f"{what} ({' '.join(str(error).split())})") from error
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError in words if it is missing or not one."""
-    try:
+    """The JSON object in a file."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    with explain(f"{path} is not readable JSON", OSError, ValueError):  # JSON's and Unicode's are ValueErrors
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
     return value
@@ -34,8 +32,8 @@ def read_json(path: Path) -> dict:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, renamed when all is written: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary name to write to, renamed when everything is written: no reader ever sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # in the same folder: renaming is atomic there
     try:
         yield temporary
         os.replace(temporary, path)
@@ -44,17 +42,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_lines(lines: Iterable[str], path: Path) -> None:
-    """Write text, each line with its own end, whole or not at all."""
+    """Write text atomically; each line brings its own line end."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(lines)
 
 
 def write_json(value: dict | list, path: Path) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_lines([json.dumps(value, indent=2), "\n"], path)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file atomically."""
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

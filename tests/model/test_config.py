@@ -281,6 +281,7 @@ def test_override():
     )
     assert other.text.query_scale == config.text.query_scale and other.vision == config.vision
     assert config == VARIANTS["paligemma2-3b-448"]
+    assert config.override(classes=["cat", "dog"]).classes == ("cat", "dog")
     with pytest.raises(ValueError, match="no config field 'heads_'"):
         config.override(heads_=3)
 
@@ -328,6 +329,8 @@ def test_override():
         ("vision_config__num_attention_heads", 7, "heads"),
         ("vision_config__hidden_act", "relu", "hidden_act"),
         ("vision_config__vision_use_head", True, "vision_use_head"),
+        ("vision_config__layer_norm_eps", 0, "norm_eps"),
+        ("vision_config__layer_norm_eps", "1e-6", "norm_eps"),
         ("bos_token_id", 257216, "bos"),
         ("eos_token_id", -1, "eos"),
         ("eos_token_id", [], "eos"),
@@ -338,6 +341,7 @@ def test_override():
         ("detection", {"classes": ["x"] * 99}, "classes"),
         ("detection", {"classes": "cat"}, "classes"),
         ("detection", {"classes": ["cat", 3]}, "classes"),
+        ("detection", {"open_vocabulary": 1}, "open_vocabulary"),
     ],
     ids=str,
 )

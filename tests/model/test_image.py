@@ -9,7 +9,7 @@ from helpers import complaint_about
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from model.io.image import load_image, pixels_to_tensor, to_tensor
+from model.io.image import load_image, square, to_network
 
 SHAPES = [(640, 480), (333, 517), (56, 56), (57, 55), (1200, 31), (40, 900), (9, 7), (1, 1)]  # width, height
 ORIENTATION, DESCRIPTION, COMMENT = 0x0112, 0x010E, "a picture"
@@ -51,7 +51,7 @@ def unlike(a: Image.Image, b: Image.Image) -> int:
 def test_as_transformers(shape, size):
     """Resized and scaled alike: 1e-6 is far less than a hundredth of a grey level."""
     image = photo(*shape)
-    ours = to_tensor(image, size)
+    ours = to_network(square(image, size))
     assert ours.shape == (3, size, size) and ours.dtype == torch.float32
     assert (ours - theirs(image, size)).abs().max() <= 1e-6
     assert ours.min() >= -1 and ours.max() <= 1
@@ -64,7 +64,7 @@ def test_modes_as_transformers(mode, tmp_path):
     file = write(source, tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png"))
     with Image.open(file) as image:
         assert image.mode == mode
-        assert (to_tensor(load_image(file), 56) - theirs(image, 56)).abs().max() <= 1e-6
+        assert (to_network(square(load_image(file), 56)) - theirs(image, 56)).abs().max() <= 1e-6
 
 
 def test_batches_of_pixels():
@@ -72,7 +72,7 @@ def test_batches_of_pixels():
     pixels = np.zeros((2, 4, 5, 3), np.uint8)
     pixels[1, 2, 3] = 255, 51, 102
     before = pixels.copy()
-    tensor = pixels_to_tensor(pixels)
+    tensor = to_network(pixels)
     assert tensor.shape == (2, 3, 4, 5) and tensor[0].eq(-1).all()
     assert torch.allclose(tensor[1, :, 2, 3], torch.tensor([1.0, -0.6, -0.2]), atol=1e-6)
     assert tensor[1, 0, 2, 3] == 1 and (pixels == before).all()

@@ -21,7 +21,7 @@ from model.decoding.boxes import (
     parse_answer,
 )
 from model.decoding.closed_set import GROUP, ClosedSet
-from model.io.image import to_tensor
+from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 from train.data import convert
 from train.data.augment import FILL, MIN_KEPT, augment, flip, jitter, rescale
@@ -216,7 +216,7 @@ def test_closed_set_samples(folder):
     fed = (weights[last:-1] == 1).nonzero()[:, 0] + last  # real objects: what is predicted is fed next
     assert len(fed) == 10 and (labels[fed] == text[fed + 1]).all()
     with Image.open(folder / "images/a.png") as image:
-        expected = to_tensor(image, SIZE)
+        expected = to_network(square(image, SIZE))
     assert sample["image"].dtype == torch.uint8 and sample["image"].shape == (SIZE, SIZE, 3)
     assert torch.allclose(sample["image"].movedim(-1, 0) / 127.5 - 1, expected, atol=1e-6)
     assert (data[0, 1]["labels"][last:-1].unflatten(0, (-1, GROUP))[:, 4] == LANGUAGE.noise).all()

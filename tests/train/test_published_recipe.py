@@ -27,11 +27,12 @@ from PIL import Image
 from model import PaliGemma
 from model.decoding.boxes import iou, locs_to_boxes
 from model.decoding.closed_set import GROUP, ClosedSet
+from model.io.image import to_network
 from model.io.tokenizer import Tokenizer
 from train import fit as train
 from train.data.augment import augment
 from train.data.coco import CocoDetections, CocoIndex
-from train.data.samples import PracticeScenes, StepSampler, collate, network_input, open_data
+from train.data.samples import PracticeScenes, StepSampler, collate, open_data
 from train.data.targets import MAX_NOISE_IOU, Noise, closed_set_target, noise_boxes
 
 LANGUAGE = ClosedSet((2, 500, 600, 108), 1000, 7, 1, tuple("abcdef"), groups=12)
@@ -245,9 +246,7 @@ def plain_loss(folder, samples, mean, **overrides):
     losses, totals = [], []
     for sample in samples:
         with torch.no_grad():
-            logits = model(
-                network_input(sample["image"][None]), sample["text"][None], int(sample["prefix_len"])
-            )
+            logits = model(to_network(sample["image"][None]), sample["text"][None], int(sample["prefix_len"]))
         each = F.cross_entropy(logits[0].double(), sample["labels"], reduction="none")
         losses.append((each * sample["weights"].double()).sum().item())
         totals.append(sample["weights"].double().sum().item())

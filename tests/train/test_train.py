@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader
 from transformers import PaliGemmaForConditionalGeneration
 
 from model import PaliGemma
-from model.io.image import to_tensor
+from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 from train import fit as train
-from train.data.samples import PracticeScenes, StepSampler, collate, network_input
+from train.data.samples import PracticeScenes, StepSampler, collate
 from train.nano import untrained as nano
 from train.nano.patch_head import MIN_COVER, PatchHead, _giou, patch_targets
 from train.practice.scenes import Scene, make_scene
@@ -83,8 +83,8 @@ def test_sample(tiny):
 def test_training_sees_what_detection_sees():
     """An image goes into the network alike, whether drawn for training or read from a file."""
     pixels = make_scene(0).image
-    ours = network_input(torch.tensor(pixels)[None])
-    assert torch.allclose(ours[0], to_tensor(Image.fromarray(pixels), 128), atol=1e-6)
+    ours = to_network(torch.tensor(pixels)[None])
+    assert torch.equal(ours[0], to_network(square(Image.fromarray(pixels), 128)))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -15,21 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from model.config import MAX_CLASSES
 from model.decoding.closed_set import GROUP, ClosedSet
-from model.io.image import check_size, load_image
+from model.io.image import check_size, load_image, square
 from train.data.augment import augment
 from train.data.targets import NANO_NOISE, Noise, Target, closed_set_target
-
-MOST_CLASSES = 98  # with noise they must fit <unused0..98>
-
-
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """PIL image -> uint8 [size, size, 3], bicubic and squashed as model.io.image.to_tensor does."""
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def answer_sample(image: np.ndarray, prompt: Sequence[int], target: Target) -> dict[str, Tensor]:
@@ -82,7 +75,7 @@ class CocoIndex:
 
     @classmethod
     def read(
-        cls, file: Path, images: Path | None = None, most_classes: int | None = MOST_CLASSES
+        cls, file: Path, images: Path | None = None, most_classes: int | None = MAX_CLASSES
     ) -> "CocoIndex":
         """Index a file; images: their folder, where it is to be checked; most_classes None: no limit.
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model.io.image import load_image
+from model.io.image import load_image, square
 from model.io.tokenizer import Tokenizer
 from train.data.augment import JITTER, jitter
-from train.data.coco import answer_sample, square
+from train.data.coco import answer_sample
 from train.data.targets import text_target
 
 KEYS = ("image", "prefix", "suffix")

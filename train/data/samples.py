@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
-from model.io.image import pixels_to_tensor
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections, CocoIndex, answer_sample, closed_set_sample
 from train.data.jsonl import JsonlPairs, is_jsonl
@@ -223,10 +222,3 @@ def collate(
         else:
             batch[name] = torch.stack(column)
     return batch
-
-
-def network_input(image: Tensor) -> Tensor:
-    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in [-1, 1], after the workers: bytes travel cheaper."""
-    if image.device.type == "cpu":
-        return pixels_to_tensor(image.numpy())
-    return image.movedim(-1, -3) / 127.5 - 1
