@@ -1,1 +1,1 @@
-"""Programs a person runs: detect.py, evaluate.py."""
+"""The programs that a person runs; lib/ is what they share."""

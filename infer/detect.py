@@ -13,8 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from PIL import Image
+from tqdm import tqdm
 
 from infer.lib.draw import draw_boxes
 from infer.lib.options import add_detection_arguments, check_json, load_detector
@@ -22,20 +22,12 @@ from model.decoding.detector import Detections, Detector
 from model.decoding.masks import to_rle
 from model.io.image import SUFFIXES, read_ahead
 from model.io.writing import atomic_write, write_json
+from train.run.program import complain, parser, run
 
 
-def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_file_arguments(parser)
-    add_detection_arguments(parser)
-    return parser.parse_args(argv)
-
-
-def add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is read and written."""
-    add = parser.add_argument
+def add_file_arguments(options: argparse.ArgumentParser) -> None:
+    """The options of what is read and written."""
+    add = options.add_argument
     add(
         "--image",
         nargs="+",
@@ -65,7 +57,7 @@ def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def save_picture(picture: Image.Image, out: Path, name: str, taken: set[Path]) -> Path:
-    """Write OUT/<name>.png, with a number behind the name if a picture of this run, in or out, has it."""
+    """Write OUT/<name>.png, with a number after the name if a picture of this run, in or out, has it."""
     target, number = out / f"{name}.png", 2
     while target.resolve() in taken:
         target, number = out / f"{name}-{number}.png", number + 1
@@ -75,8 +67,17 @@ def save_picture(picture: Image.Image, out: Path, name: str, taken: set[Path]) -
     return target
 
 
-def entry(file: Path, image: Image.Image, found: Detections, detector: Detector, tokens: bool) -> dict:
-    """One image of the JSON file."""
+def save_masks(found: Detections, record: dict, drawn: Path, taken: set[Path]) -> None:
+    """Write each mask as a picture beside the drawn one, and put it into the record."""
+    for number, (mask, d) in enumerate(zip(found.masks or (), record["detections"])):
+        label = re.sub(r"\W+", "-", d["label"])
+        name = f"{drawn.stem}.{number}-{label}"
+        d["mask"] = str(save_picture(Image.fromarray(mask), drawn.parent, name, taken))
+        d["segmentation"] = to_rle(mask)
+
+
+def make_record(file: Path, image: Image.Image, found: Detections, detector: Detector, tokens: bool) -> dict:
+    """One image's entry in the JSON file."""
     rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
     detections = [
         dict(label=detector.classes[c], class_id=c, score=round(score, 4), box=[round(x, 2) for x in box])
@@ -86,7 +87,7 @@ def entry(file: Path, image: Image.Image, found: Detections, detector: Detector,
     return record | (dict(tokens=found.tokens.flatten().tolist()) if tokens else {})
 
 
-def print_table(record: dict, drawn: Path) -> None:
+def print_record(record: dict, drawn: Path) -> None:
     print(f"{record['image']}  {record['width']} x {record['height']}  ->  {drawn}")
     for d in record["detections"]:
         x0, y0, x1, y1 = d["box"]
@@ -95,62 +96,50 @@ def print_table(record: dict, drawn: Path) -> None:
         print("  nothing found")
 
 
-def run(args: argparse.Namespace, load=load_detector, program: str = "detect.py") -> int:
-    """load(args, score threshold) gives the detector. Returns the exit code."""
+def detect_files(args: argparse.Namespace) -> int:
+    """Detect or segment in all of --image; the exit code."""
+    program = sys.argv[0]  # detect.py or segment.py
     files, complaints = find_images(args.image)
     for message in complaints:
-        print(f"{program}: {message}", file=sys.stderr)
+        complain(message, program)
     check_json(args.json)
     records, taken = [], {file.resolve() for file in files}
     if args.json and args.json.resolve() in taken:
         raise ValueError(f"--json {args.json} is one of the pictures")
-    detector = load(args, args.score_threshold)
+    detector = load_detector(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    bar = None
-    if len(files) > 1:
-        from tqdm import tqdm
-
-        bar = tqdm(total=len(files), unit="image", disable=None)
-    for batch in read_ahead(files, args.batch_size or detector.fitting_batch()):
-        images = []
-        for file, reading in batch:
-            try:
-                images.append((file, reading.result()))
-            except ValueError as error:
-                complaints.append(str(error))
-                print(f"{program}: {error}", file=sys.stderr)
-        found_all = detector([image for _, image in images]) if images else []
-        for (file, image), found in zip(images, found_all, strict=True):
-            record = entry(file, image, found, detector, args.tokens)
-            records.append(record)
-            captions = [f"{d['label']} {d['score']:.2f}" for d in record["detections"]]
-            picture = draw_boxes(image, found.boxes, captions, found.labels, found.masks)
-            drawn = save_picture(picture, args.out, file.stem, taken)
-            for number, (mask, d) in enumerate(zip(found.masks or (), record["detections"])):
-                name = re.sub(r"\W+", "-", d["label"])
-                name = f"{drawn.stem}.{number}-{name}"
-                d["mask"] = str(save_picture(Image.fromarray(mask), args.out, name, taken))
-                d["segmentation"] = to_rle(mask)
-            if bar:
+    # None shows the bar on a terminal only.
+    with tqdm(total=len(files), unit="image", disable=len(files) < 2 or None) as bar:
+        for batch in read_ahead(files, args.batch_size or detector.fitting_batch()):
+            images = []
+            for file, reading in batch:
+                try:
+                    images.append((file, reading.result()))
+                except ValueError as error:  # costs this picture and the exit code, not the run
+                    complaints.append(str(error))
+                    complain(error, program)
+            found_all = detector([image for _, image in images]) if images else []
+            for (file, image), found in zip(images, found_all, strict=True):
+                record = make_record(file, image, found, detector, args.tokens)
+                captions = [f"{d['label']} {d['score']:.2f}" for d in record["detections"]]
+                picture = draw_boxes(image, found.boxes, captions, found.labels, found.masks)
+                drawn = save_picture(picture, args.out, file.stem, taken)
+                save_masks(found, record, drawn, taken)
                 bar.clear()
-            print_table(record, drawn)
-        if bar:
+                print_record(record, drawn)
+                records.append(record)
             bar.update(len(batch))
-    if bar:
-        bar.close()
     if args.json:
         write_json(records, args.json)
     return 1 if complaints else 0
 
 
-def main(arguments=arguments, load=load_detector, program: str = "detect.py") -> None:
-    try:
-        sys.exit(run(arguments(), load, program))
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"{program}: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+def main() -> int:
+    options = parser(__doc__)
+    add_file_arguments(options)
+    add_detection_arguments(options)
+    return detect_files(options.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __file__)

@@ -11,148 +11,41 @@ What is measured depends on the prefix:
     anything, if the line has a "mask" in COCO's run-length encoding: mean IoU with it
 
 The mask of an answer is that of its first object; an answer without one scores 0, as RefCOCO is measured.
-Lines with a "kind" are also told by kind. Upper and lower case, and spaces around an answer, do not count.
+Lines with a "kind" are also reported by kind. Neither case nor spaces around an answer count.
 """
 
-import argparse
 import json
-import math
-import re
-import sys
 import tempfile
-from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from infer.lib.options import (
     add_codec_arguments,
     add_model_arguments,
     add_sampling_arguments,
-    check_counts,
     check_json,
     load_codec,
     load_model,
     sampling_options,
 )
-from model.decoding.boxes import BINS, locs_to_boxes, parse_answer
+from infer.lib.predictions import add_set_arguments, evaluation_sets
+from model.decoding.boxes import BINS
 from model.decoding.detector import Asker
-from model.decoding.masks import MaskCodec, from_rle, place
+from model.decoding.masks import from_rle
 from model.io.image import load_image
 from model.io.writing import write_json, write_lines
-from train.data.jsonl import read_lines, right_answers
+from train.data.jsonl import read_lines
+from train.measures import TASKS, judge_answers, task_of
+from train.run.program import parser, positive, run
 
-HELD_OUT = {"same": "same drawings", "vendor": "unseen vendor"}
-TASKS = {"answer": "question", "caption": "caption", "describe": "caption", "cap": "caption"}
+SETS = ("same", "vendor")
 IMAGES = 8  # whose prompts are put together
-GRAMS, SIGMA = 4, 6.0  # of CIDEr-D: the longest n-grams, the tolerance of length
 
 
-def n_grams(text: str) -> list[Counter]:
-    """Of 1 word, of 2 ... GRAMS words, with their counts."""
-    words = re.findall(r"\w+", text.casefold())
-    return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, GRAMS + 1)]
-
-
-def cider_d(said: list[str], right: list[list[str]]) -> float:
-    """Mean CIDEr-D of captions, each against its right ones: how many n-grams they share, rare ones counting
-    for more. An n-gram's rarity is that among the right captions of all images. 0 to 10."""
-    references = [[n_grams(text) for text in texts] for texts in right]
-    seen = Counter(
-        gram for texts in references for gram in {g for grams in texts for of_n in grams for g in of_n}
-    )
-
-    def weighted(grams: list[Counter]) -> list[dict]:
-        return [
-            {g: count * (math.log(len(right)) - math.log(max(1, seen[g]))) for g, count in of_n.items()}
-            for of_n in grams
-        ]
-
-    def alike(a: dict, b: dict) -> float:
-        norms = math.sqrt(sum(x * x for x in a.values()) * sum(x * x for x in b.values()))
-        return sum(min(x, b[g]) * b[g] for g, x in a.items() if g in b) / norms if norms else 0.0
-
-    scores = []
-    for text, texts in zip(said, references, strict=True):
-        mine = n_grams(text)
-        for reference in texts:
-            gap = sum(mine[0].values()) - sum(reference[0].values())
-            of_n = [alike(a, b) for a, b in zip(weighted(mine), weighted(reference), strict=True)]
-            scores.append(10 * sum(of_n) / GRAMS * math.exp(-(gap**2) / (2 * SIGMA**2)) / len(texts))
-    return sum(scores) / len(said)
-
-
-def overlap(said: str, mask: np.ndarray, codec: MaskCodec, bins: int = BINS) -> float:
-    """Intersection over union of an answer's first mask with the right one, bool [H, W]; 0 if it has none.
-    bins: see locs_to_boxes."""
-    found = parse_answer(said)
-    if not found or not found[0].seg:
-        return 0.0
-    height, width = mask.shape
-    guess = codec.decode(torch.tensor(found[0].seg)[None])[0].numpy()
-    guess = place(guess, locs_to_boxes(found[0].locs, width, height, bins), width, height)
-    return float((guess & mask).sum() / max(1, (guess | mask).sum()))
-
-
-def ask_all(ask: Asker, records: list[dict], images: Path, title: str) -> list[str]:
-    """The answer to each line."""
-    said, by_image = [], [list(lines) for _, lines in groupby(records, key=lambda r: r["image"])]
-    bar = tqdm(total=len(records), desc=title, unit="answer", leave=False)
-    for start in range(0, len(by_image), IMAGES):
-        of_call = by_image[start : start + IMAGES]
-        pictures = [load_image(images / lines[0]["image"]) for lines in of_call]
-        for picture, lines in zip(pictures, of_call):
-            for height, width in {tuple(line["mask"]["size"]) for line in lines if "mask" in line}:
-                if (width, height) != picture.size:
-                    fault = f"has a mask of {width} x {height} pixels, but {picture.width} x {picture.height}"
-                    raise ValueError(f"{images / lines[0]['image']} {fault}")
-        asked = [(i, line["prefix"]) for i, lines in enumerate(of_call) for line in lines]
-        said += [ask.tokenizer.decode(tokens).strip() for tokens, _ in ask(pictures, asked)]
-        bar.update(len(asked))
-    bar.close()
-    return said
-
-
-def task_of(record: dict) -> str | None:
-    """What is measured of a line, None if nothing can be."""
-    return "mask" if "mask" in record else TASKS.get(record["prefix"].split(" ")[0])
-
-
-def judge(records: list[dict], said: list[str], codec: MaskCodec | None, bins: int = BINS) -> dict:
-    """{task: {"exact", "CIDEr-D" or "mean IoU", "lines", and "exact" of each kind}}."""
-    by_task = defaultdict(list)
-    for record, text in zip(records, said, strict=True):
-        by_task[task_of(record)].append((record, text))
-    figures = {}
-    for task, pairs in by_task.items():
-        figures[task] = dict(lines=len(pairs))
-        if task == "mask":
-            overlaps = [overlap(text, from_rle(record["mask"]), codec, bins) for record, text in pairs]
-            figures[task]["mean IoU"] = round(sum(overlaps) / len(overlaps), 4)
-            continue
-        right = [[text.strip() for text in right_answers(record)] for record, _ in pairs]
-        exact = [
-            text.casefold() in [answer.casefold() for answer in ok] for (_, text), ok in zip(pairs, right)
-        ]
-        figures[task]["exact"] = round(sum(exact) / len(exact), 4)
-        if task == "caption":
-            figures[task]["CIDEr-D"] = round(cider_d([text for _, text in pairs], right), 3)
-        kinds = defaultdict(list)
-        for (record, _), hit in zip(pairs, exact):
-            kinds[record.get("kind", "others")].append(hit)
-        if len(kinds) > 1:
-            figures[task]["kinds"] = {
-                kind: dict(exact=round(sum(hits) / len(hits), 4), lines=len(hits))
-                for kind, hits in kinds.items()
-            }
-    return figures
-
-
-def checked_lines(data: Path, images: Path) -> list[dict]:
-    """The lines of a file. Raises ValueError for one of which nothing can be measured."""
+def read_prompts(data: Path, images: Path) -> list[dict]:
+    """The lines of a file; ValueError for one on which nothing can be measured."""
     records = []
     for _, record in read_lines(data, images):
         try:
@@ -170,7 +63,30 @@ def checked_lines(data: Path, images: Path) -> list[dict]:
     return records
 
 
-def report(name: str, figures: dict) -> None:
+def ask_all(ask: Asker, records: list[dict], images: Path, title: str) -> list[str]:
+    """The model's answer to each line."""
+    answers, by_image = [], [list(lines) for _, lines in groupby(records, key=lambda r: r["image"])]
+    with tqdm(total=len(records), desc=title, unit="answer", leave=False) as bar:
+        for start in range(0, len(by_image), IMAGES):
+            of_call = by_image[start : start + IMAGES]
+            pictures = [load_image(images / lines[0]["image"]) for lines in of_call]
+            for picture, lines in zip(pictures, of_call):
+                check_mask_sizes(picture.size, lines, images)
+            prompts = [(i, line["prefix"]) for i, lines in enumerate(of_call) for line in lines]
+            answers += [ask.tokenizer.decode(tokens).strip() for tokens, _ in ask(pictures, prompts)]
+            bar.update(len(prompts))
+    return answers
+
+
+def check_mask_sizes(size: tuple[int, int], lines: list[dict], images: Path) -> None:
+    """ValueError if the mask of a line is of another size than its picture, (width, height)."""
+    for height, width in (line["mask"]["size"] for line in lines if "mask" in line):
+        if (width, height) != size:
+            fault = f"has a mask of {width} x {height} pixels, but {size[0]} x {size[1]}"
+            raise ValueError(f"{images / lines[0]['image']} {fault}")
+
+
+def print_figures(name: str, figures: dict) -> None:
     print(name)
     for task, row in figures.items():
         shown = "".join(f"{key} {row[key]:<8.3f}" for key in ("exact", "CIDEr-D", "mean IoU") if key in row)
@@ -179,64 +95,38 @@ def report(name: str, figures: dict) -> None:
             print(f"    {kind:<18}exact {of_kind['exact']:<8.3f}({of_kind['lines']} lines)")
 
 
-def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--data", type=Path, help="JSONL; without it, held-out practice scenes are drawn")
-    add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
-    add("--sets", nargs="+", choices=HELD_OUT, default=list(HELD_OUT), help="held-out practice sets")
-    add("--count", type=int, default=1000, help="scenes of each practice set")
-    add("--max-tokens", type=int, default=100, help="longest answer")
+def main() -> None:
+    options = parser(__doc__)
+    add = options.add_argument
+    add_set_arguments(options, "JSONL", SETS)
+    add("--max-tokens", type=positive, default=100, help="longest answer")
     add("--bins", type=int, choices=(1023, 1024), default=BINS, help="1023: locations of RefCOCO checkpoints")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--answers", type=Path, metavar="FILE", help="write the lines there, with what the model said")
-    add_codec_arguments(parser)
-    add_model_arguments(parser)
-    add_sampling_arguments(parser)
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> None:
-    from train.practice.tasks import write_answers
-
-    check_counts(args, "count", "max_tokens")
+    add_codec_arguments(options)
+    add_model_arguments(options)
+    add_sampling_arguments(options)
+    args = options.parse_args()
     check_json(args.json)
-    check_json(args.answers)
-    how = sampling_options(args)
+    check_json(args.answers, "--answers")
+    sampling = sampling_options(args)
+    codec = None if args.data else load_codec(args)
     model, tokenizer = load_model(args)
-    ask = Asker(model, tokenizer, args.max_tokens, how, args.seed)
-    figures, answered, codec = {}, [], None
-    for split in [None] if args.data else args.sets:
-        name = HELD_OUT[split] if split else args.data.stem
-        with tempfile.TemporaryDirectory() as temporary:
-            data = args.data or Path(temporary) / "scenes" / "answers.jsonl"
-            images = (args.data and args.images) or data.parent / "images"
-            if split:
-                codec = codec or load_codec(args)
-                write_answers(data.parent, args.count, split, model.config.vision.image_size, codec)
-            records = checked_lines(data, images)
-            if any("mask" in record for record in records):
-                codec = codec or load_codec(args)
-            said = ask_all(ask, records, images, name)
-            figures[name] = judge(records, said, codec, args.bins)
-        report(name, figures[name])
-        answered += [record | dict(answer=text) for record, text in zip(records, said, strict=True)]
+    ask = Asker(model, tokenizer, args.max_tokens, sampling, args.seed)
+    figures, answered = {}, []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, data, images, _ in evaluation_sets(args, Path(temporary), model, codec):
+            records = read_prompts(data, images)
+            if codec is None and any("mask" in record for record in records):
+                codec = load_codec(args)
+            answers = ask_all(ask, records, images, name)
+            figures[name] = judge_answers(records, answers, codec, args.bins)
+            print_figures(name, figures[name])
+            answered += [record | dict(answer=text) for record, text in zip(records, answers, strict=True)]
     if args.json:
         write_json(figures, args.json)
     if args.answers:
         write_lines((json.dumps(record) + "\n" for record in answered), args.answers)
 
 
-def main() -> None:
-    try:
-        run(arguments())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"evaluate_answers.py: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    run(main, __file__)

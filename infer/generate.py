@@ -1,7 +1,7 @@
 """Ask a model about an image, in words.
 
     python infer/generate.py --image photo.jpg --prompt "caption en"    # one answer
-    python infer/generate.py --image photo.jpg    # many, from a prompt: /image FILE, /help, Ctrl-D ends
+    python infer/generate.py --image photo.jpg    # a conversation: /image FILE, /help, Ctrl-D ends
 
 The answer is printed as it comes, then its length and speed. The official checkpoints know prompts such as
 "caption en", "answer en how many dogs?", "detect cat ; dog", "segment cat", "ocr". What the shipped nano
@@ -29,29 +29,9 @@ from model.decoding.closed_set import PROMPT
 from model.decoding.generate import generate
 from model.io.image import load_image, square, to_network
 from model.io.tokenizer import Tokenizer
+from train.run.program import complain, parser, positive, run
 
 HELP = "ask about the image, or: /image FILE (look at another), /help, Ctrl-D (end)"
-
-
-def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--image", type=Path, required=True, metavar="FILE")
-    add("--prompt", help="without it, prompts are read line by line")
-    add("--max-tokens", type=int, default=100, help="longest answer")
-    add("--samples", type=int, default=1, help="answers to each prompt")
-    add_sampling_arguments(parser)
-    add_model_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.prompt is not None and not args.prompt.strip():
-        raise ValueError('--prompt is empty; write --prompt "caption en", or leave it out for a conversation')
-    if args.max_tokens < 1 or args.samples < 1:
-        raise ValueError("--max-tokens and --samples must be at least 1")
-    if args.samples > 1 and args.temperature == 0:
-        raise ValueError("--samples are all alike at temperature 0; give --temperature 1, for example")
-    return args
 
 
 class Speaker:
@@ -65,7 +45,7 @@ class Speaker:
         self.look(args.image)
 
     def look(self, file: Path) -> None:
-        """Raises ValueError if it is no image."""
+        """Encode an image, once for all prompts that follow."""
         pixels = to_network(square(load_image(file), self.model.config.vision.image_size))
         with torch.inference_mode():
             self.image_tokens: Tensor = self.model.encode(pixels[None].to(self.model.projector.weight.device))
@@ -78,26 +58,26 @@ class Speaker:
         verb, _, names = prompt.partition(" ")
         if verb in ("detect", "segment") and prompt != PROMPT:
             class_names(names, self.model.config)
-        image, ids = self.image_tokens.expand(self.samples, -1, -1), self.tokenizer.encode_prompt(prompt)
-        steps = generate(
-            self.model, image, [ids] * self.samples, self.max_tokens, self.sampling, self.generator
-        )
-        start, said, shown = time.perf_counter(), [[] for _ in range(self.samples)], ""
-        count, end = 0, self.tokenizer.eos
+        image_tokens = self.image_tokens.expand(self.samples, -1, -1)
+        prompts = [self.tokenizer.encode_prompt(prompt)] * self.samples
+        steps = generate(self.model, image_tokens, prompts, self.max_tokens, self.sampling, self.generator)
+        start, count, printed = time.perf_counter(), 0, ""
+        answers: list[list[int]] = [[] for _ in prompts]
         for tokens, _ in steps:
             count += 1
-            for answer, token in zip(said, tokens.tolist(), strict=True):
-                if end not in answer:
+            for answer, token in zip(answers, tokens.tolist(), strict=True):
+                if self.tokenizer.eos not in answer:
                     answer.append(token)
-            text = self.text(said[0])
-            if self.samples == 1 and not text.endswith("\ufffd"):  # not in the middle of a character
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
+            text = self.decode(answers[0])
+            # A token may end in the middle of a character, which then decodes to U+FFFD.
+            if self.samples == 1 and not text.endswith("\ufffd"):
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
         seconds = time.perf_counter() - start
-        print("".join(f"\n{self.text(answer)}" for answer in said)[1:] if self.samples > 1 else "")
+        print("\n".join(map(self.decode, answers)) if self.samples > 1 else "")
         print(f"  {count} tokens, {count / seconds:.1f} a second", file=sys.stderr)
 
-    def text(self, answer: list[int]) -> str:
+    def decode(self, answer: list[int]) -> str:
         return self.tokenizer.decode([token for token in answer if token != self.tokenizer.eos])
 
 
@@ -105,7 +85,7 @@ def converse(speaker: Speaker) -> None:
     """Read prompts until the input ends; a mistake costs a line, not the conversation."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history and editing
-    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text shall cost their own line only
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not text cost their own line only
     print(HELP)
     while True:
         try:
@@ -120,10 +100,23 @@ def converse(speaker: Speaker) -> None:
         except EOFError:
             return print()
         except (ValueError, OSError) as error:
-            print(f"generate.py: {str(error).splitlines()[0]}", file=sys.stderr)
+            complain(error, __file__)
 
 
-def run(args: argparse.Namespace) -> None:
+def main() -> None:
+    options = parser(__doc__)
+    add = options.add_argument
+    add("--image", type=Path, required=True, metavar="FILE")
+    add("--prompt", help="without it, prompts are read line by line")
+    add("--max-tokens", type=positive, default=100, help="longest answer")
+    add("--samples", type=positive, default=1, help="answers to each prompt")
+    add_sampling_arguments(options)
+    add_model_arguments(options)
+    args = options.parse_args()
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError('--prompt is empty; write --prompt "caption en", or leave it out for a conversation')
+    if args.samples > 1 and args.temperature == 0:
+        raise ValueError("--samples are all alike at temperature 0; give --temperature 1, for example")
     speaker = Speaker(*load_model(args), args)
     if args.prompt is None:
         converse(speaker)
@@ -131,14 +124,5 @@ def run(args: argparse.Namespace) -> None:
         speaker.answer(args.prompt)
 
 
-def main() -> None:
-    try:
-        run(arguments())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"generate.py: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    run(main, __file__)

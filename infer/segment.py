@@ -9,51 +9,17 @@ to --out, and each mask as a picture of its own; --json has them in COCO's run-l
 code is 0 only if every picture was processed.
 """
 
-import argparse
-
-from infer import detect
-from infer.lib.options import (
-    LONGEST,
-    add_codec_arguments,
-    add_model_arguments,
-    add_sampling_arguments,
-    add_selection_arguments,
-    check_counts,
-    class_names,
-    load_codec,
-    load_model,
-    sampling_options,
-)
-from model.decoding.detector import Asker, OpenSetDetector, Selection
+from infer.detect import add_file_arguments, detect_files
+from infer.lib.options import add_detection_arguments
+from train.run.program import parser, run
 
 
-def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    detect.add_file_arguments(parser)
-    parser.add_argument("--classes", required=True, metavar='"A ; B"', help="all: all the model's classes")
-    add_codec_arguments(parser)
-    add_model_arguments(parser)
-    add_selection_arguments(parser)
-    add_sampling_arguments(parser)
-    return parser.parse_args(argv)
-
-
-def load_segmenter(args: argparse.Namespace, score_threshold: float) -> OpenSetDetector:
-    """The segmenter that the arguments ask for. Raises ValueError for anything a user can get wrong."""
-    check_counts(args, "batch_size", "max_tokens")
-    how, selection = sampling_options(args), Selection(score_threshold, args.nms_iou, args.min_size)
-    codec = load_codec(args)
-    model, tokenizer = load_model(args)
-    ask = Asker(model, tokenizer, args.max_tokens or LONGEST, how, args.seed)
-    names = class_names(args.classes, model.config)
-    return OpenSetDetector(ask, names, selection=selection, codec=codec)
-
-
-def main() -> None:
-    detect.main(arguments, load_segmenter, "segment.py")
+def main() -> int:
+    options = parser(__doc__)
+    add_file_arguments(options)
+    add_detection_arguments(options, masks=True)
+    return detect_files(options.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __file__)

@@ -1,123 +1,210 @@
-"""What detection costs, and what it loses when it costs less: two tables with a plot each.
+"""What detection costs, and what it loses when it costs less: tables, and plots of two of them.
 
     python infer/tradeoffs.py early-stop --out media/early_stop.png    # mAP and time of --early-stop, on nano
     python infer/tradeoffs.py growth --out media/growth.png    # time against groups, batch, image tokens
+    python infer/tradeoffs.py head    # a choice among the ids that a position allows, three ways
 
-Needs matplotlib. The growth runs on random weights of nano's form, for images of several sizes.
+The growth runs on random weights of nano's form, for images of several sizes. The head's three ways, on
+random hidden states: full, the logits of the whole vocabulary, those not allowed masked; slice, the allowed
+rows alone, in plain PyTorch (model/decoding/closed_set.py); kernel, the same fused in one launch, on a GPU
+only (model/decoding/head_kernel.py). On a GPU each is timed inside a CUDA graph, as in the decode loop.
 """
 
 import argparse
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 
-import matplotlib
 import torch
+from torch import Tensor, nn
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from infer.lib.measuring import print_table, seconds
+from infer.lib.options import add_device_argument, usable_device
+from infer.lib.plots import new_figure, require_matplotlib
+from infer.lib.predictions import evaluate
+from model import PaliGemma
+from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
+from model.decoding.detector import Detector, Selection
+from model.decoding.generate import GREEDY
+from model.io.hub import NANO
+from model.io.image import load_image, square, to_network
+from model.io.tokenizer import Tokenizer
+from model.io.weights import DTYPES
+from train.practice.write import write_coco
+from train.run.program import parser, positive, run
 
-from infer.benchmark import seconds  # noqa: E402
-from infer.evaluate import evaluate  # noqa: E402
-from model import PaliGemma  # noqa: E402
-from model.decoding.closed_set import (  # noqa: E402
-    ClosedSet,  # noqa: E402
-    EarlyStop,
-    GroupDecoder,
-)
-from model.decoding.detector import Detector, Selection  # noqa: E402
-from model.io.hub import resolve  # noqa: E402
-from model.io.image import load_image, square, to_network  # noqa: E402
-from model.io.tokenizer import Tokenizer  # noqa: E402
-from train.practice.scenes import write_coco  # noqa: E402
-
+# early-stop
 BATCH = 16
 TIMED = 60  # images, one at a time
 PATIENCE = 1, 2
 NOISE = 0.5, 0.8, 0.95, 0.99
+# growth
+GROUPS = 1, 3, 6, 12, 24, 51
+BATCHES = 1, 2, 4, 8, 16, 32
+SIDES = 128, 224, 320, 448, 640  # pixels; nano has 128
+# head
+LOC0, CLASS0, CLASSES, CAP = 256_000, 7, 80, 30.0  # official
+ALLOWED = [(LOC0, LOC0 + 1024)] * 4 + [(CLASS0, CLASS0 + CLASSES + 1)]
+WIDTHS = {"nano": (160, 257_216), "3B": (2304, 257_216)}
+REPEATS = 50
 
 
-def nano() -> tuple[PaliGemma, ClosedSet]:
-    folder = resolve("nano")
-    model = PaliGemma.from_pretrained(str(folder), dtype=torch.float32)
-    return model, ClosedSet.of(model.config, Tokenizer(folder))
+def load_nano() -> tuple[PaliGemma, ClosedSet]:
+    model = PaliGemma.from_pretrained(str(NANO), dtype=torch.float32)
+    return model, ClosedSet.of(model.config, Tokenizer(NANO))
 
 
-def early_stop(count: int, repeats: int, axes) -> None:
-    """mAP on held-out scenes, boxes decoded an image, and images a second, one at a time."""
-    model, language = nano()
-    print(f"{'noise >':>8}{'in a row':>10}{'mAP':>8}{'boxes':>8}{'images/s':>10}")
+# ---- early stop --------------------------------------------------------------------------------------------
+
+
+def early_stop(args: argparse.Namespace) -> None:
+    """mAP on held-out scenes, boxes decoded for an image, and images a second, one at a time."""
+    require_matplotlib()
+    model, language = load_nano()
+    size = model.config.vision.image_size
+    stops = [None] + [EarlyStop(noise, patience) for patience in PATIENCE for noise in NOISE]
+    decoders = [GroupDecoder(model, language, early_stop=stop) for stop in stops]
     with tempfile.TemporaryDirectory() as temporary:
-        data = Path(temporary) / "instances.json"
-        write_coco(data.parent, count, "same", model.config.vision.image_size)
-        files = sorted((data.parent / "images").iterdir())[:TIMED]
-        size = model.config.vision.image_size
-        few = torch.stack([to_network(square(load_image(file), size)) for file in files])
-        stops = [None] + [EarlyStop(noise, patience) for patience in PATIENCE for noise in NOISE]
-        decoders = [GroupDecoder(model, language, early_stop=stop) for stop in stops]
+        scenes = Path(temporary) / "scenes"
+        write_coco(scenes, args.count, "same", size)
+        files = sorted((scenes / "images").iterdir())[:TIMED]
+        images = torch.stack([to_network(square(load_image(file), size)) for file in files])
+
+        def one_at_a_time(decoder: GroupDecoder) -> None:
+            for image in images:
+                decoder(image[None])
+
         times = [[] for _ in stops]
-        for _ in range(repeats):  # in turns, as the machine's speed drifts
+        for _ in range(args.repeats):  # in turns, as the machine's speed drifts
             for decoder, taken in zip(decoders, times, strict=True):
-                taken.append(seconds(lambda call=decoder: [call(image[None]) for image in few], "cpu"))
-        curves = {}
+                taken.append(seconds(partial(one_at_a_time, decoder), "cpu"))
+        rows, curves = [], {}
         for stop, decoder, taken in zip(stops, decoders, times, strict=True):
-            ap = evaluate(
-                Detector(decoder, Selection(nms_iou=0.5)), data, data.parent / "images", BATCH, "same"
-            )["AP"]
-            boxes = decoder(few).live.sum(-1).float().mean().item()
-            noise, patience = (stop.noise, stop.patience) if stop else ("-", "-")
-            print(f"{noise:>8}{patience:>10}{ap:8.3f}{boxes:8.1f}{len(few) / min(taken):10.1f}", flush=True)
-            curves.setdefault(patience, []).append((len(few) / min(taken), ap))
-    for patience, points in curves.items():
-        label = "no early stop" if patience == "-" else f"stop behind {patience} in a row"
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-    axes.set(xlabel="images a second, one at a time", ylabel="mAP, held-out scenes")
-    axes.legend()
+            detector = Detector(decoder, Selection(nms_iou=0.5))
+            ap = evaluate(detector, scenes / "instances.json", scenes / "images", BATCH, "same")["AP"]
+            boxes = decoder(images).live.sum(-1).float().mean().item()
+            noise, patience = (str(stop.noise), str(stop.patience)) if stop else ("-", "-")
+            row = {"noise >": noise, "in a row": patience, "mAP": f"{ap:.3f}", "boxes": f"{boxes:.1f}"}
+            rows.append(row | {"images/s": f"{len(images) / min(taken):.1f}"})
+            curves.setdefault(patience, []).append((len(images) / min(taken), ap))
+    print_table(rows)
+    with new_figure(args.out, 6, 4) as figure:
+        axes = figure.subplots()
+        for patience, points in curves.items():
+            label = "no early stop" if patience == "-" else f"stop after {patience} in a row"
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+        axes.set(xlabel="images a second, one at a time", ylabel="mAP, held-out scenes")
+        axes.legend()
 
 
-def growth(repeats: int, figure) -> None:
-    """Seconds of a call, each of three quantities varied alone: groups, images, image tokens."""
-    model, language = nano()
-    size, every = model.config.vision.image_size, figure.subplots(1, 3)
+# ---- growth ------------------------------------------------------------------------------------------------
 
-    def measure(model, batch=1, groups=12):
+
+def growth(args: argparse.Namespace) -> None:
+    """Milliseconds of a call, each of three quantities varied alone: groups, images, image tokens."""
+    require_matplotlib()
+    model, language = load_nano()
+
+    def measure(model: PaliGemma, batch: int = 1, groups: int = 12) -> float:
         decoder, side = GroupDecoder(model, language, groups), model.config.vision.image_size
         images = torch.rand(batch, 3, side, side)
-        decoder(images)
-        return min(seconds(lambda: decoder(images), "cpu") for _ in range(repeats))
+        decoder(images)  # warms up: makes the cache
+        return 1000 * min(seconds(partial(decoder, images), "cpu") for _ in range(args.repeats))
 
-    def larger(side):
+    def resized(side: int) -> PaliGemma:
         config = replace(model.config, vision=replace(model.config.vision, image_size=side))
         return PaliGemma(config).eval()
 
+    patch = model.config.vision.patch_size
     curves = {
-        "groups": {groups: measure(model, groups=groups) for groups in (1, 3, 6, 12, 24, 51)},
-        "images a batch": {batch: measure(model, batch=batch) for batch in (1, 2, 4, 8, 16, 32)},
-        "image tokens": {(s // 16) ** 2: measure(larger(s)) for s in (size, 224, 320, 448, 640)},
+        "groups": {groups: measure(model, groups=groups) for groups in GROUPS},
+        "images a batch": {batch: measure(model, batch=batch) for batch in BATCHES},
+        "image tokens": {(side // patch) ** 2: measure(resized(side)) for side in SIDES},
     }
-    for axes, (name, curve) in zip(every, curves.items(), strict=True):
-        print(f"{name}: " + ", ".join(f"{x} {1000 * y:.0f} ms" for x, y in curve.items()))
-        axes.plot(list(curve), [1000 * y for y in curve.values()], "o-")
-        axes.set(xlabel=name, ylabel="milliseconds", xlim=(0, None), ylim=(0, None))
+    with new_figure(args.out, 11, 3.2) as figure:
+        for axes, (name, curve) in zip(figure.subplots(1, 3), curves.items(), strict=True):
+            print(f"{name}: " + ", ".join(f"{x} {y:.0f} ms" for x, y in curve.items()))
+            axes.plot(list(curve), list(curve.values()), "o-")
+            axes.set(xlabel=name, ylabel="milliseconds", xlim=(0, None), ylim=(0, None))
+
+
+# ---- the head ----------------------------------------------------------------------------------------------
+
+
+class TiedHead(nn.Module):
+    """What a head needs of a decoder: the embedding and the cap."""
+
+    def __init__(self, width: int, vocabulary: int, dtype: torch.dtype, device: str):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width, dtype=dtype, device=device)
+        self.config = argparse.Namespace(final_cap=CAP)
+
+    def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        logits = nn.functional.linear(hidden, self.embed.weight[first:last]).float()
+        return torch.tanh(logits / CAP) * CAP
+
+
+def three_ways(decoder: TiedHead, hidden: Tensor, slot: int) -> dict:
+    """{name: a function without arguments that chooses an id} for a slot of the group."""
+    uniform = torch.rand(len(hidden), device=hidden.device)
+    first, last = ALLOWED[slot]
+    mask = torch.full((decoder.embed.num_embeddings,), -torch.inf, device=hidden.device)
+    mask[first:last] = 0
+    how = dict(allowed=ALLOWED, noise_feedback=False, sampling=GREEDY)
+    functions = {
+        "full": lambda: torch.softmax(decoder.logits(hidden) + mask, dim=-1).max(-1),
+        "slice": partial(Head(decoder, **how), hidden, slot, uniform),
+    }
+    if hidden.is_cuda:
+        from model.decoding.head_kernel import FusedHead
+
+        functions["kernel"] = partial(FusedHead(decoder, **how), hidden, slot, uniform)
+        functions = {name: capture_graph(function, lambda: None) for name, function in functions.items()}
+    return functions
+
+
+@torch.inference_mode()
+def head(args: argparse.Namespace) -> None:
+    """Microseconds of a choice, the median of REPEATS."""
+    device = usable_device(args.device)
+    print(f"microseconds, {args.dtype}, {device}, torch {torch.__version__}")
+    rows = []
+    for name, (width, vocabulary) in WIDTHS.items():
+        decoder = TiedHead(width, vocabulary, DTYPES[args.dtype], device)
+        for batch in args.batch_size:
+            hidden = torch.randn(batch, width, device=device, dtype=DTYPES[args.dtype])
+            for slot, what in ((0, "1,024 coordinates"), (4, "81 classes")):
+                row = {"": f"{name}, batch {batch}, {what}"}
+                for way, function in three_ways(decoder, hidden, slot).items():
+                    row[way] = f"{1e6 * median(seconds(function, device) for _ in range(REPEATS)):.0f}"
+                rows.append(row)
+    print_table(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("what", choices=["early-stop", "growth"])
-    parser.add_argument("--out", type=Path, required=True, help="the plot, a PNG file")
-    parser.add_argument("--count", type=int, default=1000, help="scenes of early-stop")
-    parser.add_argument("--repeats", type=int, default=5, help="of each timing, of which the fastest counts")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    commands = options.add_subparsers(required=True, metavar="early-stop | growth | head")
+
+    def command(name: str, function) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
+        added.set_defaults(function=function)
+        return added
+
+    plotted = command("early-stop", early_stop), command("growth", growth)
+    plotted[0].add_argument("--count", type=positive, default=1000, help="held-out scenes")
+    for added in plotted:
+        added.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plot, a PNG file")
+        added.add_argument("--repeats", type=positive, default=5, help="of each timing; the fastest counts")
+    added = command("head", head)
+    add_device_argument(added)
+    added.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    added.add_argument("--batch-size", nargs="+", type=positive, default=[1, 32])
+    args = options.parse_args()
     torch.manual_seed(0)
-    figure = plt.figure(figsize=(6, 4) if args.what == "early-stop" else (11, 3.2), layout="constrained")
-    if args.what == "early-stop":
-        early_stop(args.count, args.repeats, figure.subplots())
-    else:
-        growth(args.repeats, figure)
-    figure.savefig(args.out, dpi=130)
+    args.function(args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __file__)

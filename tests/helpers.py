@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from model import PaliGemma
 from model.config import PaliGemmaConfig
 from model.decoding.closed_set import ClosedSet
+from model.decoding.detector import Detections
 from model.io.tokenizer import Tokenizer
 from train import fit, loss
 from train.nano.untrained import nano_config
+from train.run import program as frame
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -31,11 +33,10 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def call(monkeypatch, capsys, program, *argv) -> tuple[int, str, str]:
-    """Run a program's main() in this process: exit code, stdout, stderr, as the shell would see them."""
+    """Run a program in this process: exit code, stdout, stderr, as the shell would see them."""
     monkeypatch.setattr(sys, "argv", [f"{program.__name__.rpartition('.')[2]}.py", *map(str, argv)])
-    code = 0
     try:
-        program.main()
+        frame.run(program.main, program.__file__)
     except SystemExit as stop:
         code = stop.code or 0
     out, err = capsys.readouterr()
@@ -174,6 +175,66 @@ def write_jsonl(file: Path, *lines) -> Path:
     """A line for each record; strings as they are."""
     file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return file
+
+
+# A detection set, and a detector that needs no model --------------------------------------------------------
+
+LISTED_CLASSES = ("mouse", "cat", "dog", "bird")  # those of the detector; the set has the last three
+LISTED_IMAGES = 8  # number 3 and 7 have no objects
+
+
+def write_listed_set(folder: Path) -> Path:
+    """A COCO set of noise images, 100 x 80, some of them with objects of three classes."""
+    rng = np.random.default_rng(0)
+    annotations = []
+    for image in (i for i in range(LISTED_IMAGES) if i % 4 != 3):
+        for _ in range(rng.integers(1, 5)):
+            w, h = rng.integers(10, 60, 2).tolist()
+            x, y = int(rng.integers(0, 100 - w)), int(rng.integers(0, 80 - h))
+            ids = dict(id=len(annotations) + 1, image_id=image, category_id=int(rng.integers(1, 4)))
+            annotations.append(ids | dict(bbox=[x, y, w, h], area=w * h, iscrowd=0))
+    images = [dict(id=i, file_name=f"{i}.png", width=100, height=80) for i in range(LISTED_IMAGES)]
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(LISTED_CLASSES[1:])]
+    (folder / "images").mkdir(parents=True)
+    for i in range(LISTED_IMAGES):
+        Image.fromarray(rng.integers(0, 256, (80, 100, 3), dtype=np.uint8)).save(
+            folder / "images" / f"{i}.png"
+        )
+    data = dict(images=images, annotations=annotations, categories=categories)
+    (folder / "instances.json").write_text(json.dumps(data))
+    return folder / "instances.json"
+
+
+class FromAList:
+    """Finds the objects of a set, moved a little, and some that are not there, whatever the batch.
+
+    Counts what it is asked for, and fails after `limit` images.
+    """
+
+    classes, model = LISTED_CLASSES, None
+
+    def __init__(self, data: Path, limit: int | None = None):
+        coco, rng = json.loads(data.read_text()), np.random.default_rng(1)
+        self.answers = {}  # by the first pixels of the image
+        for record in coco["images"]:
+            with Image.open(data.parent / "images" / record["file_name"]) as image:
+                key = image.tobytes()[:60]
+            truth = [a for a in coco["annotations"] if a["image_id"] == record["id"]]
+            rows = [[*a["bbox"], a["category_id"]] for a in truth] + [[5, 5, 20, 30, rng.integers(0, 4)]]
+            rows = np.array(rows, float)
+            rows[:, 2:4] += rows[:, :2] + rng.integers(-3, 4, (len(rows), 2))
+            scores = np.sort(rng.random(len(rows)))[::-1]
+            self.answers[key] = Detections(rows[:, :4], scores, rows[:, 4].astype(int), None)
+        self.seen, self.limit = 0, limit
+
+    def fitting_batch(self):
+        return 4
+
+    def __call__(self, images):
+        self.seen += len(images)
+        if self.limit is not None and self.seen > self.limit:
+            raise KeyboardInterrupt
+        return [self.answers[image.tobytes()[:60]] for image in images]
 
 
 # Boxes and masks --------------------------------------------------------------------------------------------

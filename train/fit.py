@@ -30,9 +30,12 @@ from model.io.hub import codec_file, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
 from model.io.writing import explain, read_json, write_json
+from train.data.coco import CocoIndex
 from train.data.jsonl import is_jsonl
-from train.data.samples import ROUND, PracticeScenes, StepSampler, classes_for, collate, open_data
+from train.data.open import classes_for, open_data, read_coco_index
+from train.data.samples import ROUND, StepSampler, collate
 from train.loss import Objective
+from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import Run, load_trainer_state, newest, save_checkpoint, save_model
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
@@ -80,12 +83,18 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
     return found, before
 
 
-def load_model(args: argparse.Namespace, base: Path, adapter: Path | None, device: torch.device) -> PaliGemma:
+def load_model(
+    args: argparse.Namespace,
+    base: Path,
+    adapter: Path | None,
+    index: CocoIndex | None,
+    device: torch.device,
+) -> PaliGemma:
     """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one to go on with."""
     overrides = caps_of(args)
     if args.data:
-        overrides["classes"] = classes_for(args.data, args.images, load_config(str(base)).classes)
-        if is_jsonl(args.data):
+        overrides["classes"] = classes_for(index, load_config(str(base)).classes)
+        if index is None:  # lines of text: any class can be asked for
             overrides["open_vocabulary"] = True
     dtype = getattr(torch, args.dtype)
     model = PaliGemma.from_pretrained(str(base), dtype=dtype, device=device, adapter=adapter, **overrides)
@@ -104,9 +113,14 @@ def load_model(args: argparse.Namespace, base: Path, adapter: Path | None, devic
 
 
 def load_data(
-    args: argparse.Namespace, model: PaliGemma, tokenizer: Tokenizer, language: ClosedSet, base: Path
+    args: argparse.Namespace,
+    model: PaliGemma,
+    tokenizer: Tokenizer,
+    language: ClosedSet,
+    base: Path,
+    index: CocoIndex | None,
 ) -> Dataset:
-    """What is trained on: --data, or practice scenes."""
+    """What is trained on: --data, or practice scenes. index: of --data, if it is a COCO file."""
     if not args.data:
         codec = MaskCodec.load(codec_file(base)) if args.tasks == "all" else None
         vision = model.config.vision
@@ -130,6 +144,7 @@ def load_data(
         args.augment,
         allow_outside=args.allow_outside,
         noise=noise_of(args),
+        index=index,
     )
 
 
@@ -208,13 +223,14 @@ def train(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)  # of adapters and the helper head
     base = found if found and not args.lora else resolve(args.model)
     run = Run.of(args.out, base=args.model, files=base, keep=args.keep)
-    model = load_model(args, base, found if args.lora else None, device)
+    index = read_coco_index(args.data, args.images) if args.data else None
+    model = load_model(args, base, found if args.lora else None, index, device)
     tokenizer = Tokenizer(base)
     if tokenizer.size > model.config.text.vocab_size:
         size = model.config.text.vocab_size
         raise ValueError(f"the tokenizer has {tokenizer.size} ids, {args.model} {size}")
     language = ClosedSet.of(model.config, tokenizer)
-    data = load_data(args, model, tokenizer, language, base)
+    data = load_data(args, model, tokenizer, language, base, index)
     if args.val_every and args.val and args.tasks == "closed-set" and is_jsonl(args.val) == data.closed_set:
         kind = "lines of text" if data.closed_set else "COCO instances"
         raise ValueError(f"--val {args.val} holds {kind}, another kind of data than what is trained on")

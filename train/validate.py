@@ -15,15 +15,16 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
 
-from infer.evaluate import category_ids, read_coco, run_cocoeval
 from infer.lib.predictions import predict
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet, GroupDecoder
 from model.decoding.detector import Detector, Selection
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
-from train.data.samples import collate, open_data
-from train.practice.scenes import write_coco
+from train.data.open import open_data
+from train.data.samples import collate
+from train.measures import category_ids, read_coco, run_cocoeval
+from train.practice.write import write_coco
 from train.run.options import noise_of
 from train.run.processes import gathered, process
 

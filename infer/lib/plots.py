@@ -1,23 +1,99 @@
-"""The plots of report.py. Each function draws on its axes and returns the caption."""
+"""Plots of an evaluation and of a training run. Each function draws on its axes and returns the caption."""
 
+import contextlib
+import importlib.util
+import json
 from collections import Counter
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from infer.report import Evaluated
+from model.io.writing import read_json
+from train.measures import match_boxes, read_coco, run_cocoeval
 
-TRUTH, RIGHT, WRONG, MIDDLE = "#4d4d4d", "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's: safe for all eyes
+# Okabe and Ito's colours, which the colour-blind tell apart, too.
+TRUTH, RIGHT, WRONG, MIDDLE = "#4d4d4d", "#0072b2", "#d55e00", "#009e73"
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e5e5",
+    "legend.frameon": False,
+}
 
 
-def precision_recall(axes, e: "Evaluated") -> str:
-    curves = e.precision.mean(-1)
+def require_matplotlib() -> None:
+    """Complain before the work if its plots could not be drawn after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is missing: pip install matplotlib")
+
+
+@contextlib.contextmanager
+def new_figure(file: Path, width: float, height: float):
+    """A figure to draw on, in inches, which is then saved. Importing matplotlib takes a second: only here."""
+    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: needs no screen
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.savefig(file, dpi=130)
+
+
+class Evaluated:
+    """A folder that evaluate.py --out has finished: the objects, the boxes, and which boxes are right.
+
+    `scores` and `right` [n] are of all boxes; `objects`, `found`, `correct` and `f1` of each image, in the
+    order of `ids`. Boxes are found if their score is at least `threshold`, where F1 over the set is best.
+    """
+
+    def __init__(self, folder: Path):
+        settings, self.figures = read_json(folder / "settings.json"), read_json(folder / "figures.json")
+        self.name, self.images = settings["name"], folder / settings["images"]
+        self.coco = read_coco(folder / settings["data"])
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        self.evaluation = run_cocoeval(self.coco, results)
+        self.truth = [a for a in self.coco.dataset["annotations"] if not a.get("iscrowd")]
+        if not self.truth:
+            raise ValueError(f"{folder}: its images have no objects, there is nothing to draw")
+        self.ids = sorted(self.coco.imgs)
+        self.scores, self.right, owners = match_boxes(self.evaluation)
+        # F1 of the best n boxes, for every n, by the running number of right ones.
+        order = np.argsort(-self.scores, kind="stable")
+        f1 = 2 * self.right[order].cumsum() / (np.arange(1, len(order) + 1) + len(self.truth))
+        self.threshold = float(self.scores[order[f1.argmax()]]) if len(order) else 0.5
+        self.boxes = [result for result in results if result["score"] >= self.threshold]
+
+        row = {image_id: i for i, image_id in enumerate(self.ids)}
+
+        def count(image_ids) -> np.ndarray:
+            return np.bincount([row[i] for i in image_ids], minlength=len(row))
+
+        shown = self.scores >= self.threshold
+        self.objects = count(a["image_id"] for a in self.truth)
+        self.found, self.correct = count(owners[shown].tolist()), count(owners[shown & self.right].tolist())
+        both = self.objects + self.found
+        self.f1 = np.where(both > 0, 2 * self.correct / np.maximum(both, 1), 1.0)  # of an empty image, 1
+
+        precision = self.evaluation.eval["precision"][..., 0, -1]  # of all sizes, 100 boxes an image
+        occurs = np.flatnonzero(precision[0, 0] > -1)
+        self.precision = precision[:, :, occurs]  # [IoU, recall, class]
+        self.classes = [self.evaluation.params.catIds[k] for k in occurs]  # the category id of each
+        self.names = {category_id: category["name"] for category_id, category in self.coco.cats.items()}
+
+
+# ---- an evaluation -----------------------------------------------------------------------------------------
+
+
+def precision_recall(axes, result: Evaluated) -> str:
+    curves = result.precision.mean(-1)
     names = {"0.50": ("AP50", curves[0]), "0.75": ("AP75", curves[5])}
     names["0.50 to 0.95, mean"] = ("AP", curves.mean(0))
     for (name, (key, curve)), colour in zip(names.items(), (RIGHT, MIDDLE, WRONG), strict=True):
-        label = f"IoU {name}: AP {e.figures[key]:.3f}"
-        axes.plot(e.evaluation.params.recThrs, curve, color=colour, linewidth=2, label=label)
+        label = f"IoU {name}: AP {result.figures[key]:.3f}"
+        axes.plot(result.evaluation.params.recThrs, curve, color=colour, linewidth=2, label=label)
     axes.set(xlabel="recall", ylabel="precision, mean of classes", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend()
     return (
@@ -26,11 +102,12 @@ def precision_recall(axes, e: "Evaluated") -> str:
     )
 
 
-def score_distribution(axes, e: "Evaluated") -> str:
-    for name, scores, colour in (("right", e.scores[e.right], RIGHT), ("wrong", e.scores[~e.right], WRONG)):
+def score_distribution(axes, result: Evaluated) -> str:
+    for name, chosen, colour in (("right", result.right, RIGHT), ("wrong", ~result.right, WRONG)):
+        scores = result.scores[chosen]
         bars = dict(histtype="step", linewidth=2, color=colour, label=f"{name}: {len(scores)}")
         axes.hist(scores, np.linspace(0, 1, 26), **bars)
-    axes.axvline(e.threshold, color=TRUTH, linestyle="--", label=f"threshold {e.threshold:.2f}")
+    axes.axvline(result.threshold, color=TRUTH, linestyle="--", label=f"threshold {result.threshold:.2f}")
     axes.set(xlabel="score", ylabel="boxes (logarithmic)", xlim=(0, 1))
     axes.set(ylim=(0.7, None), yscale="log")
     axes.legend(loc="upper center")
@@ -39,9 +116,9 @@ def score_distribution(axes, e: "Evaluated") -> str:
     )
 
 
-def boxes_per_image(axes, e: "Evaluated") -> str:
-    top = int(max(e.objects.max(), e.found.max())) + 1
-    table = np.histogram2d(e.objects, e.found, bins=np.arange(-0.5, top + 0.5))[0].T
+def boxes_per_image(axes, result: Evaluated) -> str:
+    top = int(max(result.objects.max(), result.found.max())) + 1
+    table = np.histogram2d(result.objects, result.found, bins=np.arange(-0.5, top + 0.5))[0].T
     cells = axes.imshow(np.where(table, table, np.nan), origin="lower", cmap="Blues", vmin=0)
     axes.plot([-0.5, top - 0.5], [-0.5, top - 0.5], color=TRUTH, linewidth=1)
     axes.locator_params(integer=True)
@@ -49,14 +126,16 @@ def boxes_per_image(axes, e: "Evaluated") -> str:
     axes.set(xlabel="objects in the image", ylabel="boxes found")
     axes.figure.colorbar(cells, label="images")
     return (
-        "Boxes found against objects, image by image; on the line they are as many. "
-        f"Mean: {e.found.mean():.2f} boxes, {e.objects.mean():.2f} objects."
+        "Boxes found against objects, image by image; on the line there are equally many. "
+        f"Mean: {result.found.mean():.2f} boxes, {result.objects.mean():.2f} objects."
     )
 
 
-def box_sizes(axes, e: "Evaluated") -> str:
-    truth, found = (np.array([b["bbox"][2:] for b in x]).reshape(-1, 2) for x in (e.truth, e.boxes))
-    truth, found = truth.prod(1) ** 0.5, found.prod(1) ** 0.5
+def box_sizes(axes, result: Evaluated) -> str:
+    truth, found = (
+        np.array([b["bbox"][2:] for b in boxes]).reshape(-1, 2).prod(1) ** 0.5
+        for boxes in (result.truth, result.boxes)
+    )
     edges = np.linspace(0, max(truth.max(), found.max(initial=0)), 31)
     axes.hist(truth, edges, color=TRUTH, alpha=0.35, label=f"objects: {len(truth)}")
     axes.hist(found, edges, color=RIGHT, histtype="step", linewidth=2, label=f"boxes found: {len(found)}")
@@ -65,35 +144,40 @@ def box_sizes(axes, e: "Evaluated") -> str:
     return "Sizes of the objects and of the boxes found."
 
 
-def calibration(axes, e: "Evaluated") -> str:
+def calibration(axes, result: Evaluated) -> str:
     axes.plot([0, 1], [0, 1], color=TRUTH, linewidth=1, label="perfect")
-    table = e.figures["calibration"]
+    table = result.figures["calibration"]
     spots = [(row["mean_score"], row["right"]) for row in table] or [(np.nan, np.nan)]
     axes.plot(*zip(*spots), "o-", color=RIGHT, linewidth=2, label="measured (number of boxes)")
     for row, spot in zip(table, spots):
-        place = dict(xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9, color=TRUTH)
-        axes.annotate(row["boxes"], spot, **place)
+        above = dict(xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9, color=TRUTH)
+        axes.annotate(row["boxes"], spot, **above)
     axes.set(xlabel="mean score", ylabel="share of right boxes", aspect="equal")
     axes.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.09))
     axes.legend(loc="upper left")
-    error = e.figures["calibration error"]
+    error = result.figures["calibration error"]
     return f"Do scores tell the truth? In ten bins of scores; expected calibration error {error:.3f}."
 
 
-def ap_per_class(axes, e: "Evaluated") -> str:
-    ap, count = e.precision.mean((0, 1)), Counter(a["category_id"] for a in e.truth)
+def ap_per_class(axes, result: Evaluated) -> str:
+    ap, count = result.precision.mean((0, 1)), Counter(a["category_id"] for a in result.truth)
     order = np.argsort(ap, kind="stable")
-    names = [f"{e.names[e.classes[k]]} ({count[e.classes[k]]})" for k in order]
+    names = [f"{result.names[result.classes[k]]} ({count[result.classes[k]]})" for k in order]
     axes.figure.set_figheight(1.5 + 0.19 * len(names))
     axes.barh(range(len(names)), ap[order], tick_label=names, color=RIGHT)
     axes.set(xlabel="AP", xlim=(0, 1), ylim=(-0.7, len(names) - 0.3))
     axes.tick_params(axis="y", labelsize=9, length=0)
     axes.grid(False, axis="y")
-    return "AP of each class that occurs, and the number of its objects: where they are few, AP is chance."
+    return (
+        "AP of each class that occurs, and the number of its objects: with few of them, AP is mostly chance."
+    )
+
+
+# ---- a training run ----------------------------------------------------------------------------------------
 
 
 def points(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one key; of a step that was done twice, the later."""
+    """Steps and values of one key; of a step that a resumed run did again, the later value."""
     of_step = {line["step"]: line[key] for line in metrics if line.get(key) is not None}
     return np.array(sorted(of_step)), np.array([of_step[step] for step in sorted(of_step)])
 
@@ -129,3 +213,14 @@ def validation_curve(axes, metrics: list[dict]) -> str:
             last.append(f"{words} {value[-1]:.3f}")
     axes.set_xlabel("step")
     return f"Validation during training; at the end: {', '.join(last)}."
+
+
+EVALUATION_PLOTS = (
+    precision_recall,
+    score_distribution,
+    boxes_per_image,
+    box_sizes,
+    calibration,
+    ap_per_class,
+)
+RUN_PLOTS = {learning_curve: ("loss",), validation_curve: ("val_loss", "val_mAP")}  # and what they need of it

@@ -1,15 +1,17 @@
-"""Predictions of a data set, kept in a folder so that a run that was stopped goes on from where it was:
+"""Predictions of a data set and their figures, in a folder from which a run that was stopped goes on:
 
     settings.json           what the predictions were made from
     predictions-RANK.jsonl  {"image_id", "results"}, a line as soon as an image is done
     results.json            all of them, as COCO's server takes them
-    figures.json            what is printed, and the table behind the calibration error
+    figures.json            what is printed, and the table of the calibration error
 
 Without --data, each practice set has such a folder in it, with the drawn scenes in scenes/.
 """
 
+import argparse
 import contextlib
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -17,31 +19,93 @@ from typing import TextIO
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
+from model import PaliGemma
 from model.decoding.detector import Detector
+from model.decoding.masks import MaskCodec
 from model.io.hub import resolve
 from model.io.image import check_size, read_ahead
-from model.io.writing import read_json, write_json
+from model.io.writing import explain, read_json, write_json
+from train.measures import (
+    FIGURES,
+    calibration_error,
+    category_ids,
+    read_coco,
+    run_cocoeval,
+)
+from train.practice.write import HELD_OUT_SETS, write_coco
+from train.run.processes import gathered, process
+from train.run.program import positive
+
+SCENES = "scenes"  # folder of the drawn scenes
 
 
-def recorded(out: Path) -> dict[int, list[dict]]:
-    """{image id: its results} of every predictions-*.jsonl in a folder, but for a half-written last line."""
-    known = {}
-    for file in sorted(out.glob("predictions-*.jsonl")):
-        *lines, _ = file.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                known[row["image_id"]] = row["results"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}, is no prediction: remove the file") from error
-    return known
+# ---- the sets ----------------------------------------------------------------------------------------------
 
 
-def open_log(file: Path) -> TextIO:
-    """A file to append lines to; a last line without its end is cut off."""
-    log = file.open("a", encoding="utf-8")
-    log.truncate(file.read_bytes().rfind(b"\n") + 1)
-    return log
+def add_set_arguments(options: argparse.ArgumentParser, data: str, sets: tuple[str, ...]) -> None:
+    """The options of what is evaluated. data: what kind of file --data is."""
+    add = options.add_argument
+    add("--data", type=Path, help=f"{data}; without it, held-out practice scenes are drawn")
+    add("--images", type=Path, help="the folder of its images (default: images/ beside the file)")
+    add("--sets", nargs="+", choices=sets, default=list(sets), help="held-out practice sets")
+    add("--count", type=positive, default=1000, help="scenes of each practice set")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+
+
+def evaluation_sets(
+    args: argparse.Namespace, folder: Path, model: PaliGemma, codec: MaskCodec | None = None
+) -> Iterator[tuple[str, Path, Path, Path]]:
+    """Name, annotations, folder of images and folder of results: of --data, or of each practice set.
+
+    A practice set is drawn when its turn comes, by the first process, unless it is there. With a codec, the
+    annotations are answers in words and masks, else boxes.
+    """
+    if args.data:
+        yield args.data.stem, args.data, args.images or args.data.parent / "images", folder
+        return
+    for split in args.sets:
+        out, size = folder / split, model.config.vision.image_size
+        scenes = out / SCENES
+        if process()[0] == 0 and not scenes.exists():
+            write_coco(scenes, args.count, split, size, codec=codec)
+        gathered(None)  # the other processes wait for the scenes
+        name = "answers.jsonl" if codec else "instances.json"
+        yield HELD_OUT_SETS[split], scenes / name, scenes / "images", out
+
+
+# ---- predictions -------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    detector: Detector,
+    data: Path,
+    images: Path,
+    batch_size: int | None = None,
+    title: str = "",
+    out: Path | None = None,
+) -> dict:
+    """All figures of a set, in the first process; nothing in the others of torchrun.
+
+    batch_size: None for what memory holds. title: of the progress bar. out: where to keep the predictions.
+    """
+    coco = read_coco(data)
+    ids = category_ids(coco, detector.classes, data)
+    shares = gathered(predict(detector, coco, images, ids, batch_size, title, out, *process()))
+    if process()[0] > 0:
+        return {}
+    results = sorted((result for share in shares for result in share), key=lambda r: r["image_id"])
+    # Boxes of a class that the set does not have count only where classes are ignored.
+    of_set = [result for result in results if result["category_id"] != -1]
+    evaluation = run_cocoeval(coco, of_set)
+    any_class = run_cocoeval(coco, results, use_classes=False)
+    error, table = calibration_error(evaluation)
+    figures = {name: round(float(value), 4) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
+    figures["AP any class"] = round(float(any_class.stats[0]), 4)
+    figures |= {"calibration error": round(error, 4), "images": len(coco.imgs), "calibration": table}
+    if out:
+        (out / "results.json").write_text(json.dumps(of_set), encoding="utf-8")
+        write_json(figures, out / "figures.json")
+    return figures
 
 
 def predict(
@@ -49,19 +113,18 @@ def predict(
     coco: COCO,
     images: Path,
     ids: list[int],
-    batch_size: int | None,
-    title: str,
+    batch_size: int | None = None,
+    title: str = "",
     out: Path | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> list[dict]:
     """Results in COCO's format for every image of the set; of several processes, for this one's share.
 
-    With out, a folder: the results of an image are written there as they come, and an image whose results
-    are there, whichever process wrote them, is not decoded again. Raises ValueError for an image that is
-    unreadable or not of the size that the set gives it.
+    ids: the set's category id of each class. With out, the results of an image are written there as they
+    come, and an image whose results are there, whichever process wrote them, is not decoded again.
     """
-    known = recorded(out) if out else {}
+    known = read_predictions(out) if out else {}
     share = sorted(coco.dataset["images"], key=lambda record: record["id"])[rank::world]
     todo = [record for record in share if record["id"] not in known]
     log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
@@ -85,20 +148,40 @@ def predict(
     return [result for record in share for result in known[record["id"]]]
 
 
-def file_stamps(source: str | None) -> dict | None:
-    """What tells a checkpoint from one that was later written to the same folder."""
-    if source is None:
-        return None
-    files = [file.resolve() for file in sorted(resolve(source).glob("*.safetensors"))]
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+def read_predictions(out: Path) -> dict[int, list[dict]]:
+    """{image id: its results} of all predictions-*.jsonl in a folder, except for a half-written last line."""
+    known = {}
+    for file in sorted(out.glob("predictions-*.jsonl")):
+        *lines, _ = file.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
+            with explain(
+                f"{file}, line {number}, is not a prediction: remove the file",
+                ValueError,
+                KeyError,
+                TypeError,
+            ):
+                row = json.loads(line)
+                known[row["image_id"]] = row["results"]
+    return known
 
 
-def remember(out: Path, settings: dict) -> None:
-    """Write out/settings.json; ValueError if the folder holds predictions that were made with others."""
+def open_log(file: Path) -> TextIO:
+    """A file to append lines to; a last line without its end is cut off."""
+    log = file.open("a", encoding="utf-8")
+    log.truncate(file.read_bytes().rfind(b"\n") + 1)
+    return log
+
+
+# ---- what they were made from ------------------------------------------------------------------------------
+
+
+def check_settings(out: Path, settings: dict) -> None:
+    """Write out/settings.json; ValueError if the folder holds predictions or scenes of other settings, which
+    would be taken for this run's."""
     file, settings = out / "settings.json", json.loads(json.dumps(settings, default=str))
     old = read_json(file) if file.exists() else {}
     changed = sorted(key for key in old | settings if old.get(key) != settings.get(key))
-    begun = [path for path in (*out.glob("predictions-*.jsonl"), *out.glob("scenes")) if path.stat().st_size]
+    begun = [path for path in (*out.glob("predictions-*.jsonl"), *out.glob(SCENES)) if path.stat().st_size]
     if changed and begun:
         raise ValueError(
             f"{out} holds predictions of other settings ({', '.join(changed)}): "
@@ -106,3 +189,11 @@ def remember(out: Path, settings: dict) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     write_json(settings, file)
+
+
+def file_stamps(source: str | None) -> dict | None:
+    """Size and time of the weights: they differ if a checkpoint was written over with another."""
+    if source is None:
+        return None
+    files = [file.resolve() for file in sorted(resolve(source).glob("*.safetensors"))]
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

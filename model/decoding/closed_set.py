@@ -1,11 +1,16 @@
 """The closed-set language and how it is decoded: `detect all classes` is answered by G groups of five tokens.
 
-    <loc y0> <loc x0> <loc y1> <loc x1> <unused c>        c a class, or the last one: noise
+    <loc y0> <loc x0> <loc y1> <loc x1> <unused c>        c: a class, or the number after the last one: noise
 
-The position in the group says which ids are allowed: 1,024 coordinates or classes + 1. They are neighbouring
-rows of the tied embedding, so `hidden @ embed[first:last].T` gives exactly the logits that matter, instead of
-all 257,216. The answer always has G groups; the noise class counts in the softmax, but is never the answer:
-the best real class is, and its probability is the box's score.
+Position alone decides which ids are allowed: four times the 1,024 locations, then the classes and noise. Both
+are neighbouring rows of the tied embedding, so `hidden @ embed[first:last].T` gives exactly the logits that
+matter, instead of all 257,216.
+
+The answer always has G groups. In training, those that an image's objects leave are filled with made-up boxes
+of the class noise: a model that may not stop early finds more objects (Pix2seq, arXiv 2109.10852). So noise
+counts in the softmax: the less a box looks like an object, the less probability is left for the real classes.
+But it is never chosen: the best real class is, and its probability is the box's score. How low a score may
+be is for the user to decide.
 
 Axes: B batch, G groups, I = 5 slots of a group, R allowed rows, D width.
 """
@@ -22,14 +27,22 @@ from model.io.tokenizer import LOCS, Tokenizer
 from model.paligemma import PaliGemma
 
 PROMPT = "detect all classes"
-GROUP = 5  # tokens: four coordinates and a class
+GROUP = 5  # tokens: four locations and a class
 
 
 @dataclass(frozen=True)
 class ClosedSet:
-    """The ids of a checkpoint's closed-set language."""
+    """The ids of a checkpoint's closed-set language.
 
-    prompt: tuple[int, ...]  # bos, the words, newline
+    prompt    bos, the words of PROMPT, newline
+    loc0      id of <loc0000>
+    class0    id of the first class, <unused0>
+    eos       id of the token after the last group
+    classes   the names of the classes
+    groups    boxes in an answer
+    """
+
+    prompt: tuple[int, ...]
     loc0: int
     class0: int
     eos: int
@@ -38,8 +51,14 @@ class ClosedSet:
 
     @classmethod
     def of(cls, config: PaliGemmaConfig, tokenizer: Tokenizer) -> "ClosedSet":
-        prompt = tuple(tokenizer.encode_prompt(PROMPT))
-        return cls(prompt, tokenizer.loc0, tokenizer.unused0, tokenizer.eos, config.classes, config.groups)
+        return cls(
+            prompt=tuple(tokenizer.encode_prompt(PROMPT)),
+            loc0=tokenizer.loc0,
+            class0=tokenizer.unused0,
+            eos=tokenizer.eos,
+            classes=config.classes,
+            groups=config.groups,
+        )
 
     @property
     def noise(self) -> int:
@@ -50,7 +69,8 @@ class ClosedSet:
         """First and last + 1 of the ids allowed at a position of the answer (0 is the first y0)."""
         if position == GROUP * self.groups:
             return self.eos, self.eos + 1
-        return (self.class0, self.noise + 1) if position % GROUP == 4 else (self.loc0, self.loc0 + LOCS)
+        is_class = position % GROUP == GROUP - 1
+        return (self.class0, self.noise + 1) if is_class else (self.loc0, self.loc0 + LOCS)
 
 
 # ---- the restricted head -----------------------------------------------------------------------------------
@@ -58,10 +78,12 @@ class ClosedSet:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen at one position, [B] each.
+    """What was chosen at one position of the answer.
 
-    best int64, the chosen id, never noise; fed int64, what the model should read next; score float32, the
-    probability of best among all allowed ids, noise too; noise float32, that of noise (0 for a coordinate).
+    best    int64 [B]     the chosen id, never noise
+    fed     int64 [B]     the id that the model reads next: best, or noise
+    score   float32 [B]   probability of best among all allowed ids, noise included
+    noise   float32 [B]   probability of noise; 0 where a location is chosen
     """
 
     best: Tensor
@@ -75,21 +97,26 @@ def choose(
 ) -> Choice:
     """Logits [B, R] of the ids first, first + 1, ... -> Choice.
 
-    has_noise: the last id is the noise class. It counts in the softmax, but is never chosen; where it is
-    likelier than every other, noise_feedback feeds it back. uniform [B]: random numbers for sampling.
+    has_noise: the last id is the noise class. noise_feedback: where noise is likelier than every class, it is
+    what the model reads next (the published evaluation does so); False: the model reads what was chosen (so
+    does the PaliGemma 2 paper). uniform [B]: random numbers for sampling.
     """
-    p = torch.softmax(logits, dim=-1)
+    p = torch.softmax(
+        logits, dim=-1
+    )  # [B, R], noise included: this is what makes the scores of bad boxes low
     real = logits[:, :-1] if has_noise else logits
     best = sample(real, sampling, uniform)
     noise = p[:, -1] if has_noise else torch.zeros_like(p[:, 0])
     is_noise = noise > p[:, : real.shape[-1]].amax(-1)
     fed = torch.where(is_noise, first + real.shape[-1], first + best) if noise_feedback else first + best
-    return Choice(first + best, fed, p.gather(-1, best[:, None])[:, 0], noise)
+    return Choice(best=first + best, fed=fed, score=p.gather(-1, best[:, None])[:, 0], noise=noise)
 
 
 class Head:
-    """`choose` at each slot of a group. allowed: first and last + 1 of the ids of each slot, the last with
-    noise."""
+    """`choose` at each slot of a group.
+
+    allowed: first and last + 1 of the ids of each slot, noise being the last id of the last slot.
+    """
 
     def __init__(
         self, decoder: Gemma, allowed: list[tuple[int, int]], noise_feedback: bool, sampling: Sampling
@@ -100,7 +127,7 @@ class Head:
     def __call__(self, hidden: Tensor, slot: int, uniform: Tensor) -> Choice:
         """Hidden [B, D], slot 0 to I-1, uniform [B] -> Choice."""
         first, last = self.allowed[slot]
-        logits = self.decoder.logits(hidden, first, last)
+        logits = self.decoder.logits(hidden, first, last)  # [B, R]
         has_noise = slot == len(self.allowed) - 1
         return choose(logits, first, has_noise, self.noise_feedback, self.sampling, uniform)
 
@@ -110,11 +137,14 @@ class Head:
 
 @dataclass
 class Answer:
-    """What was decoded.
+    """What was decoded; fewer than G groups if every image stopped early.
 
-    tokens int64 [B, G, 5] as fed back; locs int64 [B, G, 4], y0, x0, y1, x1 in 0..1023; labels int64 [B, G],
-    the best real class; scores float32 [B, G], its probability; noise [B, G], that of noise; live bool
-    [B, G], False behind an early stop.
+    tokens   int64 [B, G, 5]   as the model read them
+    locs     int64 [B, G, 4]   y0, x0, y1, x1 in 0..1023
+    labels   int64 [B, G]      the best real class
+    scores   float32 [B, G]    its probability
+    noise    float32 [B, G]    probability of noise
+    live     bool [B, G]       False after an image's early stop
     """
 
     tokens: Tensor
@@ -127,7 +157,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Stop an image behind `patience` groups in a row whose noise is likelier than `noise`."""
+    """End an image's answer after `patience` consecutive groups whose noise probability exceeds `noise`."""
 
     noise: float
     patience: int
@@ -135,16 +165,16 @@ class EarlyStop:
     def __post_init__(self):
         if not (0 <= self.noise < 1 and self.patience >= 1 and self.patience == int(self.patience)):
             raise ValueError(
-                f"early stop {self.noise} {self.patience}: want a probability and a count of groups"
+                f"early stop {self.noise} {self.patience}: must be a probability and a number of groups"
             )
 
 
 class GroupDecoder:
-    """Detects in batches of images. The cache, and on a GPU its CUDA graph, serve the next batch too.
+    """Decodes the answers to batches of images. The cache, and on a GPU its CUDA graph, serve the next batch
+    too if it has the same size.
 
-    groups: None for the checkpoint's. noise_feedback: where noise is likelier than every class, True feeds
-    the noise token back, False the best real class. head: Head, or on a GPU
-    the fused kernel, FusedHead of model/decoding/head_kernel.py.
+    groups: None for the checkpoint's number. noise_feedback: see `choose`. head: Head, or on a GPU the fused
+    kernel, FusedHead of model/decoding/head_kernel.py.
     """
 
     def __init__(
@@ -165,50 +195,70 @@ class GroupDecoder:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Answer:
-        """Images [B, 3, S, S] -> Answer. generator: of the random numbers of sampling, on the CPU."""
-        with torch.cuda.device_of(images):  # its GPU takes the streams, the graph and the kernels
+        """Images [B, 3, S, S] -> Answer. generator: of the random numbers for sampling, on the CPU."""
+        with torch.cuda.device_of(images):  # streams, the graph and kernels go to the images' GPU
             return self._decode(images, generator)
 
     def _decode(self, images: Tensor, generator: torch.Generator | None) -> Answer:
         B, language = len(images), self.language
         if self.batch_size != B:
             self._prepare(B, images.device)
+        # Drawn on the CPU, so that a seed gives the same boxes on every device; and all ahead, as nothing can
+        # come from there while a graph replays.
         uniform = torch.rand(self.groups, GROUP, B, generator=generator).to(images.device)
         prompt = torch.tensor(language.prompt, device=images.device).expand(B, -1)
         self.hidden.copy_(self.model.prefill(self.model.encode(images), prompt, self.cache))
-        answers, live, quiet = [], torch.ones(B, dtype=torch.bool, device=images.device), 0
+        answers, live = [], torch.ones(B, dtype=torch.bool, device=images.device)
+        noise_run = 0  # [B] consecutive groups of noise
         for group in range(self.groups):
             self.uniform.copy_(uniform[group])
-            answers.append((*(x.clone() for x in self.group(last=group + 1 == self.groups)), live))
+            # Cloned, as the next replay of the graph writes to the same tensors.
+            outputs = [x.clone() for x in self.decode_group(last=group + 1 == self.groups)]
+            answers.append((*outputs, live))
             if self.early_stop:
-                quiet = (answers[-1][-2] > self.early_stop.noise) * (quiet + 1)  # groups of noise in a row
-                live = live & (quiet < self.early_stop.patience)
-                if not live.any():  # the only wait for the GPU in the loop: a group is decided on the CPU
+                noise = outputs[-1]
+                noise_run = (noise > self.early_stop.noise) * (noise_run + 1)
+                live = live & (noise_run < self.early_stop.patience)
+                # The only wait for the GPU in the loop: the CPU needs the result of this group before it can
+                # launch the next one. Without early stop it runs ahead of the GPU.
+                if not live.any():
                     break
         fed, best, scores, noise, live = (torch.stack(column, dim=1) for column in zip(*answers, strict=True))
         return Answer(
-            fed, best[..., :-1] - language.loc0, best[..., -1] - language.class0, scores, noise, live
+            tokens=fed,
+            locs=best[..., :-1] - language.loc0,
+            labels=best[..., -1] - language.class0,
+            scores=scores,
+            noise=noise,
+            live=live,
         )
 
     def _prepare(self, batch_size: int, device: torch.device) -> None:
-        """Everything that a step reads or writes, where it stays."""
+        """Allocate all that decoding a group reads and writes, and capture it in a graph if it is on a GPU.
+
+        A graph replays the same kernels on the same addresses. It decodes every group nevertheless: where the
+        next token goes is a number on the device (KVCache.slot), and a group's inputs are copied to where the
+        graph reads them.
+        """
         # The old buffers and graph go first, as there may be no room for both. If memory runs out all the
         # same, the next call starts afresh instead of with half of the new ones.
-        self.batch_size = self.cache = self.group = None
+        self.batch_size = self.cache = self.decode_group = None
         prompt = len(self.language.prompt)
         self.cache = self.model.new_cache(batch_size, prompt + GROUP * self.groups)
         self.hidden = self.model.projector.weight.new_zeros(batch_size, self.model.config.text.width)
         self.uniform = torch.zeros(GROUP, batch_size, device=device)  # the trial runs of the graph draw too
-        self.group = self._group
+        self.decode_group = self._decode_group
         if device.type == "cuda":
-            # The trial runs leave tokens in the cache, which the next prefill forgets.
+            # A trial run takes GROUP slots of the cache, so each begins with one that holds a single token.
+            # The next prefill forgets what they leave in it.
             one = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
-            replay = captured(self._group, prepare=lambda: self.cache.start(one, one.long()))
-            self.group = lambda last: replay()  # the last token is read too: there is a slot for it
+            replay = capture_graph(self._decode_group, prepare=lambda: self.cache.start(one, one.long()))
+            self.decode_group = lambda last: replay()  # the last token is read too: there is a slot for it
         self.batch_size = batch_size
 
-    def _group(self, last: bool = False) -> tuple[Tensor, ...]:
-        """Decode a group: fed [B, 5], best [B, 5], score and noise [B] of its class. last: none follows."""
+    def _decode_group(self, last: bool = False) -> tuple[Tensor, ...]:
+        """Decode a group: fed [B, 5], best [B, 5], and the score and noise [B] of its class. last: no group
+        follows, so its class need not be read."""
         choices: list[Choice] = []
         for slot in range(GROUP):
             choices.append(self.head(self.hidden, slot, self.uniform[slot]))
@@ -218,16 +268,18 @@ class GroupDecoder:
         return fed, best, choices[-1].score, choices[-1].noise
 
 
-def captured(function, prepare):
-    """A function of tensors that stay in their places, as a CUDA graph; prepare() before each trial run.
+def capture_graph(function, prepare):
+    """Capture a function without arguments as a CUDA graph; prepare() is called before each of its runs.
 
-    The tensors are on the current device, to which a stream and a graph belong. Calling the result costs one
-    launch. It returns the same tensors each time, overwritten.
+    What the function reads and writes must stay where it is, on the current device, to which a stream and a
+    graph belong. Calling the result costs one launch. It returns the same tensors each time, overwritten.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles kernels, sets up cuBLAS
+        # What happens only at first cannot be captured: setting up cuBLAS, and compiling kernels, which
+        # torch.compile does once more when it sees a number change.
+        for _ in range(2):
             prepare()
             function()
         prepare()

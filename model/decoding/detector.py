@@ -23,7 +23,7 @@ from model import PaliGemma
 from model.decoding.boxes import ParsedBox, areas, box_prompt, locs_to_boxes, nms, parse_answer
 from model.decoding.closed_set import GROUP, GroupDecoder
 from model.decoding.generate import GREEDY, Sampling, collect_answers, generate
-from model.decoding.masks import MaskCodec, place
+from model.decoding.masks import MaskCodec, paste_mask
 from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ class Selection:
         tokens: np.ndarray,
         masks: Sequence[np.ndarray] | None = None,
     ) -> Detections:
-        """locs [n, 4], scores [n], labels int64 [n], masks as model.decoding.masks.place takes them, and
+        """locs [n, 4], scores [n], labels int64 [n], masks as model.decoding.masks.paste_mask takes them, and
         all raw ids of an image."""
         boxes = locs_to_boxes(locs, *image.size)
         shortest = (boxes[:, 2:] - boxes[:, :2]).min(-1)
@@ -70,7 +70,7 @@ class Selection:
         kept = np.flatnonzero(good)
         kept = kept[nms(boxes[kept], scores[kept], labels[kept], self.nms_iou)]
         if masks is not None:
-            masks = [place(masks[i], boxes[i], *image.size) for i in kept]
+            masks = [paste_mask(masks[i], boxes[i], *image.size) for i in kept]
         return Detections(boxes[kept], scores[kept], labels[kept], tokens, masks)
 
 

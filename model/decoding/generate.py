@@ -1,6 +1,8 @@
-"""Any text: the answers to a batch of images and prompts, token by token.
+"""Text answers, token by token, to a batch of images and prompts.
 
     for tokens, log_probabilities in generate(model, model.encode(images), prompts, 50): ...
+
+`Prompter` does so with PIL images and prompts in words.
 
 Axes: B batch, P image tokens, D decoder width, V vocabulary.
 """
@@ -9,8 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from model.decoding.batches import fitting_batch, network_images
+from model.io.tokenizer import Tokenizer
 from model.paligemma import PaliGemma
 
 
@@ -31,7 +36,7 @@ class Sampling:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ValueError(
                 f"temperature {self.temperature}, top-k {self.top_k}, top-p {self.top_p}: "
-                "want at least 0, at least 0, and in (0, 1]"
+                "must be at least 0, at least 0, and in (0, 1]"
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ValueError("top-k and top-p need a temperature above 0, such as 1: at 0 nothing is drawn")
@@ -41,17 +46,18 @@ GREEDY = Sampling()
 
 
 def nucleus(p: Tensor, top_p: float) -> Tensor:
-    """Probabilities [B, R], zero but for the likeliest that reach top_p; equal ones stay together."""
+    """Probabilities [B, V], all but the likeliest that together reach top_p set to 0. Equal ones are kept or
+    dropped together."""
     ordered, _ = p.sort(descending=True)
     reached = (ordered.cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
     return torch.where(p >= ordered.gather(-1, reached), p, 0)
 
 
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
-    """Weights [B, R], uniform [B] in [0, 1) -> int64 [B]: where the running sum exceeds uniform * sum."""
+    """Weights [B, V], uniform [B] in [0, 1) -> int64 [B]: where the running sum exceeds uniform * sum."""
     running = p.cumsum(-1)
     above = (running > uniform[:, None] * running[:, -1:]) & (p > 0)
-    return above.int().argmax(-1)
+    return above.int().argmax(-1)  # the first of them
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -74,37 +80,36 @@ def generate(
     sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields tokens int64 [B] and their log-probabilities float32 [B], until all answers have ended.
+    """Yield tokens int64 [B] and their log-probabilities float32 [B], until all answers have ended.
 
-    image_tokens [B, P, D], of PaliGemma.encode; prompts: ids with bos and newline (Tokenizer.encode_prompt),
-    of any lengths. The last token of an answer is eos; what follows it, while others go on, is padding with
-    log-probability 0. A log-probability is that of the model's own distribution, whatever sampling leaves
-    out. Raises ValueError if a prompt and its answer exceed the positions that the model was made for.
+    image_tokens [B, P, D] come from PaliGemma.encode; prompts, ids of any lengths with bos and newline, from
+    Tokenizer.encode_prompt. The last token of an answer is eos; after it, while others go on, come padding
+    tokens with log-probability 0. Log-probabilities are those of the model's own distribution, whatever
+    sampling leaves out. generator: of the random numbers, on the CPU.
     """
     config, device = model.config, image_tokens.device
-    longest = max(map(len, prompts)) + max_new_tokens
-    if config.vision.tokens + longest > config.text.max_positions:
-        room = config.text.max_positions - config.vision.tokens
+    prompt_length = max(map(len, prompts))
+    length, room = prompt_length + max_new_tokens, config.text.max_positions - config.vision.tokens
+    if length > room:
         raise ValueError(
-            f"prompt and answer have {longest} tokens, the model has positions for {room}: "
+            f"prompt and answer have {length} tokens, the model has positions for {room}: "
             "shorten the prompt, or allow fewer new tokens"
         )
-    padded = torch.tensor(
-        [ids + [config.pad] * (longest - max_new_tokens - len(ids)) for ids in prompts], device=device
-    )
-    cache = model.new_cache(len(prompts), longest)
-    hidden = model.prefill(image_tokens, padded, cache)
+    padded = [ids + [config.pad] * (prompt_length - len(ids)) for ids in prompts]
+    cache = model.new_cache(len(prompts), length)
+    hidden = model.prefill(image_tokens, torch.tensor(padded, device=device), cache)  # [B, D]
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for count in range(1, max_new_tokens + 1):
-        logits = model.decoder.logits(hidden)
+        logits = model.decoder.logits(hidden)  # [B, V]
         log_p = logits.log_softmax(-1)
         logits[:, config.eos] -= sampling.eos_offset
-        logits[:, config.image_token :] = -torch.inf  # rows of the embedding that are no text
+        logits[:, config.image_token :] = -torch.inf  # rows of the embedding that stand for no text
+        # Drawn on the CPU: a seed gives the same answer on every device.
         tokens = sample(logits, sampling, torch.rand(len(prompts), generator=generator).to(device))
         log_p = log_p.gather(-1, tokens[:, None])[:, 0]
         yield tokens.masked_fill(ended, config.pad), log_p.masked_fill(ended, 0)
         ended = ended | (tokens == config.eos)
-        if count == max_new_tokens or ended.all():
+        if count == max_new_tokens or ended.all():  # waits for the GPU, once per token
             return
         hidden = model.step(tokens, cache)
 
@@ -112,7 +117,47 @@ def generate(
 def collect_answers(
     model: PaliGemma, steps: Iterator[tuple[Tensor, Tensor]]
 ) -> list[tuple[list[int], list[float]]]:
-    """What `generate` yields, an answer at a time: its tokens and their log-probabilities, without eos."""
+    """What `generate` yields, answer by answer: the tokens and their log-probabilities, without eos."""
     tokens, log_p = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
     lengths = [row.index(model.config.eos) if model.config.eos in row else len(row) for row in tokens]
-    return [(row[:n], of_row[:n]) for row, of_row, n in zip(tokens, log_p, lengths, strict=True)]
+    return [(ids[:n], log_ps[:n]) for ids, log_ps, n in zip(tokens, log_p, lengths, strict=True)]
+
+
+class Prompter:
+    """Answers prompts about images in batches; an image is encoded once, whatever it is asked.
+
+    max_tokens: of an answer; seed: of the random numbers that sampling draws.
+    """
+
+    def __init__(
+        self,
+        model: PaliGemma,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+    ):
+        self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(
+        self, images: list[Image.Image], prompts: list[tuple[int, str]]
+    ) -> list[tuple[list[int], list[float]]]:
+        """Upright RGB images, and (index of an image, prompt) pairs -> tokens and log-probabilities of each
+        answer."""
+        with torch.inference_mode():
+            image_tokens = self.model.encode(network_images(self.model, images))
+        ids = [self.tokenizer.encode_prompt(prompt) for _, prompt in prompts]
+        size, answers = fitting_batch(self.model, max(map(len, ids)), self.max_tokens), []
+        for start in range(0, len(prompts), size):
+            of_batch = [image for image, _ in prompts[start : start + size]]
+            steps = generate(
+                self.model,
+                image_tokens[of_batch],
+                ids[start : start + size],
+                self.max_tokens,
+                self.sampling,
+                self.generator,
+            )
+            answers += collect_answers(self.model, steps)
+        return answers

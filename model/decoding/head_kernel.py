@@ -1,9 +1,9 @@
 """The restricted head as one Triton kernel: what `choose` of closed_set.py does, in a single launch.
 
 A program takes BLOCK_R allowed rows of the tied embedding and BLOCK_B hidden states, and leaves their logits
-in a scratch buffer. The last one to arrive for its hidden states, told by a counter, finds all logits there
-and does the rest: softmax, choice, score. So nothing waits, and no second launch is needed. Which rows are
-allowed follows from the position, which is read on the device: one CUDA graph serves every step.
+in a scratch buffer. Programs count themselves when this is done. The last one for its hidden states finds all
+logits there and does the rest: softmax, choice, score. So nothing waits, and no second launch is needed.
+Which rows are allowed follows from the position, read on the device: one CUDA graph serves all steps.
 
 Axes: B batch, D width, R allowed rows (1,024 coordinates, or classes and noise).
 """
@@ -17,9 +17,9 @@ from model.decoding.closed_set import Choice
 from model.decoding.generate import Sampling
 from model.gemma import Gemma
 
-R = tl.constexpr(1024)  # coordinates, the larger of the two sets of allowed ids
+R = tl.constexpr(1024)  # locations, the larger of the two sets of allowed ids
 BLOCKS = dict(BLOCK_B=16, BLOCK_R=16, BLOCK_D=128)
-INTERPRETED = triton.knobs.runtime.interpret  # its tl.dot takes the bits of bfloat16 for integers
+INTERPRETED = triton.knobs.runtime.interpret  # without a GPU: the kernel runs in numpy
 
 
 @triton.jit
@@ -31,9 +31,11 @@ def soft_cap(x, cap):
 
 @triton.jit
 def nucleus(p, top_p):
-    """Of probabilities [R]: the largest t so that those of at least t reach top_p together.
+    """Probabilities [R] -> the largest t for which those of at least t reach top_p together.
 
-    Bisection over the bit patterns of positive floats, which are ordered as the floats are: 31 exact steps.
+    Bisection over bit patterns, instead of a sort: positive floats are ordered as the integers with the same
+    bits. Probabilities of at least low always reach top_p together, those of at least high never do. After 31
+    halvings of a range below 2^30, high is low + 1. There is no float between them, so t is low exactly.
     """
     low, high = tl.zeros([], tl.int32), tl.full([], 0x3F800001, tl.int32)  # 0 <= t < next after 1.0
     for _ in range(31):
@@ -45,7 +47,7 @@ def nucleus(p, top_p):
 
 @triton.jit
 def draw(p, u, i):
-    """A sample of weights p [R], given u in [0, 1): the first index whose running sum exceeds u * sum."""
+    """A draw from weights p [R], given u in [0, 1): the first index whose running sum exceeds u * sum."""
     running = tl.cumsum(p)
     total = tl.max(running)
     return tl.min(tl.where((running > u * total) & (p > 0), i, R))
@@ -58,11 +60,16 @@ def restricted_head(
     GROUP: tl.constexpr, NOISE_FEEDBACK: tl.constexpr, SAMPLE: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """hidden [B, D], embed [vocabulary, D], position [1], uniform [B] -> fed, best_id, score, noise [B].
+
+    scratch float32 [B, R]: room for logits; arrived int32 [B / BLOCK_B]: counters at 0. WIDEN: multiply in
+    float32, as Triton's interpreter computes in numpy, which would take the bits of bfloat16 for integers.
+    """
     is_class = tl.load(position) % GROUP == GROUP - 1
     first = tl.where(is_class, class0, loc0)
     rows = tl.where(is_class, classes + 1, R)
     tile, batch = tl.program_id(0), tl.program_id(1)
-    if tile * BLOCK_R < rows:
+    if tile * BLOCK_R < rows:  # there are programs for R rows; most have nothing to do if these are classes
         r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         b = batch * BLOCK_B + tl.arange(0, BLOCK_B)
         h = hidden + b[:, None] * D
@@ -77,13 +84,17 @@ def restricted_head(
             logits = tl.dot(h_tile, w_tile, logits, input_precision="ieee")
         tl.store(scratch + b[:, None] * R + r[None, :], soft_cap(logits, cap), b[:, None] < B)
 
-    tl.debug_barrier()  # all of this program's logits are stored before it counts itself
+    # atomic_add is ordered both ways (release and acquire, across the GPU): what a program stored before it
+    # is visible to every program that counts later. The first barrier extends this to the stores of all its
+    # threads, the second to their loads. So the last program to count sees all logits.
+    tl.debug_barrier()
     if tl.atomic_add(arrived + batch, 1) == tl.num_programs(0) - 1:
         tl.debug_barrier()
-        tl.store(arrived + batch, 0)  # ready for the next launch
+        tl.store(arrived + batch, 0)  # for the next launch
         i = tl.arange(0, R)
         real = i < tl.where(is_class, classes, R)  # noise counts in p, but is never chosen
         for row in range(batch * BLOCK_B, min(B, (batch + 1) * BLOCK_B)):
+            # .cg: from the L2 cache, which all programs share. L1 may hold what an earlier launch left there.
             x = tl.load(scratch + row * R + i, i < rows, float("-inf"), cache_modifier=".cg")
             real_x = tl.where(real, x, float("-inf"))
             e = tl.exp(x - tl.max(x))
@@ -104,15 +115,15 @@ def restricted_head(
 
 
 class FusedHead:
-    """Does what Head does, in one launch. Its buffers grow with the batch, and are otherwise reused."""
+    """Head in one launch. Its buffers grow with the batch, and are otherwise reused."""
 
     def __init__(
         self, decoder: Gemma, allowed: list[tuple[int, int]], noise_feedback: bool, sampling: Sampling
     ):
         weight = decoder.embed.weight
-        (loc0, _), (class0, after) = allowed[0], allowed[-1]
+        (self.loc0, _), (self.class0, last) = allowed[0], allowed[-1]
+        self.classes = last - self.class0 - 1  # without noise
         self.embed, self.group, self.sampling = weight, len(allowed), sampling
-        self.ids = loc0, class0, after - class0 - 1
         self.cap = decoder.config.final_cap or float("inf")
         self.noise_feedback = noise_feedback
         self.slots = torch.arange(self.group, device=weight.device)
@@ -120,8 +131,8 @@ class FusedHead:
         self.arrived = torch.zeros(0, dtype=torch.int32, device=weight.device)
 
     def __call__(self, hidden: Tensor, slot: int | Tensor, uniform: Tensor) -> Choice:
-        """Hidden [B, D], slot of the group (a number, or int64 on the device, and any position of the answer
-        will do), uniform [B] -> Choice."""
+        """Hidden [B, D], slot of the group, uniform [B] -> Choice. slot may also be a position of the answer,
+        int64 [1] on the device."""
         B, D = hidden.shape
         if len(self.scratch) < B:
             self.scratch = hidden.new_empty(B, R.value, dtype=torch.float32)
@@ -133,8 +144,8 @@ class FusedHead:
         with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
             restricted_head[grid](
                 hidden.contiguous(), self.embed, position, uniform, self.scratch, self.arrived,
-                fed, best, score, noise, B, D, *self.ids, self.cap,
+                fed, best, score, noise, B, D, self.loc0, self.class0, self.classes, self.cap,
                 self.sampling.temperature, self.sampling.top_p, GROUP=self.group, WIDEN=INTERPRETED,
                 NOISE_FEEDBACK=self.noise_feedback, SAMPLE=self.sampling.temperature > 0, **BLOCKS,
             )  # fmt: skip
-        return Choice(best, fed, score, noise)
+        return Choice(best=best, fed=fed, score=score, noise=noise)

@@ -1,9 +1,10 @@
-"""Masks as sixteen tokens: the vector-quantised autoencoder behind <seg000> to <seg127> (arXiv 2301.02229).
+"""Masks: the codec that turns them into sixteen tokens and back, run-length encoding, boxes and overlaps.
 
-An object's mask is cut out at its box, resized to 64 x 64 and encoded as a 4 x 4 grid of codes out of 128;
-box and codes together give the mask back. Layers and names are those of big_vision's vae-oid.npz.
+The codec is the vector-quantised autoencoder behind <seg000> to <seg127> (arXiv 2301.02229). An object's mask
+is cut out at its box, resized to 64 x 64 and encoded as a 4 x 4 grid of codes out of 128; box and codes give
+the mask back. Layers and names are those of big_vision's vae-oid.npz.
 
-Axes: n masks, C channels, H, W pixels of the picture.
+Axes: n masks, C channels, H, W pixels of the image.
 """
 
 import hashlib
@@ -18,13 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.io.hub import OFFICIAL_CODEC
-from model.io.writing import save_tensors
+from model.io.tokenizer import SEGS
+from model.io.writing import explain, save_tensors
 
-SIDE, TOKENS, CODES = 64, 16, 128  # pixels a side, codes of a mask, codes there are
+SIDE = 64  # pixels of the square that is encoded
+CODES = SEGS  # rows of the codebook: a segmentation token each
 OFFICIAL_BYTES = 8_479_556  # gs://big_vision/paligemma/vae-oid.npz
 OFFICIAL_SHA256 = "5586010257b8536dddefab65e7755077f21d5672d5674dacf911f73ae95a4447"
 _CODEBOOK = "_vq_vae._embedding"  # the official name of `codebook`
-_OF_TRAINING = {"_vq_vae._ema_cluster_size", "_vq_vae._ema_w"}
+_TRAINING_STATE = {"_vq_vae._ema_cluster_size", "_vq_vae._ema_w"}
 
 
 class Residual(nn.Module):
@@ -43,12 +46,12 @@ class Residual(nn.Module):
 
 
 class MaskCodec(nn.Module):
-    """channels: of the 4 x 4 grid, a multiple of 8; width: of a code. The official codec has 128 and 512."""
+    """channels: at the 4 x 4 grid, a multiple of 8; width: of a code. The official codec has 128 and 512."""
 
     def __init__(self, channels: int = 128, width: int = 512):
         super().__init__()
         c = channels
-        self.encoder = nn.Sequential(
+        self.encoder = nn.Sequential(  # 64 x 64 pixels, halved four times -> 4 x 4
             *_relu(nn.Conv2d(1, c // 8, 4, 2, 1)),
             *_relu(nn.Conv2d(c // 8, c // 4, 4, 2, 1)),
             *_relu(nn.Conv2d(c // 4, c // 2, 4, 2, 1)),
@@ -70,16 +73,17 @@ class MaskCodec(nn.Module):
         self.register_buffer("codebook", torch.randn(CODES, width))
 
     def features(self, masks: Tensor) -> Tensor:
-        """Masks [n, 64, 64] in [-1, 1] -> what is quantised [n, 16, width], the grid row by row."""
+        """Masks [n, 64, 64] in [-1, 1] -> features [n, 16, width] to be quantised, the grid row by row."""
         return self.encoder(masks[:, None]).flatten(2).mT
 
     def nearest(self, features: Tensor) -> Tensor:
-        """[n, 16, width] -> the nearest codes int64 [n, 16]."""
-        distances = self.codebook.square().sum(-1) - 2 * features @ self.codebook.T  # but for a constant
+        """Features [n, 16, width] -> the nearest codes int64 [n, 16]."""
+        # |f - c|^2 = |f|^2 - 2 f.c + |c|^2, and |f|^2 is the same for every code.
+        distances = self.codebook.square().sum(-1) - 2 * features @ self.codebook.T  # [n, 16, 128]
         return distances.argmin(-1)
 
     def reconstruct(self, quantised: Tensor) -> Tensor:
-        """[n, 16, width] -> masks [n, 64, 64], about -1 to 1."""
+        """Quantised features [n, 16, width] -> masks [n, 64, 64], about -1 to 1."""
         grid = quantised.mT.unflatten(2, (4, 4))
         return self.decoder(grid)[:, 0]
 
@@ -90,36 +94,29 @@ class MaskCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [n, 16] -> masks [n, 64, 64]: inside where above 0."""
+        """Codes [n, 16] -> masks [n, 64, 64], positive inside the object."""
         return self.reconstruct(self.codebook[codes])
 
     @classmethod
     def load(cls, file: str | Path, check_sha256: bool = False) -> "MaskCodec":
-        """From vae-oid.npz or a .safetensors file of `save`. check_sha256: only the official file will do.
-
-        Raises ValueError that says what is wrong with the file.
-        """
+        """Read vae-oid.npz, or a .safetensors file that `save` wrote. check_sha256: accept only the official
+        file."""
         file = Path(file)
         tensors = _read(file, check_sha256)
-        try:
-            channels, width = tensors["decoder.0.weight"].shape[:2]
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{file} is no mask codec: it has no decoder.0.weight of four axes") from error
+        shape = tensors["decoder.0.weight"].shape if "decoder.0.weight" in tensors else ()
+        if len(shape) != 4:
+            raise ValueError(f"{file} is not a mask codec: it has no decoder.0.weight of four axes")
+        channels, width = shape[:2]
         if channels < 8 or channels % 8:
             raise ValueError(f"{file}: decoder.0.weight has {channels} channels, not a multiple of 8")
         with torch.device("meta"):
             codec = cls(channels, width)
-        expected = codec.state_dict()
-        for name in sorted(expected.keys() | tensors.keys()):
-            want, have = (tuple(t[name].shape) if name in t else None for t in (expected, tensors))
-            if want != have:
-                fault = f"is {have}, not {want}" if want and have else "is missing" if want else "is too many"
-                raise ValueError(f"{file} is no mask codec of {channels} channels: {name} {fault}")
-        codec.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+        with explain(f"{file} is not a mask codec of {channels} channels", RuntimeError):
+            codec.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
         return codec.eval().requires_grad_(False)
 
     def save(self, file: str | Path) -> None:
-        """Write a .safetensors file in bfloat16, whole or not at all."""
+        """Write a .safetensors file in bfloat16."""
         state = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in self.state_dict().items()}
         save_tensors(state, Path(file))
 
@@ -129,7 +126,7 @@ def _relu(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def _read(file: Path, check_sha256: bool) -> dict[str, Tensor]:
-    """The tensors of a file under our names."""
+    """The tensors of a file by our names."""
     if not file.is_file():
         raise ValueError(
             f"{file}: no such file; a mask codec is {OFFICIAL_CODEC}, or made by train/nano/codec.py"
@@ -137,28 +134,24 @@ def _read(file: Path, check_sha256: bool) -> dict[str, Tensor]:
     if check_sha256 and (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != OFFICIAL_SHA256:
         raise ValueError(f"{file} is not big_vision's {OFFICIAL_CODEC}: its sha256 is {digest}")
     if file.suffix != ".npz":
-        try:
+        with explain(f"{file} is not a safetensors file", SafetensorError, OSError):
             return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a safetensors file: {error}") from error
     if (size := file.stat().st_size) != OFFICIAL_BYTES:
         raise ValueError(
             f"{file} has {size:,} bytes, {OFFICIAL_CODEC} has {OFFICIAL_BYTES:,}: download it again"
         )
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (ValueError, OSError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is not a file of numpy arrays: {error}") from error
-    names = {name: "codebook" if name == _CODEBOOK else name for name in tensors.keys() - _OF_TRAINING}
+    errors = ValueError, OSError, TypeError, RuntimeError, zipfile.BadZipFile
+    with explain(f"{file} is not a numpy file", *errors), np.load(file, allow_pickle=False) as arrays:
+        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    names = {name: "codebook" if name == _CODEBOOK else name for name in tensors.keys() - _TRAINING_STATE}
     return {ours: tensors[theirs] for theirs, ours in names.items()}
 
 
-def crop(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """A mask bool [H, W] and its box, x0, y0, x1, y1 in pixels -> float32 [64, 64] in [-1, 1] for `encode`.
+# ---- masks as pixels ---------------------------------------------------------------------------------------
 
-    Raises ValueError if the rounded box is empty.
-    """
+
+def crop(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """A mask bool [H, W] and its box in pixels -> float32 [64, 64] in [-1, 1] for `encode`."""
     x0, y0, x1, y1 = np.round(box).astype(int).clip(0, [*mask.shape[::-1]] * 2).tolist()
     if x1 <= x0 or y1 <= y0:
         raise ValueError(f"the box {x0}, {y0}, {x1}, {y1} holds no pixel of the mask")
@@ -166,31 +159,56 @@ def crop(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
     return np.asarray(part.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) * 2 - 1
 
 
+def paste_mask(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndarray:
+    """A mask of `decode`, float [64, 64], and its box in pixels -> bool [height, width].
+
+    Coordinates are truncated to whole pixels, as in big_vision's evaluation; a box without a pixel gives an
+    empty mask.
+    """
+    whole = np.zeros((height, width), bool)
+    x0, y0, x1, y1 = np.asarray(box).clip(0, [width, height] * 2).astype(int).tolist()
+    if x1 > x0 and y1 > y0:
+        part = Image.fromarray(np.asarray(mask, np.float32))
+        part = part.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
+        whole[y0:y1, x0:x1] = np.asarray(part) > 0
+    return whole
+
+
+def tight_box(mask: np.ndarray) -> np.ndarray:
+    """The box float64 [4] around the pixels of a mask bool [H, W], of which there must be one."""
+    x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return np.array([x[0], y[0], x[-1] + 1, y[-1] + 1], float)
+
+
+def mask_iou(a, b):
+    """Intersection over union of masks bool [..., H, W], arrays or tensors -> [...]; 0 if both are empty."""
+    return (a & b).sum((-2, -1)) / (a | b).sum((-2, -1)).clip(min=1)
+
+
 def to_rle(mask: np.ndarray) -> dict:
-    """A mask bool [H, W] in COCO's run-length encoding, as JSON takes it."""
-    from pycocotools.mask import encode
+    """A mask bool [H, W] in COCO's run-length encoding, ready for JSON."""
+    from pycocotools.mask import encode  # only those who write masks need it
 
     rle = encode(np.asfortranarray(mask, np.uint8))
     return rle | dict(counts=rle["counts"].decode())
 
 
 def from_rle(rle: dict) -> np.ndarray:
-    """The other way; counts may also be a list of run lengths. Raises ValueError for any other thing."""
-    try:
+    """COCO's run-length encoding, its counts as text or as a list -> mask bool [H, W]."""
+    with explain("not a run-length encoding", KeyError, TypeError, ValueError):
         height, width = rle["size"]
         runs = np.asarray(_runs(rle["counts"]) if isinstance(rle["counts"], str) else rle["counts"])
         within = runs.dtype.kind == "i" and ((runs >= 0) & (runs <= height * width)).all()
+        # pycocotools reads memory that it never wrote when the runs do not fill the picture.
         if not within or runs.ndim != 1 or runs.sum() != height * width or min(height, width) < 1:
             raise ValueError(f"its runs do not fill {width} x {height} pixels")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not a run-length encoding ({error})") from error
     inside = np.arange(len(runs)) % 2 == 1
     return np.repeat(inside, runs).reshape(width, height).T
 
 
 def _runs(text: str) -> list[int]:
-    """Run lengths from COCO's text: five bits a character, low ones first, and a sixth where more follow;
-    from the fourth on, the difference to the last but one."""
+    """Run lengths from COCO's text: five bits a character, low ones first, and a sixth bit if more follow.
+    From the fourth run on, the difference to the last run but one is stored."""
     runs, value, shift = [], 0, 0
     for byte in text.encode():
         byte -= 48
@@ -201,17 +219,3 @@ def _runs(text: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     return runs
-
-
-def place(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndarray:
-    """What `decode` gave, float [64, 64], and a box in pixels -> the mask bool [height, width] of a picture.
-
-    Sides are cut to whole pixels, as big_vision evaluates; a box without a pixel gives an empty mask.
-    """
-    whole = np.zeros((height, width), bool)
-    x0, y0, x1, y1 = np.asarray(box).clip(0, [width, height] * 2).astype(int).tolist()
-    if x1 > x0 and y1 > y0:
-        part = Image.fromarray(np.asarray(mask, np.float32))
-        part = part.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
-        whole[y0:y1, x0:x1] = np.asarray(part) > 0
-    return whole

@@ -1,28 +1,63 @@
-"""Matrices laid out for decoding, where each is read once a token and the time is that of reading it.
+"""Matrices laid out for decoding, whose time is that of reading every matrix once per token.
 
+    model = load_for_decoding("nano")    # dtype and layout that suit the machine
     pack(model)        # CPU, bfloat16: oneDNN's own layout; the same products, up to twice as fast
-    quantize(model)    # int8: one byte a weight
+    quantize(model)    # int8: one byte per weight
 
-Both replace Linears in place, one after the other, and give the memory of the old matrix back at once.
+pack and quantize replace Linears one after the other and free each old matrix at once: memory never holds two
+copies of the model.
 """
 
 import ctypes
 import mmap
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.io.hub import resolve
 from model.io.weights import is_mapped
-from model.lora import LoRALinear
+from model.lora import LoRALinear, fold
 from model.paligemma import PaliGemma
 
-FEW = 4  # rows of x up to which the int8 matmul is the faster one
+INT8_MATMUL_ROWS = 4  # rows of x up to which PyTorch's int8 matmul is the faster one
+SMALL_MODEL = 1 << 30  # bytes of weights up to which float32 is the faster dtype on a CPU
+
+
+def load_for_decoding(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    adapter: str | Path | None = None,
+    int8: bool = False,
+    packed: bool = True,
+    **config_overrides,
+) -> PaliGemma:
+    """PaliGemma.from_pretrained, and then its matrices in the layout that decodes fastest.
+
+    dtype: None for float32 if the model is small and runs on a CPU, else bfloat16. int8: quantize the decoder
+    (an adapter is folded in before). packed: False leaves the Linears as they are where `pack` would help.
+    """
+    folder = resolve(source)
+    if dtype is None:
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        small_on_cpu = torch.device(device).type == "cpu" and weights < SMALL_MODEL
+        dtype = torch.float32 if small_on_cpu else torch.bfloat16
+    model = PaliGemma.from_pretrained(
+        str(folder), dtype=dtype, device=device, adapter=adapter, **config_overrides
+    )
+    if int8:
+        quantize(fold(model))
+    elif packed and can_pack(model):
+        pack(model)
+    return model
 
 
 class PackedLinear(nn.Module):
-    """A Linear whose weight oneDNN has laid out. What a plain Linear does, too, but anew at every call."""
+    """A Linear with its weight in oneDNN's layout, which a plain Linear makes anew at every call."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -37,23 +72,23 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """A Linear without bias, its weight int8 [out, in] with a scale for each row: x W^T = (x W8^T) * scale.
 
-    A row of W becomes round(W / scale) with scale = max |row| / 127. A decoding step, one or a few rows of x,
-    goes through PyTorch's packed int8 matmul. The prefill would be slower there: it multiplies with the
-    widened matrix.
+    A row of W becomes round(row / scale) with scale = max |row| / 127. A decoding step has few rows of x and
+    goes through PyTorch's int8 matmul. The prefill would be slower there: it multiplies by the matrix widened
+    to the dtype of x.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(-1).clamp(min=1e-12) / 127).to(linear.weight.dtype)
-        whole = (weight / scale[:, None].float()).round_().clamp_(-127, 127)
-        self.register_buffer("weight", whole.to(torch.int8))
+        rounded = (weight / scale[:, None].float()).round_().clamp_(-127, 127)
+        self.register_buffer("weight", rounded.to(torch.int8))
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         rows = x.flatten(0, -2)
-        if len(rows) <= FEW:
+        if len(rows) <= INT8_MATMUL_ROWS:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
@@ -61,26 +96,27 @@ class Int8Linear(nn.Module):
 
 
 def can_pack(model: PaliGemma) -> bool:
-    """On this machine, these weights."""
+    """Whether these weights have a packed layout on this machine."""
     weight = model.projector.weight
-    here = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return here and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    suitable = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return suitable and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(model: PaliGemma) -> None:
-    """Pack the Linears of the decoder and the vision tower, but for those with an adapter."""
+    """Pack the Linears of the decoder and the vision tower, except those with an adapter."""
     for layers in (model.decoder.layers, model.vision.layers):
         _replace(layers, PackedLinear)
 
 
 def quantize(model: PaliGemma) -> None:
-    """Round the decoder's matrices to int8. Raises ValueError if there are adapters: fold them first."""
+    """Round the decoder's matrices to int8. Adapters must have been folded into them before."""
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("int8 needs plain matrices, the model has an adapter: lora.fold(model) merges it")
     _replace(model.decoder.layers, Int8Linear)
 
 
 def _replace(layers: nn.ModuleList, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put make(linear) in the place of every plain Linear."""
     for path in [path for path, module in layers.named_modules() if type(module) is nn.Linear]:
         linear = layers.get_submodule(path)
         layers.set_submodule(path, make(linear))
@@ -88,11 +124,13 @@ def _replace(layers: nn.ModuleList, make: Callable[[nn.Linear], nn.Module]) -> N
 
 
 def _forget(weight: Tensor) -> None:
-    """Give back the memory of a weight that the loader mapped from a file: its pages would stay as long as
-    the file is mapped. Whole pages inside the weight only; who reads them again finds what is in the file.
-    Any other memory (a NumPy array's, say) would read as zeros afterwards, and is not ours to give back."""
+    """Release the pages of a weight that the loader mapped from a file: they would stay in memory for as long
+    as the file is mapped. If they are read again, the system reads the file again.
+
+    Any other memory (a NumPy array's, say) would read as zeros afterwards, and is not ours to release."""
     if not is_mapped(weight) or not hasattr(mmap, "MADV_DONTNEED"):
         return
+    # Whole pages only: those at both ends hold a part of the neighbouring weights.
     start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (weight.data_ptr() + weight.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0:

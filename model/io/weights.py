@@ -19,6 +19,8 @@ from model.io.config_json import config_from_json, config_to_json
 from model.io.hub import CODEC, resolve
 from model.io.writing import explain, read_json, save_tensors, write_json
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # those that weights may be loaded in
+
 # our name -> official name (transformers up to 4.51); an earlier prefix wins
 _NAMES = {
     "vision.patch_embedding.": "vision_tower.vision_model.embeddings.patch_embedding.",

@@ -1,439 +1,92 @@
-"""The programs a person runs: what they print and write, and how they take bad input.
+"""How programs end: their common frame, train/run/program.py, and that every program stands in it."""
 
-The model is tiny and random: its boxes mean nothing, but where they may be and how they are written does.
-"""
-
-import json
-import os
-import re
+import argparse
+import runpy
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers import ROOT, call, edit_json, picture
-from PIL import Image
-from pycocotools.coco import COCO
+import torch
+from helpers import ENVIRONMENT, ROOT, picture
 
-from infer import detect, evaluate
-from infer.lib.draw import class_colour, draw_boxes
-from model.config import COCO_CLASSES
-from model.decoding.boxes import areas, locs_to_boxes
-from model.decoding.detector import Detections
-from model.io.tokenizer import Tokenizer
-from train.practice.scenes import write_coco
+from train.run import program
+
+PROGRAMS = [file.name for file in sorted((ROOT / "infer").glob("*.py")) if file.name != "__init__.py"]
 
 
-@pytest.fixture
-def run_detect(monkeypatch, capsys, model, here):
-    """detect.py with the untrained model and all its boxes: exit code, stdout, lines of stderr."""
-
-    def run(*argv):
-        given = [] if "--model" in argv else ["--model", model]
-        given += [] if "--score-threshold" in argv else ["--score-threshold", 0]
-        code, out, err = call(monkeypatch, capsys, detect, *given, *argv)
-        return code, out, err.splitlines()
-
-    return run
+def ending(main, capsys) -> tuple[int, str]:
+    """Exit code and stderr of a program with this main()."""
+    with pytest.raises(SystemExit) as stop:
+        program.run(main, "/somewhere/detect.py")
+    return stop.value.code, capsys.readouterr().err
 
 
-# detect.py --------------------------------------------------------------------------------------------------
+def fail(error: BaseException):
+    raise error
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_picture_twice(run_detect, here, batch):
-    file = picture(here / "a.jpg")
-    code, out, _ = run_detect("--image", file, file, "--json", "out.json", "--batch-size", batch)
-    one, other = json.loads((here / "out.json").read_text())
-    assert code == 0 and one == other and "a-2.png" in out
-
-
-def test_json_over_a_picture(run_detect, here):
-    """It would be lost."""
-    file = picture(here / "a.png")
-    code, _, err = run_detect("--image", file, "--json", file)
-    assert (
-        code == 1 and len(err) == 1 and "one of the pictures" in err[0] and Image.open(file).size == (90, 60)
-    )
-
-
-def test_one_picture(run_detect, here):
-    """A table, and the picture with its boxes under detections/; no JSON unless asked for; nothing else."""
-    code, out, err = run_detect("--image", picture(here / "a.jpg"))
-    assert (code, err) == (0, [])
-    first, *rows = out.splitlines()
-    assert "a.jpg" in first and "90 x 60" in first and "detections/a.png" in first
-    assert rows and all(re.fullmatch(r"  [a-z ]{16} +[01]\.\d\d  ( +-?\d+\.\d){4}", row) for row in rows)
-    assert {row[2:18].strip() for row in rows} <= set(COCO_CLASSES)
-    with Image.open(here / "detections" / "a.png") as drawn:
-        assert drawn.mode == "RGB" and drawn.width * 60 == pytest.approx(drawn.height * 90, rel=0.01)
-    assert sorted(path.name for path in here.iterdir()) == ["a.jpg", "detections"]
-    assert [path.name for path in (here / "detections").iterdir()] == ["a.png"]
-
-
-def test_json(run_detect, here, model):
-    """The fixed form, boxes inside the original picture, best first, as many as the tokens say."""
-    sizes = {"wide.jpg": (300, 40), "tall.png": (31, 200), "one.png": (1, 1)}
-    files = [picture(here / name, *size, seed=i) for i, (name, size) in enumerate(sizes.items())]
-    code, _, err = run_detect("--image", *files, "--json", "out.json", "--tokens", "--nms-iou", 1)
-    assert (code, err) == (0, [])
-    records = json.loads((here / "out.json").read_text())
-    tokenizer = Tokenizer(model)
-    assert [record["image"] for record in records] == [str(file) for file in files]
-    for record, (width, height) in zip(records, sizes.values(), strict=True):
-        assert list(record) == ["image", "width", "height", "detections", "tokens"]
-        assert (record["width"], record["height"]) == (width, height)
-        for found in record["detections"]:
-            assert list(found) == ["label", "class_id", "score", "box"]
-            assert found["label"] == COCO_CLASSES[found["class_id"]] and 0 <= found["score"] <= 1
-            x0, y0, x1, y1 = found["box"]
-            assert 0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height
-            assert all(isinstance(side, float) for side in found["box"])
-        scores = [found["score"] for found in record["detections"]]
-        assert scores == sorted(scores, reverse=True)
-
-        groups = np.array(record["tokens"]).reshape(-1, 5)
-        assert record["tokens"] == groups.flatten().tolist() and len(groups) == 12
-        locs = groups[:, :4] - tokenizer.loc0
-        assert (locs >= 0).all() and (locs < 1024).all()
-        assert (groups[:, 4] >= tokenizer.unused0).all() and (groups[:, 4] <= tokenizer.unused0 + 80).all()
-        boxes = locs_to_boxes(locs, width, height)
-        boxes = boxes[areas(boxes) > 0].round(2)
-        assert sorted(boxes.tolist()) == sorted(found["box"] for found in record["detections"])
-
-
-def test_json_without_tokens(run_detect, here):
-    """No tokens unless asked for; a picture without boxes has an entry too."""
-    code, out, _ = run_detect(
-        "--image", picture(here / "a.png"), "--json", "o.json", "--score-threshold", 1.1
-    )
-    assert code == 0 and "nothing found" in out
-    assert json.loads((here / "o.json").read_text()) == [
-        {"image": str(here / "a.png"), "width": 90, "height": 60, "detections": []}
-    ]
-
-
-def test_folder_with_a_broken_picture(run_detect, here):
-    """One line about the broken one, the others done, exit code 1; what is no picture is passed over."""
-    for name in ("b.png", "c.JPG", "sub/d.png"):
-        picture(here / "in" / name)
-    (here / "in" / "a.jpg").write_text("no picture")
-    (here / "in" / "notes.txt").write_text("no picture either")
-    code, out, err = run_detect("--image", "in", "--json", "out.json", "--out", "drawn/deep")
-    assert code == 1 and len(err) == 1 and "in/a.jpg" in err[0]
-    assert [Path(r["image"]).name for r in json.loads((here / "out.json").read_text())] == ["b.png", "c.JPG"]
-    assert sorted(path.name for path in (here / "drawn/deep").iterdir()) == ["b.png", "c.png"]
-    assert "b.png" in out and "c.JPG" in out and "a.jpg" not in out
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_batches_change_nothing(batch_size, run_detect, here):
-    """Pictures decoded together get the boxes that each gets alone, in the order they were named."""
-    files = [picture(here / f"{i}.png", 40 + 20 * i, seed=i) for i in (3, 1, 2)]
-    files.insert(1, here / "none.png")
-    code, _, err = run_detect("--image", *files, "--json", "out.json", "--batch-size", batch_size)
-    assert code == 1 and len(err) == 1 and "none.png: no such file" in err[0]
-    records = json.loads((here / "out.json").read_text())
-    assert [Path(record["image"]).name for record in records] == ["3.png", "1.png", "2.png"]
-    for record in records:
-        run_detect("--image", record["image"], "--json", "one.json")
-        (alone,) = json.loads((here / "one.json").read_text())
-        assert [d["label"] for d in alone["detections"]] == [d["label"] for d in record["detections"]]
-        ours, theirs = ([d["box"] for d in r["detections"]] for r in (record, alone))
-        assert np.allclose(ours, theirs, atol=0.02)
-
-
-def test_same_names_do_not_overwrite_each_other(run_detect, here):
-    """a.png of two folders, a.jpg, and one whose own name is the number's."""
-    files = [
-        picture(here / name, seed=i) for i, name in enumerate(("1/a.png", "2/a.png", "1/a.jpg", "3/a-2.png"))
-    ]
-    code, out, _ = run_detect("--image", *files, "--json", "out.json")
-    drawn = re.findall(r"-> +(\S+)", out)
-    assert code == 0 and len(set(drawn)) == 4 and all((here / file).is_file() for file in drawn)
-    assert len({(here / file).read_bytes() for file in drawn}) == 4
-
-
-def test_pictures_are_not_overwritten(run_detect, here):
-    """--out may be the folder that the pictures come from."""
-    file = picture(here / "a.png")
-    before = file.read_bytes()
-    run_detect("--image", file, "--out", here)
-    assert file.read_bytes() == before
-
-
-def test_options(run_detect, here):
-    """Every option does what it says."""
-    file, usual = picture(here / "a.png"), ["--nms-iou", 1, "--noise-feedback"]
-
-    def boxes(*options):
-        code, _, err = run_detect("--image", file, "--json", "out.json", "--tokens", *usual, *options)
-        assert (code, err) == (0, [])
-        (record,) = json.loads((here / "out.json").read_text())
-        return record["detections"], record["tokens"]
-
-    def shortest(found):
-        x0, y0, x1, y1 = found["box"]
-        return min(x1 - x0, y1 - y0)
-
-    everything, tokens = boxes()
-    assert len(tokens) == 60 and len(everything) > 3, "the test needs a few boxes"
-    assert boxes("--seed", 3) == (everything, tokens), "greedy decoding has no chance in it"
-    few, beginning = boxes("--groups", 3)
-    assert beginning == tokens[:15] and len(few) <= 3
-    second = everything[1]["score"] - 1e-4
-    assert boxes("--score-threshold", second)[0] == everything[:2]
-    size = sorted(map(shortest, everything))[2] - 0.01
-    assert boxes("--min-size", size)[0] == [found for found in everything if shortest(found) >= size]
-    assert {round(found["score"], 2) for found in boxes("--final-cap", 0.01)[0]} <= {0.01}  # 81 ids alike
-    assert boxes("--attn-cap", 0.01)[1] != tokens
-    assert boxes("--no-noise-feedback")[1] != tokens
-    assert boxes("--device", "cpu", "--dtype", "float32")[1] == tokens
-    assert len(boxes("--dtype", "bfloat16")[1]) == 60
-    assert boxes("--early-stop", 0.0, 1)[1] == tokens[:5]
-    rounded, its_tokens = boxes("--int8")
-    assert len(its_tokens) == 60 and rounded != everything
-    assert boxes("--batch-size", 3) == (everything, tokens)
-    drawn = [boxes("--temperature", 1, "--top-p", 0.8, "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2] and tokens not in drawn
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_exit_codes(code, capsys):
+    assert ending(lambda: code, capsys) == (code, "") and ending(lambda: None, capsys) == (0, "")
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("error", "line"),
     [
-        (["--image", "none.jpg"], ["none.jpg", "no such file"]),
-        (["--image", "empty"], ["empty", "no images"]),
-        (["--image", "a.png", "--model", "no/such/folder"], ["no/such/folder", "folder"]),
-        (["--image", "a.png", "--model", "empty"], ["config.json", "missing"]),
-        (["--image", "a.png", "--device", "nonsense"], ["--device nonsense", "cpu"]),
-        (["--image", "a.png", "--device", "cuda:99"], ["--device cuda:99", "cpu"]),
-        (["--image", "a.png", "--groups", "0"], ["--groups 0"]),
-        (["--image", "a.png", "--groups", "-3"], ["--groups -3"]),
-        (["--image", "a.png", "--batch-size", "0"], ["--batch-size 0"]),
-        (["--image", "a.png", "--attn-cap", "-1"], ["attn_cap", "-1"]),
-        (["--image", "a.png", "--json", "no/out.json"], ["--json", "no"]),
-        (["--image", "a.png", "--json", "empty"], ["empty"]),
-        (["--image", "a.png", "--out", "a.png"], ["a.png"]),
+        (ValueError("--json out: is a folder\nand more"), "--json out: is a folder"),
+        (FileNotFoundError(2, "No such file", "a.json"), "[Errno 2] No such file: 'a.json'"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nA table of allocations"), "CUDA out of memory."),
+        (MemoryError(), "MemoryError"),
     ],
-    ids=lambda value: " ".join(value[-2:]) if value[0].startswith("--") else "",
+    ids=lambda value: type(value).__name__,
 )
-def test_bad_input(argv, words, run_detect, here):
-    """One line that says what is wrong, exit code 1, no traceback, nothing half written."""
-    picture(here / "a.png")
-    (here / "empty").mkdir()
-    code, _, err = run_detect(*argv)
-    assert code == 1 and len(err) == 1 and err[0].startswith("detect.py: ")
-    assert all(word in err[0] for word in words), err[0]
-    assert {path.name for path in here.iterdir()} <= {"a.png", "empty", "detections"}
+def test_what_a_user_can_cause_is_one_line(error, line, capsys):
+    assert ending(lambda: fail(error), capsys) == (1, f"detect.py: {line}\n")
 
 
-@pytest.mark.parametrize(
-    "argv", [["--image"], ["--image", "a.png", "--dtype", "float16"], ["--image", "a", "--score", "1"], []]
-)
-def test_bad_usage(argv, run_detect):
-    """argparse's own: a usage line and exit code 2."""
-    code, _, err = run_detect(*argv)
-    assert code == 2 and err[0].startswith("usage:")
+def test_a_mistake_in_the_code_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        program.run(lambda: fail(KeyError("x")), "detect.py")
 
 
-def test_no_traceback_in_a_process_of_its_own(model, tmp_path):
-    """From another working folder with nothing but PYTHONPATH: a good picture, one broken, one missing."""
-    picture(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
-    command = [sys.executable, ROOT / "infer" / "detect.py", "--image", "good.png", "bad.png", "none.png"]
-    command += ["--model", model, "--score-threshold", "0", "--json", "out.json"]
-    environment = {
-        name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
-    }
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    complaints = [line for line in done.stderr.splitlines() if "image/s]" not in line]
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert [re.findall(r"(\w+)\.png", line)[0] for line in complaints] == ["bad", "none"]
-    assert [record["image"] for record in json.loads((tmp_path / "out.json").read_text())] == ["good.png"]
-    assert (tmp_path / "detections" / "good.png").is_file()
+def test_ctrl_c(capsys):
+    """130, as the shell has it, and no traceback."""
+    assert ending(lambda: fail(KeyboardInterrupt()), capsys) == (130, "")
 
 
-# Drawing ----------------------------------------------------------------------------------------------------
+def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
+    command = [sys.executable, ROOT / "infer" / "generate.py", "--model", model, "--image"]
+    command.append(picture(tmp_path / "a.png"))
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([*map(str, command)], env=ENVIRONMENT, text=True, **pipes) as process:
+        assert "ask about the image" in process.stdout.readline()  # it waits for a prompt now
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == ""
 
 
-def test_drawing():
-    """Boxes where they belong, in their class's colour; small pictures enlarged; the source unharmed."""
-    image = Image.new("RGB", (64, 32), "black")
-    drawn = draw_boxes(image, [[16, 8, 48, 24]], ["cat 0.90"], [15])
-    scale = drawn.width / 64
-    assert drawn.height / 32 == scale > 4 and image.getcolors() == [(64 * 32, (0, 0, 0))]
-    for x, y in ((16, 16), (47.9, 16), (32, 23.9)):
-        assert drawn.getpixel((round(x * scale), round(y * scale))) == class_colour(15)
-    assert drawn.getpixel((round(32 * scale), round(16 * scale))) == (0, 0, 0)
-    assert draw_boxes(Image.new("RGB", (900, 700)), [], [], []).size == (900, 700)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_stands_in_the_frame(name, monkeypatch):
+    """python infer/NAME does nothing but run(main, its own file)."""
+    calls = []
+    monkeypatch.setattr(program, "run", lambda main, file: calls.append((main.__name__, file)))
+    runpy.run_path(str(ROOT / "infer" / name), run_name="__main__")
+    assert calls == [("main", str(ROOT / "infer" / name))]
 
 
-@pytest.mark.parametrize("box", [[0, 0, 64, 32], [60, 28, 64, 32], [0, 30, 3, 32], [63, 0, 64, 1]], ids=str)
-@pytest.mark.parametrize("size", [(64, 32), (2, 400), (3000, 20)], ids=str)
-def test_drawing_at_the_edges(box, size):
-    """A caption stays in the picture as far as it fits, wherever the box is."""
-    scale = np.array([*size, *size]) / (64, 32, 64, 32)
-    drawn = draw_boxes(Image.new("RGB", size, "black"), [box * scale], ["potted plant 0.50"], [3])
-    counts = {colour: count for count, colour in drawn.getcolors(1 << 24)}
-    assert counts.get(class_colour(3), 0) > 0
+def test_positive():
+    assert program.positive("1") == 1 and program.positive("250") == 250
+    for text in ("0", "-1", "1.5", "", "three"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a whole number of at least 1"):
+            program.positive(text)
 
 
-def test_colours_differ():
-    assert len({class_colour(i) for i in range(80)}) == 80
-
-
-# evaluate.py ------------------------------------------------------------------------------------------------
-
-NAMES = ["cat", "dog", "bird"]
-
-
-def results_of(coco: COCO, score=0.9, shift=0, labels=None) -> list[dict]:
-    """The set's own boxes as predictions."""
-    return [
-        dict(image_id=a["image_id"], category_id=labels or a["category_id"], score=score,
-             bbox=[a["bbox"][0] + shift, *a["bbox"][1:]])
-        for a in coco.dataset["annotations"]
-    ]  # fmt: skip
-
-
-def test_perfect_predictions(coco):
-    """AP 1 for every size; results are not changed on the way."""
-    data = evaluate.read_coco(coco)
-    results = results_of(data)
-    before = json.dumps(results)
-    evaluation = evaluate.run_cocoeval(data, results)
-    assert evaluation.stats[:6].tolist() == pytest.approx([1] * 6)
-    assert json.dumps(results) == before
-
-
-def test_imperfect_predictions(coco):
-    """Nothing found; wrong classes count only with classes; boxes moved by a quarter of the smallest side."""
-    data = evaluate.read_coco(coco)
-    assert evaluate.run_cocoeval(data, []).stats[0] == 0
-    mislabelled = results_of(data, labels=2)
-    assert evaluate.run_cocoeval(data, mislabelled).stats[0] < 0.4
-    assert evaluate.run_cocoeval(data, mislabelled, use_classes=False).stats[0] == pytest.approx(1)
-    moved = evaluate.run_cocoeval(data, results_of(data, shift=5)).stats
-    assert 0.3 < moved[0] < 0.9 and moved[1] == pytest.approx(1)
-
-
-def test_calibration(coco):
-    """By hand: scores of 0.95 (right, right), 0.65 (right, wrong) and 0.15 (wrong: the wrong class)."""
-    data = evaluate.read_coco(coco)
-    scores = [0.95, 0.95, 0.65]
-    results = [dict(result, score=score) for result, score in zip(results_of(data), scores)]
-    results.append(dict(image_id=2, category_id=3, bbox=[80, 80, 40, 40], score=0.65))
-    results.append(dict(image_id=2, category_id=1, bbox=[5, 6, 30, 40], score=0.15))
-    error, table = evaluate.calibration(evaluate.run_cocoeval(data, results))
-    assert table == [
-        dict(bin="0.1-0.2", boxes=1, mean_score=0.15, right=0.0),
-        dict(bin="0.6-0.7", boxes=2, mean_score=0.65, right=0.5),
-        dict(bin="0.9-1.0", boxes=2, mean_score=0.95, right=1.0),
-    ]
-    assert error == pytest.approx((1 * 0.15 + 2 * 0.15 + 2 * 0.05) / 5)
-    assert evaluate.calibration(evaluate.run_cocoeval(data, [])) == (0.0, [])
-    _, table = evaluate.calibration(evaluate.run_cocoeval(data, results_of(data, score=1.0)))
-    assert table == [dict(bin="0.9-1.0", boxes=4, mean_score=1.0, right=1.0)]
-
-
-@pytest.fixture
-def run_evaluate(monkeypatch, capsys, model, here):
-    def run(*argv):
-        given = [] if "--model" in argv else ["--model", model]
-        return call(monkeypatch, capsys, evaluate, *given, *argv)
-
-    return run
-
-
-def test_practice_sets(run_evaluate, here):
-    """Without a set of one's own: the three held-out ones, mAP first."""
-    code, out, _ = run_evaluate("--count", 8, "--groups", 4, "--json", "figures.json")
-    assert code == 0
-    lines = [line for line in out.splitlines() if not line.startswith(" ")]
-    assert re.fullmatch(r"mAP \d\.\d{3} \(same drawings\)", lines[0]) and out.startswith(lines[0])
-    assert [re.findall(r"\((.*)\)", line) for line in lines] == [
-        ["same drawings"], ["unseen vendor"], ["crowded scenes"]
-    ]  # fmt: skip
-    figures = json.loads((here / "figures.json").read_text())
-    assert list(figures) == ["same drawings", "unseen vendor", "crowded scenes"]
-    wanted = {"AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AP any class", "calibration error"}
-    assert all(wanted <= of_set.keys() and of_set["images"] == 8 for of_set in figures.values())
-    assert [path.name for path in here.iterdir()] == ["figures.json"]
-
-
-def test_a_set_of_ones_own(run_evaluate, here):
-    """Written by train/practice/scenes.py; the images lie beside the file, or elsewhere."""
-    write_coco(here / "set", 5, "vendor")
-    code, out, _ = run_evaluate("--data", "set/instances.json", "--groups", 3, "--batch-size", 2)
-    assert code == 0 and re.match(r"mAP 0\.\d{3} \(instances\)\n", out)
-    (here / "set" / "images").rename(here / "pictures")
-    code, moved, _ = run_evaluate("--data", "set/instances.json", "--images", "pictures", "--groups", 3)
-    assert code == 0 and moved == out
-
-
-def test_predictions_are_in_pixels_of_the_picture(coco):
-    """What the detector finds is written as COCO wants it: x, y, width, height, the set's own class ids."""
-    answers = [
-        [[10, 10, 30, 30, 1], [50, 50, 110, 90, 2]],
-        [[0, 0, 120, 110, 1]],
-        [[5, 6, 35, 46, 3]],
-    ]
-
-    class Finds:
-        """Finds in the next picture what the set says."""
-
-        classes = ("mouse", *NAMES)
-
-        def __call__(self, images):
-            assert all(image.size == (128, 128) for image in images)
-            rows = [np.array(answers.pop(0), float) for _ in images]
-            return [Detections(r[:, :4], np.full(len(r), 0.8), r[:, 4].astype(int), None) for r in rows]
-
-    figures = evaluate.evaluate(Finds(), coco, coco.parent / "images", 2, "test")
-    assert figures["AP"] == figures["AP50"] == figures["AP any class"] == 1
-    assert figures["images"] == 3 and figures["calibration error"] == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda file: file.unlink(), ["instances.json"]),
-        (lambda file: file.write_text("[]"), ["instances.json", "COCO"]),
-        (lambda file: file.write_text("{"), ["instances.json", "COCO"]),
-        (lambda file: file.write_text("{}"), ["instances.json", "'images'"]),
-        (lambda file: edit_json(file, lambda d: d.pop("categories")), ["instances.json", "'categories'"]),
-        (
-            lambda file: edit_json(file, lambda d: d["categories"][0].update(name="ufo")),
-            ["instances.json", "ufo"],
-        ),
-        (lambda file: (file.parent / "images" / "1.png").unlink(), ["1.png", "no such file"]),
-        (lambda file: (file.parent / "images" / "1.png").write_text("?"), ["1.png", "not a readable image"]),
-    ],
-    ids=["missing", "list", "cut", "empty", "no categories", "unknown class", "lost image", "broken image"],
-)
-def test_bad_sets(spoil, words, coco, run_evaluate):
-    spoil(coco)
-    code, out, err = run_evaluate("--data", coco, "--groups", 1)
-    complaint = err.splitlines()[-1]
-    assert code == 1 and out == "" and "Traceback" not in err
-    assert complaint.startswith("evaluate.py: ") and all(word in complaint for word in words), err
-
-
-def test_bad_arguments(run_evaluate):
-    for argv in (
-        ["--count", 0],
-        ["--batch-size", 0],
-        ["--device", "nonsense"],
-        ["--model", "no/such/folder"],
-    ):
-        code, out, err = run_evaluate(*argv)
-        assert code == 1 and out == "" and len(err.splitlines()) == 1
-
-
-def test_figures_are_not_lost(run_evaluate, here):
-    """A file that cannot be written is told before the work, not after it."""
-    for target in ("no/figures.json", "."):
-        code, out, err = run_evaluate("--count", 1, "--groups", 1, "--sets", "same", "--json", target)
-        assert code == 1 and out == "" and len(err.splitlines()) == 1
+def test_parser():
+    """The docstring as it stands is the help; options cannot be abbreviated."""
+    options = program.parser("Find objects.\n\n    python infer/detect.py   # and columns")
+    options.add_argument("--score-threshold")
+    assert "\n    python infer/detect.py   # and columns\n" in options.format_help()
+    with pytest.raises(SystemExit) as stop:
+        options.parse_args(["--score", "1"])
+    assert stop.value.code == 2

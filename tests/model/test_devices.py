@@ -14,14 +14,16 @@ import torch
 from helpers import equal
 from reference import LANGUAGE, LOC0, UNUSED0, random_inputs, save, tiny_paligemma
 
-from infer import benchmark, benchmark_head, evaluate
-from infer import benchmark_step as train_benchmark
+from infer import benchmark, benchmark_step, evaluate, tradeoffs
+from infer.lib import measuring
 from infer.lib import options as loading
 from model import PaliGemma
-from model.decoding.closed_set import GROUP, GroupDecoder, captured
+from model.decoding.closed_set import GROUP, GroupDecoder, capture_graph
 from model.decoding.generate import GREEDY
 from model.gemma import Gemma
+from model.io.hub import NANO
 from train import fit
+from train.run.log import peak_memory
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +82,11 @@ def test_every_rank_of_torchrun_takes_its_gpu(asked, gpus, monkeypatch):
         monkeypatch.setitem(os.environ, name, value)
     monkeypatch.setattr(evaluate, "join", lambda *args, **kwargs: None)
     monkeypatch.setattr(PaliGemma, "from_pretrained", lambda *a, device, **k: gpus.append(("load", device)))
-    monkeypatch.setattr(loading, "can_pack", lambda model: False)
-    args = evaluate.arguments(["--device", asked])
-    evaluate.join_processes(args)
+    monkeypatch.setattr("model.decoding.packing.can_pack", lambda model: False)
+    parser = argparse.ArgumentParser()
+    loading.add_model_arguments(parser)
+    args = parser.parse_args(["--device", asked])
+    evaluate.join_torchrun(args)
     loading.load_model(args)
     assert gpus == [("current", 1), ("load", "cuda:1")]
 
@@ -93,10 +97,10 @@ def test_a_device_that_is_not_there():
 
 
 PROGRAMS = {
-    "benchmark": (benchmark, "run", []),
+    "benchmark": (benchmark, "measure", []),
     "benchmark, a side's process": (benchmark, "child", ["--child", "ours"]),
-    "benchmark_head": (benchmark_head, "TiedHead", []),
-    "a LoRA step": (train_benchmark, "our_step", ["--child", "ours"]),
+    "the head": (tradeoffs, "TiedHead", ["head"]),
+    "a LoRA step": (benchmark_step, "our_step", ["--child", "ours"]),
 }
 
 
@@ -109,7 +113,7 @@ def test_benchmarks_take_their_gpu(name, gpus, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(module, work, begin)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cuda:1", *argv])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv, "--device", "cuda:1"])
     with pytest.raises(Stop):
         module.main()
     assert gpus == [("current", 1)]
@@ -117,12 +121,12 @@ def test_benchmarks_take_their_gpu(name, gpus, monkeypatch):
 
 def test_benchmarks_ask_their_gpu(gpus, monkeypatch):
     """Clocks wait for, memory and names are of, the GPU that is measured."""
-    benchmark.seconds(lambda: None, "cuda:1")
-    benchmark.peak_bytes("cuda:1")
+    measuring.seconds(lambda: None, "cuda:1")
+    peak_memory("cuda:1")
     step = lambda *args, **kwargs: (lambda: 0.0, [torch.nn.Parameter(torch.zeros(1))])  # noqa: E731
-    monkeypatch.setattr(train_benchmark, "our_step", step)
-    monkeypatch.setattr(train_benchmark, "peak_bytes", lambda device: 0)
-    train_benchmark.measure("ours", None, argparse.Namespace(device="cuda:1", steps=1))
+    monkeypatch.setattr(benchmark_step, "our_step", step)
+    monkeypatch.setattr(benchmark_step, "peak_memory", lambda device: 0)
+    benchmark_step.measure("ours", None, argparse.Namespace(device="cuda:1", steps=1))
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1.0)
 
     def begin(*args):  # the GPU's name is asked for before
@@ -131,9 +135,9 @@ def test_benchmarks_ask_their_gpu(gpus, monkeypatch):
     monkeypatch.setitem(benchmark.SIDES, "ours", begin)
     options = dict(model="nano", device="cuda:1", dtype="float32", int8=False, compile=False, peer=False)
     with pytest.raises(Stop):
-        benchmark.run(benchmark.resolve("nano"), argparse.Namespace(memory=False, **options))
+        benchmark.measure(NANO, argparse.Namespace(memory=False, **options))
     asked = [device for name, device in gpus if name != "current"]
-    assert len(asked) == 6 and set(asked) == {"cuda:1"} and ("get_device_name", "cuda:1") in gpus
+    assert len(asked) == 8 and set(asked) == {"cuda:1"} and ("get_device_name", "cuda:1") in gpus
 
 
 # ---- the library's own code runs on the GPU of its tensors -------------------------------------------------
@@ -156,7 +160,7 @@ def current(monkeypatch):
 
 def test_decoding_is_on_the_gpu_of_the_images(model, current, monkeypatch):
     """The buffers and the graph are made, and every group decoded, with the images' device current."""
-    seen, images, prepare, group = [], pictures(2), GroupDecoder._prepare, GroupDecoder._group
+    seen, images, prepare, group = [], pictures(2), GroupDecoder._prepare, GroupDecoder._decode_group
 
     def note(function):
         def noted(*args, **kwargs):
@@ -166,7 +170,7 @@ def test_decoding_is_on_the_gpu_of_the_images(model, current, monkeypatch):
         return noted
 
     monkeypatch.setattr(GroupDecoder, "_prepare", note(prepare))
-    monkeypatch.setattr(GroupDecoder, "_group", note(group))
+    monkeypatch.setattr(GroupDecoder, "_decode_group", note(group))
     GroupDecoder(model, LANGUAGE)(images)
     assert seen == [True] * (1 + LANGUAGE.groups) and not current
 
@@ -240,7 +244,7 @@ def test_capture(graphs):
         graphs.append("run")
         return outputs
 
-    replay = captured(function, lambda: graphs.append("prepare"))
+    replay = capture_graph(function, lambda: graphs.append("prepare"))
     assert graphs == [
         *("side waits for main", "on side", "prepare", "run", "prepare", "run", "prepare", "off side"),
         *("main waits for side", "capture on side, thread_local", "run", "captured"),

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from helpers import call
 from PIL import Image
 from reference import EOS, PAD, random_inputs, reference_inputs, save, tiny_paligemma
 
@@ -136,15 +137,10 @@ def ask(model, tmp_path, monkeypatch, capsys):
 
     def ask(*options, lines=None):
         """lines: of standard input, text or bytes."""
-        monkeypatch.setattr("sys.argv", ["generate.py", "--image", "a.png", "--model", str(model), *options])
         typed = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines or [])
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
-        code = 0
-        try:
-            program.main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
+        argv = "--image", "a.png", "--model", model, *options
+        code, out, err = call(monkeypatch, capsys, program, *argv)
         return code, out, err.splitlines()
 
     return ask
@@ -189,5 +185,6 @@ def test_conversation(ask):
     ],
 )
 def test_a_mistake_is_one_line(ask, options, complaint):
-    code, _, _ = ask(*options)
-    assert code.startswith("generate.py: ") and complaint in code and "\n" not in code
+    code, _, err = ask(*options)
+    assert code and err[-1].startswith("generate.py: ") and complaint in err[-1]
+    assert len(err) == 1 or err[0].startswith("usage: ")

@@ -2,7 +2,6 @@
 
 import json
 import mmap
-import sys
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from reference import random_inputs, save, tiny_paligemma
 from safetensors.torch import save_file
 from torch import nn
 
-from infer import detect, evaluate, evaluate_answers, generate, report, segment
+from infer.lib import predictions
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decoding.detector import Detections
@@ -130,7 +129,7 @@ def coco_set(folder: Path, sizes: list[tuple[int, int]], **said: int) -> Path:
 
 
 def mean_ap(data: Path) -> float:
-    return evaluate.evaluate(FindsNothing(), data, data.parent / "images", None, "test")["AP"]
+    return predictions.evaluate(FindsNothing(), data, data.parent / "images", None, "test")["AP"]
 
 
 @pytest.mark.parametrize("other", [(80, 60), (30, 40), (40, 31)])
@@ -146,45 +145,6 @@ def test_pictures_of_the_right_size(tmp_path):
     """Also where the file gives no sizes: COCO's own evaluation does not need them."""
     assert mean_ap(coco_set(tmp_path / "with", [(40, 30)] * 3)) == 0
     assert mean_ap(coco_set(tmp_path / "without", [(40, 30), (80, 60)], license=1)) == 0
-
-
-# ---- how programs end --------------------------------------------------------------------------------------
-
-PROGRAMS = {
-    "detect": (detect, ["--image", "a.jpg"]),
-    "segment": (segment, ["--image", "a.jpg", "--classes", "cat"]),
-    "generate": (generate, ["--image", "a.jpg"]),
-    "evaluate": (evaluate, []),
-    "evaluate_answers": (evaluate_answers, []),
-    "report": (report, ["--eval", "runs/eval", "--out", "report"]),
-}
-
-
-def ending(name: str, error: BaseException, monkeypatch):
-    """What a program hands to sys.exit if its work ends with an error."""
-    module, argv = PROGRAMS[name]
-
-    def run(*args):
-        raise error
-
-    monkeypatch.setattr(detect if module is segment else module, "run", run)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
-    with pytest.raises(SystemExit) as stop:
-        module.main()
-    return stop.value.code
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_ctrl_c(name, monkeypatch):
-    """130, as the shell has it, and no traceback."""
-    assert ending(name, KeyboardInterrupt(), monkeypatch) == 130
-
-
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "report"])
-def test_memory_runs_out(name, monkeypatch):
-    """One line for every program that loads a model."""
-    error = torch.OutOfMemoryError("CUDA out of memory.\nA table of allocations")
-    assert ending(name, error, monkeypatch) == f"{name}.py: CUDA out of memory."
 
 
 # ---- what forward takes ------------------------------------------------------------------------------------

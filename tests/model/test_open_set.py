@@ -16,7 +16,7 @@ from infer.lib.options import class_names
 from model.config import COCO_CLASSES, PaliGemmaConfig, TextConfig, VisionConfig
 from model.decoding.detector import KEEP_ALL, Asker, OpenSetDetector, Selection, scored
 from model.decoding.generate import collect_answers, generate
-from model.decoding.masks import from_rle, place
+from model.decoding.masks import from_rle, paste_mask
 from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
 
@@ -130,7 +130,7 @@ def test_masks(tokenizer, codec):
     made = OpenSetDetector(Said(tokenizer, said), ["cat", "dog"], codec=codec)
     (found,) = made([Image.new("RGB", (200, 100))])
     assert found.labels.tolist() == [0] and found.boxes.tolist() == [[25, 0, 125, 50]]
-    right = place(codec.decode(torch.arange(16)[None])[0].numpy(), found.boxes[0], 200, 100)
+    right = paste_mask(codec.decode(torch.arange(16)[None])[0].numpy(), found.boxes[0], 200, 100)
     assert len(found.masks) == 1 and np.array_equal(found.masks[0], right) and right.any()
 
 
@@ -210,7 +210,6 @@ def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):
         (["--classes", ";"], "names nothing"),
         (["--classes", "cat", "--groups", 3], "--groups"),
         (["--classes", "cat", "--early-stop", 0.5, 1], "--early-stop"),
-        (["--classes", "cat", "--classes-per-call", 0], "--classes-per-call"),
         (["--classes", "cat", "--max-tokens", 100000], "positions"),
         (["--eos-offset", 1], "--eos-offset"),
         (["--temperature", -1], "temperature"),
@@ -239,7 +238,7 @@ def test_segment(monkeypatch, capsys, model, here, tokenizer):
     """A drawing, a picture of each mask, and run-length encodings that are the same."""
     said = {"segment cat": f"{A}{SEGS} cat", "segment hair drier": f"{B}{SEGS} hair drier"}
     ask = Said(tokenizer, said)
-    monkeypatch.setattr(segment, "Asker", lambda *_: ask)
+    monkeypatch.setattr(loading, "Asker", lambda *_: ask)
     monkeypatch.setattr("model.decoding.detector.fitting_batch", lambda *_: 4)
     argv = [
         "--image",

@@ -8,16 +8,27 @@ from reference import random_inputs, save, tiny_paligemma
 from torch import nn
 
 from model import PaliGemma
-from model.decoding.packing import FEW, Int8Linear, PackedLinear, can_pack, pack, quantize
+from model.decoding import packing
+from model.decoding.packing import (
+    INT8_MATMUL_ROWS,
+    Int8Linear,
+    PackedLinear,
+    can_pack,
+    load_for_decoding,
+    pack,
+    quantize,
+)
+from model.io.adapter import save_adapter
 from model.lora import TARGETS, add_lora, lora_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 40])
+@pytest.mark.parametrize("rows", [1, INT8_MATMUL_ROWS, INT8_MATMUL_ROWS + 1, 40])
 def test_linear(rows, dtype):
     """Within the rounding of a weight to 1/254 of its row's largest, whatever the number of rows."""
     linear = nn.Linear(96, 160, bias=False).to(dtype)
-    x = torch.randn(2, rows, 96).to(dtype)[:, :rows] if rows > FEW else torch.randn(rows, 96).to(dtype)
+    shape = (2, rows, 96) if rows > INT8_MATMUL_ROWS else (rows, 96)
+    x = torch.randn(shape).to(dtype)
     exact, found = x.float() @ linear.weight.float().T, Int8Linear(linear)(x).float()
     step = linear.weight.float().abs().amax(-1) / 127
     bound = x.float().abs().sum(-1, keepdim=True) * step * 0.5
@@ -60,6 +71,35 @@ def test_adapters_must_be_folded(tmp_path):
     add_lora(model, TARGETS["decoder"])
     with pytest.raises(ValueError, match="fold"):
         quantize(model)
+
+
+def test_dtype_that_suits_the_machine(tmp_path, monkeypatch):
+    """float32 for a small model on a CPU, bfloat16 for a large one; the caller's own choice goes first."""
+    folder = save(tiny_paligemma(0), tmp_path)
+
+    def dtype_of(**options):
+        return load_for_decoding(folder, **options).projector.weight.dtype
+
+    assert dtype_of() == torch.float32 and dtype_of(dtype=torch.bfloat16) == torch.bfloat16
+    assert dtype_of(device="meta") == torch.bfloat16, "any other device"
+    monkeypatch.setattr(packing, "SMALL_MODEL", 1)
+    assert dtype_of() == torch.bfloat16 and dtype_of(dtype=torch.float32) == torch.float32
+
+
+def test_layouts_to_load(tmp_path, monkeypatch):
+    """Packed where it can be unless told otherwise; int8 takes an adapter in; fields of the config too."""
+    folder = save(tiny_paligemma(0), tmp_path / "base")
+    monkeypatch.setattr(packing, "can_pack", lambda model: True)
+    packed = []
+    monkeypatch.setattr(packing, "pack", packed.append)
+    model = load_for_decoding(folder, attn_cap=7.0)
+    assert packed == [model] and model.config.text.attn_cap == 7.0
+    load_for_decoding(folder, packed=False)
+    add_lora(model, TARGETS["decoder"])
+    save_adapter(model, tmp_path / "adapter")
+    small = load_for_decoding(folder, adapter=tmp_path / "adapter", int8=True)
+    assert packed == [model] and not lora_layers(small)
+    assert isinstance(small.decoder.layers[0].mlp.up_proj, Int8Linear)
 
 
 packs = pytest.mark.skipif(

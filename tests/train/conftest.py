@@ -11,7 +11,7 @@ from PIL import Image
 from model import PaliGemma
 from model.io.tokenizer import Tokenizer
 from train.nano.untrained import initialise
-from train.practice.scenes import write_coco
+from train.practice.write import write_coco
 
 
 @pytest.fixture(scope="session")

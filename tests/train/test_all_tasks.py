@@ -13,11 +13,19 @@ from model.decoding.masks import MaskCodec
 from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
 from train import fit as train
-from train.data.samples import LOC_WEIGHT, PROMPTS, SEG_WEIGHT, SHORT, PracticeScenes, collate
+from train.data.samples import collate
 from train.nano import codec as codec_program
 from train.nano import untrained as nano
-from train.nano.codec import Codebook, Masks, overlap, random_shape
-from train.practice.tasks import SHARES
+from train.nano.codec import Codebook, Masks, mean_iou, random_shape
+from train.practice.dataset import (
+    LOC_WEIGHT,
+    MIN_ANSWER_WEIGHT,
+    PROMPTS_PER_SCENE,
+    SEG_WEIGHT,
+    PracticeScenes,
+)
+from train.practice.tasks import TASK_SHARES
+from train.run.program import run as run_program
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +58,19 @@ def test_samples_of_all_tasks(scenes, tiny):
     drawn = [
         {name: x[k] for name, x in scenes[i, i].items() if isinstance(x, list)}
         for i in range(30)
-        for k in range(PROMPTS)
+        for k in range(PROMPTS_PER_SCENE)
     ]
     for sample in drawn:
         prompt, answer, weights = texts(sample, tokenizer)
         start = "detect all" if prompt == "detect all classes" else prompt.split()[0]
         starts[start] = starts.get(start, 0) + 1
         if start in ("caption", "answer"):
-            assert answer and weights.sum() == pytest.approx(max(SHORT, len(weights)))
+            assert answer and weights.sum() == pytest.approx(max(MIN_ANSWER_WEIGHT, len(weights)))
         elif start in ("detect", "segment"):
             locs, segs = answer.count("<loc"), answer.count("<seg")
             assert locs % 4 == 0 and segs == (4 * locs if start == "segment" else 0)
             assert (weights == LOC_WEIGHT).sum() == locs and (weights == SEG_WEIGHT).sum() == segs
-    assert len(starts) == len(SHARES) + 1 and min(starts.values()) > 2
+    assert len(starts) == len(TASK_SHARES) + 1 and min(starts.values()) > 2
 
 
 def test_texts_of_a_batch_have_few_lengths(scenes):
@@ -70,7 +78,7 @@ def test_texts_of_a_batch_have_few_lengths(scenes):
     assert batch["text"].shape[1] % 16 == 0
     assert batch["text"].shape == batch["labels"].shape == batch["weights"].shape
     assert not batch["weights"][:, -1].any() or batch["text"].shape[1] == 64
-    assert len(batch["text"]) == len(batch["prefix_len"]) == 3 * PROMPTS
+    assert len(batch["text"]) == len(batch["prefix_len"]) == 3 * PROMPTS_PER_SCENE
     assert len(batch["image"]) == len(batch["patch_labels"]) == 3
 
 
@@ -79,7 +87,7 @@ def test_an_image_is_encoded_once(scenes, with_codec):
     model = PaliGemma.from_pretrained(str(with_codec), dtype=torch.float32)
     objective = train.Objective(model, None)
     batch = collate([scenes[i, i] for i in range(2)]) | {"total": torch.ones(())}
-    pairs = batch | {"image": batch["image"].repeat_interleave(PROMPTS, 0)}
+    pairs = batch | {"image": batch["image"].repeat_interleave(PROMPTS_PER_SCENE, 0)}
     with torch.no_grad():
         assert torch.allclose(objective(batch)[0], objective(pairs)[0], rtol=1e-5)
         reordered = batch | {"image": batch["image"].flip(0)}
@@ -100,7 +108,7 @@ def test_training(with_codec, tmp_path):
 
 
 def test_all_tasks_need_a_codec(tiny, tmp_path):
-    with pytest.raises(ValueError, match="no mask codec: fetch"):
+    with pytest.raises(ValueError, match="no mask codec: download"):
         run(tiny, tmp_path / "run", "--tasks all --steps 2")
 
 
@@ -130,6 +138,23 @@ def test_a_nano_that_detects_learns_to_speak(tmp_path):
         for model, tokenizer in zip(models, (known, words), strict=True)
     ]
     assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "words"),
+    [
+        (nano, ("--codec", "none.safetensors"), "untrained.py: none.safetensors: no such file"),
+        (nano, ("--start", "none"), "untrained.py: "),
+        (codec_program, ("--channels", "12"), "codec.py: --channels 12: must be a multiple of 8"),
+    ],
+)
+def test_programs_complain(program, options, words, tmp_path, capsys):
+    """One line that names the program, and nothing is written."""
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: program.main(["--out", str(tmp_path / "out"), *options]), program.__file__)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.startswith(words) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # The codec --------------------------------------------------------------------------------------------------
@@ -164,7 +189,7 @@ def test_codebook_follows_the_features():
 def test_codec_training(tmp_path, capsys, monkeypatch):
     """A few steps get somewhere, and what is written is a codec."""
     monkeypatch.setattr(codec_program, "SCENES", 4)
-    monkeypatch.setattr(codec_program, "HELD_OUT", 5)
+    monkeypatch.setattr(codec_program, "HELD_OUT_SCENES", 5)
     for steps in (1, 100):
         size = "--channels 16 --width 8 --lr 5e-3 --workers 0".split()
         codec_program.main(["--out", str(tmp_path / str(steps)), "--steps", str(steps), *size])
@@ -173,4 +198,4 @@ def test_codec_training(tmp_path, capsys, monkeypatch):
     codecs = [MaskCodec.load(tmp_path / name / CODEC) for name in ("1", "100")]
     short, longer = ((codec.decode(codec.encode(masks)) - masks).square().mean() for codec in codecs)
     assert longer < short - 0.02
-    assert 0 <= overlap(codecs[1], masks) < overlap(MaskCodec.load(NANO / CODEC), masks) <= 1
+    assert 0 <= mean_iou(codecs[1], masks) < mean_iou(MaskCodec.load(NANO / CODEC), masks) <= 1

@@ -25,9 +25,12 @@ from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 from train.data import convert
 from train.data.augment import FILL, MIN_KEPT, augment, flip, jitter, rescale
-from train.data.coco import CocoDetections, CocoIndex, closed_set_sample
+from train.data.coco import CocoDetections, CocoIndex
 from train.data.jsonl import JsonlPairs, is_jsonl, read_lines
+from train.data.samples import answer_sample
 from train.data.targets import closed_set_target
+from train.measures import read_coco
+from train.run.program import run
 
 CLASSES = ("cat", "dog", "traffic light", "bird")
 LANGUAGE = ClosedSet((2, 500, 600, 108), 1000, 7, 1, CLASSES, groups=6)
@@ -180,13 +183,18 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("message", BAD_FILES)
-def test_bad_instances(tmp_path, message):
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [(CocoIndex.read, message) for message in BAD_FILES]
+    + [(read_coco, message) for message in BAD_FILES if message != "99 categories"],
+)
+def test_bad_instances(tmp_path, read, message):
+    """Training and evaluation complain in the same words; only training has a limit of classes."""
     file = tmp_path / "bad.json"
     bad = BAD_FILES[message]
     file.write_text(bad if isinstance(bad, str) else json.dumps(bad))
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        CocoIndex.read(file)
+        read(file)
     assert "bad.json" in str(error.value)
 
 
@@ -526,7 +534,8 @@ def test_converter_errors(folder, capsys):
         ([*forth, str(bad)], "not a COCO annotation file"),
         ([*forth, str(semicolon)], "'a;b'"),
         ([*forth, source, "--absent", "-1"], "--absent"),
-        ([*forth, source, "--classes-per-line", "0"], "--classes-per-line"),
+        ([*forth, source, "--classes-per-line", "0"], "--classes-per-line: 0 is too small"),
+        ([*forth, source, "--abs", "1"], "unrecognized arguments: --abs"),
         ([*forth[:2], str(folder / "no/out.jsonl"), "--data", source], "no such folder"),
         ([*forth[:2], source, "--data", source], "exists"),
         ([*back, str(bad)], "train.jsonl:2: not JSON"),
@@ -535,15 +544,18 @@ def test_converter_errors(folder, capsys):
             "x.png: no such file",
         ),
     ):
-        with pytest.raises(SystemExit) as exit_:
-            convert.main(command)
-        assert str(exit_.value).startswith("convert.py: ") and message in exit_.value.code
-        assert "\n" not in exit_.value.code and not out.exists() and not list(folder.glob(".out*"))
-    assert json.loads(Path(source).read_text())["images"] and not capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            run(lambda command=command: convert.main(command), convert.__file__)
+        printed, complaint = capsys.readouterr()
+        assert message in complaint and not printed and not out.exists() and not list(folder.glob(".out*"))
+        usage = "usage: " in complaint  # argparse's own
+        assert usage or (stop.value.code == 1 and complaint.startswith("convert.py: "))
+        assert usage or complaint.count("\n") == 1
+    assert json.loads(Path(source).read_text())["images"]
 
 
-def test_shared_with_practice_scenes():
-    """closed_set_sample takes any target: of an image without objects all answers are noise."""
+def test_an_image_without_objects():
+    """All its answer is noise."""
     target = closed_set_target(np.random.default_rng(0), np.zeros((0, 4)), np.zeros(0, int), 9, 9, LANGUAGE)
-    sample = closed_set_sample(np.zeros((9, 9, 3), np.uint8), target, LANGUAGE)
+    sample = answer_sample(np.zeros((9, 9, 3), np.uint8), LANGUAGE.prompt, target)
     assert sample["weights"].sum() == 0.5 * LANGUAGE.groups + 1

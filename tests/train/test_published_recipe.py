@@ -32,8 +32,10 @@ from model.io.tokenizer import Tokenizer
 from train import fit as train
 from train.data.augment import augment
 from train.data.coco import CocoDetections, CocoIndex
-from train.data.samples import PracticeScenes, StepSampler, collate, open_data
+from train.data.open import open_data
+from train.data.samples import StepSampler, collate
 from train.data.targets import MAX_NOISE_IOU, Noise, closed_set_target, noise_boxes
+from train.practice.dataset import PracticeScenes
 
 LANGUAGE = ClosedSet((2, 500, 600, 108), 1000, 7, 1, tuple("abcdef"), groups=12)
 PUBLISHED = Noise(weight=1, disguise=0, near=0, apart=True, skip_empty=True)

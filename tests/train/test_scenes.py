@@ -7,18 +7,21 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from train.practice import scenes
+from model.decoding.masks import MaskCodec
+from model.io.hub import CODEC, NANO
+from train.data.jsonl import read_lines
+from train.practice import scenes, write
 from train.practice.scenes import (
-    COCO_IDS,
     DISTRACTOR,
     MIN_VISIBLE,
     SPLITS,
     Stack,
     load_sprites,
-    main,
     make_scene,
     paste,
 )
+from train.practice.write import COCO_IDS, answer_lines, main
+from train.run.program import run
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -78,8 +81,10 @@ def test_boxes_are_where_the_paint_is(monkeypatch):
         if sprite.label != DISTRACTOR:
             paste(canvas, piece[..., [3, 3, 3, 3]], x, y)
 
-    monkeypatch.setattr(scenes, "background", lambda rng, size, *_: np.zeros((size, size, 3), np.float32))
-    monkeypatch.setattr(scenes, "camera", lambda rng, canvas: canvas.round().astype(np.uint8))
+    monkeypatch.setattr(
+        scenes, "draw_background", lambda rng, size, *_: np.zeros((size, size, 3), np.float32)
+    )
+    monkeypatch.setattr(scenes, "simulate_camera", lambda rng, canvas: canvas.round().astype(np.uint8))
     monkeypatch.setattr(scenes, "paint", silhouette)
     for seed in range(30):
         scene = make_scene(seed)
@@ -121,9 +126,37 @@ def test_files_are_coco(tmp_path):
     assert json.loads((out / "instances.json").read_text())["info"]["split"] == "vendor"
 
 
-def test_existing_files_are_left_alone(tmp_path):
+def test_answers_are_of_their_pictures(tmp_path):
+    """--answers adds prompts with right answers; each line is about the scene that its picture shows."""
+    out = tmp_path / "set"
+    main(["--out", str(out), "--count", "3", "--seed", "11", "--answers"])
+    assert {path.name for path in out.iterdir()} == {"images", "instances.json", "answers.jsonl"}
+    lines = [record for _, record in read_lines(out / "answers.jsonl", out / "images")]
+    codec = MaskCodec.load(NANO / CODEC)
+    expected = [
+        dict(image=f"{i:06d}.png") | line
+        for i in range(3)
+        for line in answer_lines(np.random.default_rng([11 + i, 2]), make_scene(11 + i, split="same"), codec)
+    ]
+    assert lines == expected and {"caption", "segment"} <= {line["kind"] for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "not an empty folder"),
+        (("--size", "31"), "at least 1 scene of 32 pixels"),
+        (("--codec", "codec.safetensors"), "--codec is for --answers"),
+        (("--answers", "--codec", "none.safetensors"), "none.safetensors: no such file"),
+    ],
+)
+def test_faults(tmp_path, capsys, options, words):
+    """One line that names the program; what was there stays as it was, and nothing is added."""
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
-        main(["--out", str(tmp_path), "--count", "1"])
-    assert stop.value.code.startswith("scenes.py: ") and "not an empty folder" in stop.value.code
+        run(lambda: main(["--out", str(tmp_path), "--count", "1", *options]), write.__file__)
+    error = capsys.readouterr().err
+    assert (
+        stop.value.code == 1 and error.startswith("write.py: ") and words in error and error.count("\n") == 1
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -8,29 +8,29 @@ import torch
 
 from model.config import COCO_CLASSES
 from model.decoding.boxes import boxes_to_locs, parse_answer
-from model.decoding.masks import crop, place
+from model.decoding.masks import crop, mask_iou, paste_mask
 from train.practice import sentences
 from train.practice.scenes import Scene, make_scene
 from train.practice.sentences import (
     QUESTIONS,
     Thing,
     ask,
-    caption,
-    counted,
-    made_up_things,
+    caption_of,
+    phrase,
     plural,
     random_sentences,
+    random_things,
 )
 from train.practice.tasks import (
-    MOST_ASKED,
-    MOST_BOXES,
-    MOST_MASKS,
-    SHARES,
+    MAX_BOXES,
+    MAX_CLASSES,
+    MAX_MASKS,
+    TASK_SHARES,
     colour_of,
-    lines,
-    tasks,
+    make_tasks,
     things_of,
 )
+from train.practice.write import answer_lines
 
 CAT = Thing("cat", (0.05, 0.1, 0.25, 0.3), "black")  # top left, small
 DOG = Thing("dog", (0.5, 0.46, 1.0, 1.0), "brown")  # bottom right, large
@@ -58,7 +58,7 @@ def rng():
     ],
 )
 def test_numbers(name, one, many):
-    assert (counted(name, 1), counted(name, 3)) == (one, many)
+    assert (phrase(name, 1), phrase(name, 3)) == (one, many)
     assert plural(name) == many.removeprefix("three ")
 
 
@@ -77,7 +77,7 @@ def test_numbers(name, one, many):
     ],
 )
 def test_captions(things, said):
-    assert caption(things) == said
+    assert caption_of(things) == said
 
 
 def every_answer(kind, things, count=60):
@@ -132,7 +132,7 @@ def test_questions_about_what_is_not_there():
 
 
 def test_every_kind_is_asked(rng):
-    kinds = {ask(rng, made_up_things(rng))[0] for _ in range(300)}
+    kinds = {ask(rng, random_things(rng))[0] for _ in range(300)}
     assert kinds == set(QUESTIONS)
 
 
@@ -178,8 +178,8 @@ def test_colours(rgb, name, rng):
     assert colour_of(np.concatenate((pixels, np.tile(other, (100, 1))))) is None
 
 
-def test_shares_cover_the_tasks(codec):
-    assert set(SHARES) == set(tasks(codec)) and abs(sum(SHARES.values()) - 1) < 1e-9
+def test_shares_cover_the_make_tasks(codec):
+    assert set(TASK_SHARES) == set(make_tasks(codec)) and abs(sum(TASK_SHARES.values()) - 1) < 1e-9
 
 
 def test_facts_of_a_scene():
@@ -200,12 +200,12 @@ def test_open_set_answers(codec, rng):
     counts = []
     for seed in range(60):
         scene = make_scene(seed)
-        prompt, answer = tasks(codec)["detect"](rng, scene)
+        prompt, answer = make_tasks(codec)["detect"](rng, scene)
         asked = prompt.removeprefix("detect ").split(" ; ")
-        assert 1 <= len(asked) == len(set(asked)) <= MOST_ASKED and set(asked) <= set(COCO_CLASSES)
+        assert 1 <= len(asked) == len(set(asked)) <= MAX_CLASSES and set(asked) <= set(COCO_CLASSES)
         rows = [k for k, label in enumerate(scene.labels) if COCO_CLASSES[label] in asked]
         said = parse_answer(answer)
-        assert same_boxes(said, scene, rows) and len(said) <= MOST_BOXES
+        assert same_boxes(said, scene, rows) and len(said) <= MAX_BOXES
         assert sorted(box.label for box in said) == sorted(COCO_CLASSES[scene.labels[k]] for k in rows)
         counts.append(len(said))
     assert min(counts) == 0 and max(counts) > 3
@@ -216,11 +216,11 @@ def test_mask_answers(codec, rng):
     empty = 0
     for seed in range(120):
         scene = make_scene(seed)
-        prompt, answer = tasks(codec)["segment"](rng, scene)
+        prompt, answer = make_tasks(codec)["segment"](rng, scene)
         name = prompt.removeprefix("segment ")
         rows = np.flatnonzero(scene.labels == COCO_CLASSES.index(name))
         said = parse_answer(answer)
-        assert same_boxes(said, scene, rows) and len(said) <= MOST_MASKS
+        assert same_boxes(said, scene, rows) and len(said) <= MAX_MASKS
         assert [box.locs[1] for box in said] == sorted(box.locs[1] for box in said)
         for box, k in zip(said, sorted(rows, key=lambda k: scene.boxes[k, 0]), strict=True):
             mask = torch.from_numpy(crop(scene.owner == k, scene.boxes[k]))[None]
@@ -231,7 +231,7 @@ def test_mask_answers(codec, rng):
 
 def test_held_out_lines(codec, rng):
     scene = make_scene(3, split="same")
-    made = {line["kind"]: line for line in lines(rng, scene, codec)}
+    made = {line["kind"]: line for line in answer_lines(rng, scene, codec)}
     assert {"caption", "how many", "how many objects", "is there"} <= set(made)
     assert made["how many objects"]["suffix"] == str(len(scene.labels))
     assert list(made)[-1] == "segment" and made["segment"]["mask"]["size"] == [128, 128]
@@ -239,12 +239,12 @@ def test_held_out_lines(codec, rng):
 
 def test_codec_keeps_what_it_should(codec):
     """The shipped codec: masks of held-out scenes come back, through box and 16 codes."""
-    overlaps = []
+    ious = []
     for seed in range(40):
         scene: Scene = make_scene(seed, split="same")
         for k, box in enumerate(scene.boxes):
             mask = scene.owner == k
             back = codec.decode(codec.encode(torch.from_numpy(crop(mask, box))[None]))[0].numpy()
-            back = place(back, box, 128, 128)
-            overlaps.append((mask & back).sum() / (mask | back).sum())
-    assert np.mean(overlaps) > 0.85
+            back = paste_mask(back, box, 128, 128)
+            ious.append(mask_iou(mask, back))
+    assert np.mean(ious) > 0.85

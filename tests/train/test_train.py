@@ -33,9 +33,10 @@ from model import PaliGemma
 from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 from train import fit as train
-from train.data.samples import PracticeScenes, StepSampler, collate
+from train.data.samples import StepSampler, collate
 from train.nano import untrained as nano
-from train.nano.patch_head import MIN_COVER, PatchHead, _giou, patch_targets
+from train.nano.patch_head import PatchHead, _giou
+from train.practice.dataset import MIN_COVER, PracticeScenes, patch_targets
 from train.practice.scenes import Scene, make_scene
 from train.run import checkpoint, program
 from train.run import optimizers as schedule

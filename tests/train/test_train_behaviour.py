@@ -15,7 +15,8 @@ from model.io.tokenizer import Tokenizer
 from model.lora import add_lora, lora_layers
 from train import fit as train
 from train import validate
-from train.data.samples import collate, open_data
+from train.data.open import open_data
+from train.data.samples import collate
 from train.loss import Objective
 from train.validate import Validation
 

@@ -29,7 +29,8 @@ from train import fit as train
 from train import loss as objective_module
 from train import validate
 from train.data.coco import CocoDetections
-from train.data.samples import collate, open_data
+from train.data.open import open_data
+from train.data.samples import collate
 from train.loss import Objective, allowed_loss, vocabulary_loss
 from train.run.optimizers import lr_factor
 from train.validate import Validation

@@ -1,12 +1,4 @@
-"""Closed-set training samples from a COCO instances file.
-
-A sample is a dict of tensors. Axes: S image side, T text positions.
-    image       uint8 [S, S, 3]
-    text        int64 [T]       prompt and answer as fed to the network; the image comes before it
-    labels      int64 [T]       the token to be predicted after each text position; 0 before the answer
-    weights     float32 [T]     of each position in the loss
-    prefix_len  int64 []        length of the prompt; its last position predicts the answer's first token
-"""
+"""COCO instances files: one reader for everything that takes them, and closed-set samples from them."""
 
 import json
 from collections.abc import Sequence
@@ -21,142 +13,49 @@ from torch.utils.data import Dataset
 from model.config import MAX_CLASSES
 from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import check_size, load_image, square
+from model.io.writing import explain
 from train.data.augment import augment
-from train.data.targets import NANO_NOISE, Noise, Target, closed_set_target
+from train.data.samples import answer_sample
+from train.data.targets import NANO_NOISE, Noise, closed_set_target
 
 
-def answer_sample(image: np.ndarray, prompt: Sequence[int], target: Target) -> dict[str, Tensor]:
-    """A sample (see above) from uint8 [S, S, 3], the prompt's ids and the answer that ends in eos.
+def read_records(
+    file: Path, boxes: bool = True, outlines: bool = False, sizes: bool = True
+) -> tuple[dict[int, dict], dict[int, dict], dict[int, dict]]:
+    """Categories, images and annotations of a COCO file by id, in the file's order.
 
-    Labels of weight 0 within the answer stay what they are: each position has its own range of ids.
+    Each category has a name; each image has a file_name inside the image folder, and an int width and height;
+    each annotation has an image and a category of the file. Other fields are as the file has them, unchecked.
+    boxes: each annotation must have a bbox. outlines: keep the segmentations, which are most of a file.
+    sizes: each image must have a width and a height.
     """
-    unsupervised = len(prompt) - 1
-    return dict(
-        image=torch.tensor(image),
-        text=torch.from_numpy(np.concatenate((np.array(prompt, np.int64), target.inputs[:-1]))),
-        labels=torch.from_numpy(np.concatenate((np.zeros(unsupervised, np.int64), target.tokens))),
-        weights=torch.from_numpy(np.concatenate((np.zeros(unsupervised, np.float32), target.weights))),
-        prefix_len=torch.tensor(len(prompt)),
-    )
-
-
-def closed_set_sample(image: np.ndarray, target: Target, language: ClosedSet) -> dict[str, Tensor]:
-    """The sample of an image uint8 [S, S, 3] with its closed-set answer."""
-    return answer_sample(image, language.prompt, target)
-
-
-@dataclass(frozen=True, eq=False)
-class CocoIndex:
-    """N images and A objects of an instances file as flat tensors in shared memory: workers copy nothing."""
-
-    classes: tuple[str, ...]  # names of the file's categories in the order of their ids
-    category_ids: tuple[int, ...]
-    image_ids: Tensor  # int64 [N], in the order of the file
-    sizes: Tensor  # int64 [N, 2] width, height
-    offsets: Tensor  # int64 [N + 1]: image i has the objects offsets[i] .. offsets[i + 1]
-    boxes: Tensor  # float64 [A, 4] x0, y0, x1, y1 in pixels, cut at the image
-    labels: Tensor  # int64 [A] positions in `classes`
-    names: Tensor  # uint8: the file names in UTF-8, one after the other
-    name_offsets: Tensor  # int64 [N + 1]
-    skipped_crowd: int
-    skipped_degenerate: int  # without width or height inside the image, or not finite
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def name(self, item: int) -> str:
-        """File name of an image, relative to the image folder."""
-        return bytes(self.names[self.name_offsets[item] : self.name_offsets[item + 1]].numpy()).decode()
-
-    def objects(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes float64 [n, 4] and labels int64 [n] of an image."""
-        span = slice(self.offsets[item], self.offsets[item + 1])
-        return self.boxes[span].numpy(), self.labels[span].numpy()
-
-    @classmethod
-    def read(
-        cls, file: Path, images: Path | None = None, most_classes: int | None = MAX_CLASSES
-    ) -> "CocoIndex":
-        """Index a file; images: their folder, where it is to be checked; most_classes None: no limit.
-
-        Raises ValueError that names the file and the record at fault, OSError if the file cannot be opened.
-        """
-        if images is not None and not images.is_dir():
-            raise ValueError(f"{images}: no such folder (the images of {file})")
-        categories, pictures, annotations = read_records(file, object_hook=_without_outlines)
-        if most_classes is not None and len(categories) > most_classes:
-            raise ValueError(
-                f"{file} has {len(categories)} categories, but there are tokens for {most_classes}"
-            )
-        ids = sorted(categories)
-        names = [record["file_name"].encode() for record in pictures.values()]
-        sizes = [[record["width"], record["height"]] for record in pictures.values()]
-        crowd, owners, labels, boxes = 0, [], [], []
-        image_rows, category_rows = ({i: row for row, i in enumerate(keys)} for keys in (pictures, ids))
-        for i, record in annotations.items():
-            if record.get("iscrowd"):
-                crowd += 1
-                continue
-            owners.append(image_rows[record["image_id"]])
-            labels.append(category_rows[record["category_id"]])
-            boxes.append(_bbox(record, f"{file}: annotation {i}"))
-
-        owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
-        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)
-        boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
-        boxes = boxes.clip(0, np.tile(np.array(sizes), 2)[owners])
-        order = np.argsort(owners, kind="stable")
-        order = order[(boxes[:, 2:] > boxes[:, :2]).all(1)[order]]
-        arrays = dict(
-            image_ids=np.array(list(pictures), np.int64),
-            sizes=np.array(sizes, np.int64),
-            offsets=np.searchsorted(owners[order], np.arange(len(pictures) + 1)),
-            boxes=boxes[order],
-            labels=np.array(labels, np.int64)[order],
-            names=np.frombuffer(bytearray(b"".join(names)), np.uint8),
-            name_offsets=np.cumsum([0, *map(len, names)]),
-        )
-        return cls(
-            classes=tuple(categories[i]["name"] for i in ids),
-            category_ids=tuple(ids),
-            **{name: torch.from_numpy(array).share_memory_() for name, array in arrays.items()},
-            skipped_crowd=crowd,
-            skipped_degenerate=len(boxes) - len(order),
-        )
-
-
-def read_records(file: Path, object_hook=None) -> tuple[dict[int, dict], dict[int, dict], dict[int, dict]]:
-    """Categories, images and annotations of a COCO file by id, in the file's order. Each category has a name,
-    each image a file_name and whole sides, each annotation an image and a category; that is all it checks.
-
-    Raises ValueError that names the file and the record at fault, OSError if the file cannot be opened.
-    """
-    try:
-        data = json.loads(file.read_bytes(), object_hook=object_hook)
-    except ValueError as error:
-        raise ValueError(f"{file} is not a COCO annotation file: not JSON ({error})") from error
-    categories, pictures, annotations = (
+    with explain(f"{file} is not a COCO annotation file: not JSON", ValueError):
+        data = json.loads(file.read_bytes(), object_hook=None if outlines else _without_outlines)
+    categories, images, annotations = (
         _by_id(data, key, file) for key in ("categories", "images", "annotations")
     )
-    if not pictures:
+    if not images:
         raise ValueError(f"{file} has no images")
     for i, record in categories.items():
         if not isinstance(record.get("name"), str) or not record["name"]:
             raise ValueError(f"{file}: category {i} has no name")
-    for i, record in pictures.items():
+    for i, record in images.items():
         where = f"{file}: image {i}"
         _check_file_name(record, where)
-        record |= {side: _side(record, side, where) for side in ("width", "height")}
+        given = [side for side in ("width", "height") if sizes or side in record]
+        record |= {side: _side(record, side, where) for side in given}
     for i, record in annotations.items():
-        for key, known in (("image_id", pictures), ("category_id", categories)):
+        for key, known in (("image_id", images), ("category_id", categories)):
             if type(record.get(key)) is not int or record[key] not in known:
                 fault = f"has the {key} {record.get(key)!r}, which the file does not define"
                 raise ValueError(f"{file}: annotation {i} {fault}")
-    return categories, pictures, annotations
+        if boxes:
+            _check_bbox(record, f"{file}: annotation {i}")
+    return categories, images, annotations
 
 
 def _without_outlines(record: dict) -> dict:
-    """Outlines are most of a file and used by nobody here: drop them while reading."""
+    """Drop an annotation's outline as soon as it is read, to save memory."""
     record.pop("segmentation", None)
     return record
 
@@ -191,16 +90,91 @@ def _side(record: dict, side: str, where: str) -> int:
     return int(value)
 
 
-def _bbox(record: dict, where: str) -> list[float]:
+def _check_bbox(record: dict, where: str) -> None:
     box = record.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
         raise ValueError(f"{where} has the bbox {box!r:.60}: it must be [x, y, width, height]")
-    return box
+
+
+@dataclass(frozen=True, eq=False)
+class CocoIndex:
+    """N images and A objects of an instances file, as flat tensors in memory that all workers share."""
+
+    classes: tuple[str, ...]  # names of the file's categories, in the order of their ids
+    category_ids: tuple[int, ...]
+    image_ids: Tensor  # int64 [N], in the order of the file
+    sizes: Tensor  # int64 [N, 2] width, height
+    offsets: Tensor  # int64 [N + 1]: image i has the objects offsets[i] .. offsets[i + 1]
+    boxes: Tensor  # float64 [A, 4] x0, y0, x1, y1 in pixels, clipped to the image
+    labels: Tensor  # int64 [A] positions in `classes`
+    names: Tensor  # uint8: the file names in UTF-8, one after the other
+    name_offsets: Tensor  # int64 [N + 1]
+    skipped_crowd: int
+    skipped_degenerate: int  # without width or height inside the image, or not finite
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def name(self, item: int) -> str:
+        """File name of an image, relative to the image folder."""
+        return bytes(self.names[self.name_offsets[item] : self.name_offsets[item + 1]].numpy()).decode()
+
+    def objects(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes float64 [n, 4] and labels int64 [n] of an image."""
+        span = slice(self.offsets[item], self.offsets[item + 1])
+        return self.boxes[span].numpy(), self.labels[span].numpy()
+
+    @classmethod
+    def read(
+        cls, file: Path, images: Path | None = None, max_classes: int | None = MAX_CLASSES
+    ) -> "CocoIndex":
+        """Index a file. images: their folder, if it is to be checked; max_classes None: no limit."""
+        if images is not None and not images.is_dir():
+            raise ValueError(f"{images}: no such folder (the images of {file})")
+        categories, pictures, annotations = read_records(file)
+        if max_classes is not None and len(categories) > max_classes:
+            raise ValueError(f"{file} has {len(categories)} categories, there are tokens for {max_classes}")
+        ids = sorted(categories)
+        names = [record["file_name"].encode() for record in pictures.values()]
+        sizes = [[record["width"], record["height"]] for record in pictures.values()]
+        crowd, owners, labels, boxes = 0, [], [], []
+        image_rows, category_rows = ({i: row for row, i in enumerate(keys)} for keys in (pictures, ids))
+        for record in annotations.values():
+            if record.get("iscrowd"):
+                crowd += 1
+                continue
+            owners.append(image_rows[record["image_id"]])
+            labels.append(category_rows[record["category_id"]])
+            boxes.append(record["bbox"])
+
+        owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
+        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)  # empty: left out below
+        boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+        boxes = boxes.clip(0, np.tile(np.array(sizes), 2)[owners])
+        order = np.argsort(owners, kind="stable")
+        order = order[(boxes[:, 2:] > boxes[:, :2]).all(1)[order]]
+        arrays = dict(
+            image_ids=np.array(list(pictures), np.int64),
+            sizes=np.array(sizes, np.int64),
+            offsets=np.searchsorted(owners[order], np.arange(len(pictures) + 1)),
+            boxes=boxes[order],
+            labels=np.array(labels, np.int64)[order],
+            names=np.frombuffer(bytearray(b"".join(names)), np.uint8),
+            name_offsets=np.cumsum([0, *map(len, names)]),
+        )
+        return cls(
+            classes=tuple(categories[i]["name"] for i in ids),
+            category_ids=tuple(ids),
+            **{name: torch.from_numpy(array).share_memory_() for name, array in arrays.items()},
+            skipped_crowd=crowd,
+            skipped_degenerate=len(boxes) - len(order),
+        )
 
 
 class CocoDetections(Dataset):
-    """Closed-set samples. A key is (draw, item): the running number of the sample in the run, and the
-    image's number. All chance comes from seed and draw, so a sample is the same on every worker and rank."""
+    """Closed-set samples (train/data/samples.py), one for each image of a COCO file."""
+
+    closed_set = True
 
     def __init__(
         self,
@@ -213,10 +187,7 @@ class CocoDetections(Dataset):
         augment: bool = False,
         noise: Noise = NANO_NOISE,
     ):
-        """label_of: the model's class number of each of the file's classes. size: S, the image's side.
-
-        Raises ValueError if label_of does not fit the file or the model.
-        """
+        """label_of: the model's class number of each of the file's classes. size: S, the image's side."""
         self.label_of = np.asarray(label_of, np.int64)
         if self.label_of.shape != (len(index.classes),):
             raise ValueError(
@@ -230,26 +201,19 @@ class CocoDetections(Dataset):
         self.index, self.images, self.language = index, images, language
         self.size, self.seed, self.augment, self.noise = size, seed, augment, noise
         rows = torch.arange(len(index))
-        # Item i is the picture in row rows[i] of the index.
+        # Item i is the image in row rows[i] of the index.
         self.rows = (rows[index.offsets.diff() > 0] if noise.skip_empty else rows).share_memory_()
-        # Where real boxes lie on whole pixels noise must too, or the two differ by arithmetic.
+        # If all real boxes are on whole pixels, noise boxes must be too: fractions would tell them apart.
         self.grid = float((index.boxes == index.boxes.round()).all())
+        self.text_tokens = len(language.prompt) + GROUP * language.groups
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    closed_set = True
-
-    @property
-    def text_tokens(self) -> int:
-        """Text tokens T of a sample."""
-        return len(self.language.prompt) + GROUP * self.language.groups
 
     def name(self, item: int) -> str:
         return self.index.name(int(self.rows[item]))
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """A sample (see above). Raises ValueError for an image that is unreadable or of another size."""
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
         file = self.images / self.name(item)
@@ -259,9 +223,10 @@ class CocoDetections(Dataset):
         boxes, labels = self.index.objects(row)
         if self.augment:
             changed, moved, kept = augment(rng, image, boxes)
-            if len(kept) or not self.noise.skip_empty:  # if no object is left, the picture stays as it was
+            if len(kept) or not self.noise.skip_empty:  # else no object is left: take the image unchanged
                 image, boxes, labels = changed, moved, labels[kept]
         labels = self.label_of[labels]
-        real = boxes, labels, *image.size
-        target = closed_set_target(rng, *real, self.language, self.grid, self.noise)
-        return closed_set_sample(square(image, self.size), target, self.language)
+        target = closed_set_target(
+            rng, boxes, labels, *image.size, language=self.language, grid=self.grid, noise=self.noise
+        )
+        return answer_sample(square(image, self.size), self.language.prompt, target)

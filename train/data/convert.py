@@ -5,16 +5,16 @@
     python train/data/convert.py masks-to-jsonl --data instances.json --images photos/ --out train.jsonl
 
 A line asks for classes, {"image": "a.jpg", "prefix": "detect cat ; dog", "suffix": "<loc...> cat"}, and its
-answer is empty where none of them is there. The way back reads the sizes from the images; boxes come back to
-half a location, 1/2048 of the image's side (in the last one, which stands for the edge, to three halves).
+answer is empty if the image shows none of them. The way back reads the sizes of the images. Boxes come back
+with an error of at most half a location, 1/2048 of the image's side (three halves at its right and lower
+edge, which the last location stands for).
 
-Masks come from a COCO file or from pictures (train/data/masks.py); a line of them asks for a class, {"image":
+Masks come from a COCO file or from pictures (train/data/masks.py); their lines ask for one class, {"image":
 "a.jpg", "prefix": "segment cat", "suffix": "<loc...><seg...> cat"}. --sheet shows what 16 codes keep of them.
 """
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,12 +30,13 @@ from model.io.writing import atomic_write, write_json, write_lines
 from train.data.coco import CocoIndex
 from train.data.jsonl import read_lines, right_answers
 from train.data.masks import Sheet, read_outlines, segment_lines
+from train.run.program import parser, positive, run
 
 
 def lines_of(
     rng: np.random.Generator, index: CocoIndex, item: int, absent: int, most: int | None
 ) -> Iterator[dict]:
-    """The lines of an image: its classes and `absent` others in random order, at most `most` a line."""
+    """The lines of an image: its classes and `absent` others in random order, at most `most` in a line."""
     boxes, labels = index.objects(item)
     names = [index.classes[label] for label in labels]
     others = [name for name in dict.fromkeys(index.classes) if name not in names]
@@ -50,10 +51,9 @@ def lines_of(
 
 
 def coco_to_jsonl(args: argparse.Namespace) -> str:
-    most = args.classes_per_line
-    if args.absent < 0 or args.seed < 0 or (most is not None and most < 1):
-        raise ValueError("--absent and --seed must be at least 0, --classes-per-line at least 1")
-    index = CocoIndex.read(args.data, most_classes=None)
+    if args.absent < 0 or args.seed < 0:
+        raise ValueError("--absent and --seed must be at least 0")
+    index = CocoIndex.read(args.data, max_classes=None)
     for name in index.classes:
         check_label(name)
     counts = Counter()
@@ -61,7 +61,7 @@ def coco_to_jsonl(args: argparse.Namespace) -> str:
     def lines():
         for item in range(len(index)):
             rng = np.random.default_rng([args.seed, item])
-            records = list(lines_of(rng, index, item, args.absent, most))
+            records = list(lines_of(rng, index, item, args.absent, args.classes_per_line))
             counts.update(lines=len(records), without=not records)
             yield from (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
@@ -75,7 +75,7 @@ def coco_to_jsonl(args: argparse.Namespace) -> str:
 def jsonl_to_coco(args: argparse.Namespace) -> str:
     images, objects, counts = {}, [], Counter()
     for _, record in tqdm(read_lines(args.data, args.images), unit="line", leave=False, disable=None):
-        name, answer = record["image"], right_answers(record)[0]  # of several right right_answers, the first
+        name, answer = record["image"], right_answers(record)[0]
         if name not in images:
             width, height = load_image(args.images / name).size
             images[name] = dict(id=len(images) + 1, file_name=name, width=width, height=height)
@@ -103,83 +103,66 @@ def jsonl_to_coco(args: argparse.Namespace) -> str:
 
 
 def masks_to_jsonl(args: argparse.Namespace) -> str:
-    if args.most < 1:
-        raise ValueError("--most must be at least 1")
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
         raise ValueError(f"--sheet {args.sheet}: must be a .png file in a folder that exists")
     codec, sheet, counts = MaskCodec.load(args.codec), Sheet(), Counter()
-    outlines = read_outlines(args.data, lines=is_json_lines(args.data))
+    outlines = read_outlines(args.data)
 
     def lines():
         parts = segment_lines(outlines, args.images, codec, args.most, args.skip_bad, counts)
         for record, image, objects in tqdm(parts, unit="line", leave=False, disable=None):
-            for box, label, before, after in objects:
-                sheet.add(image, box, label, before, after)
+            for each in objects:
+                sheet.add(image, *each)
             counts["lines"] += 1
             yield json.dumps(record, ensure_ascii=False) + "\n"
 
     write_lines(lines(), args.out)
-    if args.sheet and sheet.cells:
+    if args.sheet and sheet.pairs:
         with atomic_write(args.sheet) as temporary:
-            sheet.picture().save(temporary, "PNG")
-    mean = sum(sheet.overlaps) / max(1, len(sheet.overlaps))
+            sheet.draw().save(temporary, "PNG")
+    mean = sum(sheet.ious) / max(1, len(sheet.ious))
     return (
-        f"{counts['objects']} objects in {counts['lines']} lines; mean IoU of what comes back of their masks "
+        f"{counts['objects']} objects in {counts['lines']} lines; mean IoU of masks and reconstructions "
         f"{mean:.3f}; left out: {counts['crowded']} of classes with more than {args.most} in an image, "
         f"{counts['bad']} bad ones"
     )
 
 
-def is_json_lines(file: Path) -> bool:
-    """True for one JSON object a line, False for a COCO file."""
-    with open(file, encoding="utf-8") as handle:
-        first = next((line for line in handle if line.strip()), "")
-    try:
-        return "images" not in json.loads(first)
-    except (ValueError, TypeError):
-        return False
-
-
 def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    commands = parser.add_subparsers(required=True)
-    to_jsonl = commands.add_parser("coco-to-jsonl", help="open-set lines from a COCO instances file")
-    to_jsonl.set_defaults(convert=coco_to_jsonl)
-    to_jsonl.add_argument("--absent", type=int, default=0, help="classes asked for that are not there")
-    to_jsonl.add_argument(
-        "--classes-per-line", type=int, metavar="K", help="at most; default: all in one line"
-    )
-    to_jsonl.add_argument("--seed", type=int, default=0, help="of the absent classes and the order")
-    to_coco = commands.add_parser("jsonl-to-coco", help="a COCO instances file from open-set lines")
-    to_coco.set_defaults(convert=jsonl_to_coco)
-    to_coco.add_argument("--images", type=Path, required=True, help="the folder of the images")
-    of_masks = commands.add_parser("masks-to-jsonl", help="segmentation lines from outlines or mask pictures")
-    of_masks.set_defaults(convert=masks_to_jsonl)
-    of_masks.add_argument("--images", type=Path, required=True, help="the folder of the images")
-    of_masks.add_argument("--codec", type=Path, default=NANO / CODEC, help="vae-oid.npz, or nano's own")
-    of_masks.add_argument("--most", type=int, default=8, help="objects of a class and image")
-    of_masks.add_argument("--skip-bad", action="store_true", help="leave bad masks out instead of stopping")
-    of_masks.add_argument("--sheet", type=Path, metavar="PNG", help="a picture of masks before and after")
-    for command in (to_jsonl, to_coco, of_masks):
-        command.add_argument("--data", type=Path, required=True, help="the file to read")
-        command.add_argument("--out", type=Path, required=True, help="the file to write")
-        command.add_argument("--force", action="store_true", help="overwrite --out")
-    return parser.parse_args(argv)
+    options = parser(__doc__)
+    commands = options.add_subparsers(required=True)
+
+    def command(name: str, convert, help: str):
+        added = commands.add_parser(name, help=help, allow_abbrev=False)
+        added.set_defaults(convert=convert)
+        added.add_argument("--data", type=Path, required=True, help="the file to read")
+        added.add_argument("--out", type=Path, required=True, help="the file to write")
+        added.add_argument("--force", action="store_true", help="overwrite --out")
+        return added.add_argument
+
+    add = command("coco-to-jsonl", coco_to_jsonl, "open-set lines from a COCO instances file")
+    add("--absent", type=int, default=0, help="absent classes to ask for in each image")
+    add("--classes-per-line", type=positive, metavar="K", help="at most; default: all in one line")
+    add("--seed", type=int, default=0, help="of the absent classes and the order")
+    add = command("jsonl-to-coco", jsonl_to_coco, "a COCO instances file from open-set lines")
+    add("--images", type=Path, required=True, help="the folder of the images")
+    add = command("masks-to-jsonl", masks_to_jsonl, "segmentation lines from outlines or mask pictures")
+    add("--images", type=Path, required=True, help="the folder of the images")
+    add("--codec", type=Path, default=NANO / CODEC, help="vae-oid.npz, or nano's own")
+    add("--most", type=positive, default=8, help="objects of a class and image, at most")
+    add("--skip-bad", action="store_true", help="leave bad masks out instead of stopping")
+    add("--sheet", type=Path, metavar="PNG", help="a picture of masks before and after")
+    return options.parse_args(argv)
 
 
 def main(argv=None) -> None:
     args = arguments(argv)
-    try:
-        if not args.out.parent.is_dir():
-            raise ValueError(f"{args.out.parent}: no such folder (for --out)")
-        if args.out.exists() and not args.force:
-            raise ValueError(f"{args.out} exists: choose another --out, or overwrite it with --force")
-        print(f"{args.out}: {args.convert(args)}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert.py: {str(error).splitlines()[0]}")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"{args.out.parent}: no such folder (for --out)")
+    if args.out.exists() and not args.force:
+        raise ValueError(f"{args.out} exists: choose another --out, or overwrite it with --force")
+    print(f"{args.out}: {args.convert(args)}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __file__)

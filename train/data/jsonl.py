@@ -1,4 +1,4 @@
-"""Pairs of texts about an image, one JSON object a line, as big_vision, Vertex and Roboflow write them:
+"""JSON lines: a prompt about an image and its answer, as big_vision, Vertex and Roboflow write them:
 
     {"image": "file.jpg", "prefix": "caption en", "suffix": "a cat"}
 
@@ -19,35 +19,35 @@ from torch.utils.data import Dataset
 from model.io.image import load_image, square
 from model.io.tokenizer import Tokenizer
 from train.data.augment import JITTER, jitter
-from train.data.coco import answer_sample
+from train.data.samples import answer_sample
 from train.data.targets import text_target
 
 KEYS = ("image", "prefix", "suffix")
-FIRST_LINE_BYTES = 1 << 20  # bytes of a first line that are looked at
+MASK_KEYS = ("image", "label", "mask")  # of lines that name a mask picture (train/data/masks.py)
+FIRST_LINE_BYTES = 1 << 20  # a COCO file may be a single line of gigabytes
 
 
 def is_jsonl(path: Path) -> bool:
-    """True for lines of this kind, False for anything else, such as one JSON document; told by content."""
+    """True for a file of JSON lines, False for anything else, such as a COCO file. Its content decides."""
     with open(path, "rb") as file:
-        line = next(
-            (line for line in iter(lambda: file.readline(FIRST_LINE_BYTES), b"") if line.strip()), b""
-        )
+        lines = iter(lambda: file.readline(FIRST_LINE_BYTES), b"")
+        line = next((line for line in lines if line.strip()), b"")
     try:
         first = json.loads(line)
     except ValueError:  # the beginning of a document, or a broken line
-        return re.match(rb'\s*\{\s*"(image|prefix|suffix)"', line) is not None
-    return isinstance(first, dict) and any(key in first for key in KEYS)
+        return re.match(rb'\s*\{\s*"(image|prefix|suffix|label|mask)"', line) is not None
+    return isinstance(first, dict) and not first.keys().isdisjoint(KEYS + MASK_KEYS)
 
 
 def right_answers(record: dict) -> list[str]:
-    """The right answers of a line."""
+    """The right answers of a line, one or several."""
     return record["suffix"] if isinstance(record["suffix"], list) else [record["suffix"]]
 
 
 def read_lines(file: Path, images: Path, allow_outside: bool = False) -> Iterator[tuple[int, dict]]:
-    """Byte offset and record of every line, checked. Raises ValueError "FILE:LINE: what is wrong".
+    """Byte offset and record of every line, checked; faults are reported as "FILE:LINE: what is wrong".
 
-    images: their folder; an image elsewhere, be it by way of a link, is refused without allow_outside.
+    images: their folder. An image outside it, also through a link, is refused unless allow_outside is set.
     """
     root, offset = os.path.realpath(images), 0
     with open(file, "rb") as lines:
@@ -87,8 +87,9 @@ def _parse(line: bytes) -> dict:
 
 
 class JsonlPairs(Dataset):
-    """Samples as in train/data/coco.py: the prompt is the prefix, the answer the suffix and eos. A key is
-    (draw, item): the running number of the sample in the run, and the number of the line."""
+    """Samples (train/data/samples.py), one for each line: prefix and suffix are prompt and answer."""
+
+    closed_set = False
 
     def __init__(
         self,
@@ -100,17 +101,15 @@ class JsonlPairs(Dataset):
         augment: bool = False,
         allow_outside: bool = False,
     ):
-        """augment: colours only, since boxes and words like "left" are in the text.
-
-        Raises ValueError "FILE:LINE: what is wrong" for the first bad line, OSError if there is no file.
-        """
+        """size: S, the image's side. augment: colours only, as boxes and words like "left" are text."""
         self.file, self.images, self.tokenizer = file, images, tokenizer
         self.size, self.seed, self.augment = size, seed, augment
-        offsets, self._longest = [], 0
+        offsets, self.text_tokens = [], 0
         for offset, record in read_lines(file, images, allow_outside):
             offsets.append(offset)
+            prompt = len(tokenizer.encode_prompt(record["prefix"]))
             answer = max(len(tokenizer.encode(text)) for text in right_answers(record))
-            self._longest = max(self._longest, len(tokenizer.encode_prompt(record["prefix"])) + answer)
+            self.text_tokens = max(self.text_tokens, prompt + answer)
         if not offsets:
             raise ValueError(f"{file} has no lines")
         self.offsets = torch.tensor(offsets).share_memory_()
@@ -118,30 +117,21 @@ class JsonlPairs(Dataset):
     def __len__(self) -> int:
         return len(self.offsets)
 
-    closed_set = False  # answers are text
-
-    @property
-    def text_tokens(self) -> int:
-        """Most text tokens T of any sample."""
-        return self._longest
-
     def name(self, item: int) -> str:
-        """The image's name as the line has it."""
         return self._record(item)["image"]
 
     def _record(self, item: int) -> dict:
-        with open(self.file, "rb") as file:  # anew: processes would share the position of an open one
+        with open(self.file, "rb") as file:  # every time: workers would share the position of an open file
             file.seek(self.offsets[item])
             return json.loads(file.readline())
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """A sample. Raises ValueError for an image that is unreadable."""
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
         record = self._record(item)
         image = load_image(self.images / record["image"])
         if self.augment and rng.random() < JITTER:
             image = jitter(rng, image)
-        right = right_answers(record)
-        target = text_target(self.tokenizer, right[rng.integers(len(right))])
-        return answer_sample(square(image, self.size), self.tokenizer.encode_prompt(record["prefix"]), target)
+        prompt, answers = self.tokenizer.encode_prompt(record["prefix"]), right_answers(record)
+        target = text_target(self.tokenizer, answers[rng.integers(len(answers))])
+        return answer_sample(square(image, self.size), prompt, target)

@@ -1,7 +1,8 @@
-"""Masks of objects -> lines of location and segmentation tokens, and a look at what the 16 codes lose.
+"""Masks of objects -> lines of location and segmentation tokens, and a picture of what the 16 codes keep.
 
-Masks come from a COCO instances file (polygons, or either run-length encoding) or from pictures, named by
-JSON lines {"image": "a.jpg", "label": "cat", "mask": "a-cat.png"}: 0 outside, one other value inside.
+Masks come from a COCO instances file (polygons, or run lengths as text or as a list) or from mask pictures,
+which are 0 outside and one other value inside, named by JSON lines such as
+{"image": "a.jpg", "label": "cat", "mask": "a-cat.png"}.
 
 Axes: n objects of an image, H, W pixels.
 """
@@ -18,12 +19,14 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools.mask import decode, frPyObjects, merge
 
 from model.decoding.boxes import box_prompt, boxes_to_locs, check_label, format_answer, locs_to_boxes
-from model.decoding.masks import MaskCodec, crop, from_rle, place, to_rle
-from model.io.image import load_image
+from model.decoding.masks import MaskCodec, crop, from_rle, mask_iou, paste_mask, tight_box, to_rle
+from model.io.image import PILLOWS_ERRORS, load_image
+from model.io.writing import explain
 from train.data.coco import read_records
+from train.data.jsonl import MASK_KEYS, is_jsonl
 
-CELL, ACROSS = 160, 4  # of a contact sheet: pixels of a picture, pairs of them in a row
-MOST_SHOWN = 24
+# The contact sheet: pixels of a cell's side, pairs of cells in a row, pairs at most.
+CELL, COLUMNS, MAX_PAIRS = 160, 4, 24
 
 
 @dataclass(frozen=True)
@@ -33,40 +36,39 @@ class Outline:
     image: str
     label: str
     mask: dict | list | Path  # run-length encoding, polygons, or a picture
-    where: str  # for complaints
-    size: tuple[int, int] | None = None  # width and height of the picture, if the file tells them
+    where: str  # for error messages
+    size: tuple[int, int] | None = None  # width and height of the image, if the file says so
 
 
-def read_outlines(file: Path, lines: bool) -> Iterator[Outline]:
-    """The objects of a COCO file, crowds left out, or of JSON lines, in the order of the file."""
-    if lines:
+def read_outlines(file: Path) -> Iterator[Outline]:
+    """The objects of a COCO file, except crowds, or of JSON lines, in the order of the file."""
+    if is_jsonl(file):
         with open(file, encoding="utf-8") as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
                     yield _of_line(line, file, f"{file}:{number}")
         return
-    categories, pictures, annotations = read_records(file)
+    categories, images, annotations = read_records(file, boxes=False, outlines=True)
     for i, record in annotations.items():
         if not record.get("iscrowd"):
-            picture, label = pictures[record["image_id"]], categories[record["category_id"]]["name"]
+            image, label = images[record["image_id"]], categories[record["category_id"]]["name"]
             where = f"{file}: annotation {i} of image {record['image_id']}"
-            size = picture["width"], picture["height"]
-            yield Outline(picture["file_name"], label, record.get("segmentation"), where, size)
+            size = image["width"], image["height"]
+            yield Outline(image["file_name"], label, record.get("segmentation"), where, size)
 
 
 def _of_line(line: str, file: Path, where: str) -> Outline:
-    try:
+    what = f'{where}: not {{"image": ..., "label": ..., "mask": ...}}'
+    with explain(what, ValueError, KeyError, TypeError):
         record = json.loads(line)
-        image, label, mask = (record[key] for key in ("image", "label", "mask"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{where}: not {{"image": ..., "label": ..., "mask": ...}} ({error!r})') from error
+        image, label, mask = (record[key] for key in MASK_KEYS)
     if not all(isinstance(text, str) and text for text in (image, label, mask)):
-        raise ValueError(f"{where}: image, label and mask must be texts, not {record!r:.80}")
+        raise ValueError(f"{where}: image, label and mask must be text, not {record!r:.80}")
     return Outline(image, label, file.parent / mask, where)
 
 
 def to_mask(outline: Outline, width: int, height: int) -> np.ndarray:
-    """The mask bool [H, W] of an object in a picture of this size. Raises ValueError if anything is wrong."""
+    """The mask bool [H, W] of an object in an image of this size."""
     try:
         check_label(outline.label)
         if outline.size not in (None, (width, height)):
@@ -111,44 +113,33 @@ def _of_polygons(polygons: list, width: int, height: int) -> np.ndarray:
 
 
 def _of_picture(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as picture:
-            values = np.asarray(
-                picture if picture.mode in ("1", "L", "P", "I", "I;16") else picture.convert("RGB")
-            )
-    except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not a readable image ({error})") from error
+    if not file.exists():
+        raise ValueError(f"{file}: no such file")
+    with explain(f"{file}: not a readable image", *PILLOWS_ERRORS), Image.open(file) as picture:
+        one_channel = picture.mode in ("1", "L", "P", "I", "I;16")
+        values = np.asarray(picture if one_channel else picture.convert("RGB"))
     if values.ndim == 3:
         if (values != values[..., :1]).any():
             raise ValueError(f"{file} has colours; a mask has one channel")
         values = values[..., 0]
     different = np.unique(values)
     if len(different) > 2 or (len(different) == 2 and different[0] != 0):
-        told = ", ".join(map(str, different[:4].tolist()))
-        raise ValueError(f"{file} has the values {told} ...; a mask has 0 and one other")
+        some = ", ".join(map(str, different[:4].tolist()))
+        raise ValueError(f"{file} has the values {some} ...; a mask has 0 and one other")
     return values
 
 
-def tight_box(mask: np.ndarray) -> np.ndarray:
-    """x0, y0, x1, y1 around the pixels of a mask."""
-    x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    return np.array([x[0], y[0], x[-1] + 1, y[-1] + 1], float)
-
-
 class Sheet:
-    """A contact sheet: objects as they are, and as box and codes give them back."""
+    """A contact sheet of pairs: an object under its mask, and under the mask made from its box and codes."""
 
     def __init__(self):
-        self.cells, self.overlaps = [], []
+        self.pairs, self.ious = [], []
 
     def add(
         self, image: Image.Image, box: np.ndarray, label: str, before: np.ndarray, after: np.ndarray
     ) -> None:
-        overlap = (before & after).sum() / (before | after).sum()
-        self.overlaps.append(overlap)
-        if len(self.cells) >= MOST_SHOWN:
+        self.ious.append(float(mask_iou(before, after)))
+        if len(self.pairs) >= MAX_PAIRS:
             return
         x0, y0, x1, y1 = box
         side = max(x1 - x0, y1 - y0) * 0.6
@@ -156,36 +147,37 @@ class Sheet:
         frame = [round(x - side), round(y - side), round(x + side), round(y + side)]
         pair = Image.new("RGB", (2 * CELL, CELL + 18), "white")
         for i, mask in enumerate((before, after)):
-            drawn = Image.composite(image, image.point(lambda value: value // 4), Image.fromarray(mask))
-            pair.paste(
-                drawn.crop(frame).resize((CELL - 2, CELL - 2), Image.Resampling.NEAREST), (i * CELL, 0)
-            )
-        text = f"{label}: {overlap:.2f}"
+            lit = Image.composite(image, image.point(lambda value: value // 4), Image.fromarray(mask))
+            lit = lit.crop(frame).resize((CELL - 2, CELL - 2), Image.Resampling.NEAREST)
+            pair.paste(lit, (i * CELL, 0))
+        text = f"{label}: {self.ious[-1]:.2f}"
         ImageDraw.Draw(pair).text((2, CELL), text, fill="black", font=ImageFont.load_default(12))
-        self.cells.append(pair)
+        self.pairs.append(pair)
 
-    def picture(self) -> Image.Image:
-        rows = -(-len(self.cells) // ACROSS)
+    def draw(self) -> Image.Image:
         width, height = 2 * CELL + 12, CELL + 24
-        sheet = Image.new("RGB", (width * min(ACROSS, len(self.cells)), height * rows), "white")
-        for k, cell in enumerate(self.cells):
-            sheet.paste(cell, (k % ACROSS * width, k // ACROSS * height))
+        columns, rows = min(COLUMNS, len(self.pairs)), -(-len(self.pairs) // COLUMNS)
+        sheet = Image.new("RGB", (width * columns, height * rows), "white")
+        for k, pair in enumerate(self.pairs):
+            sheet.paste(pair, (k % COLUMNS * width, k // COLUMNS * height))
         return sheet
 
 
 def segment_lines(
     outlines: Iterator[Outline], images: Path, codec: MaskCodec, most: int, skip_bad: bool, counts: Counter
 ) -> Iterator[tuple[dict, Image.Image, list]]:
-    """A line for each class of an image that has at most `most` objects: the line, the picture, and of each
-    object (box, label, mask, what comes back of it). counts: of objects, and of what was left out."""
+    """For each image and class with at most `most` objects: the line, the image, and for each object its box,
+    label, mask and reconstructed mask. counts: updated with "objects" and with those left out, "bad" and
+    "crowded"."""
     by_image = defaultdict(list)
     for outline in outlines:
         by_image[outline.image].append(outline)
     for name, of_image in by_image.items():
         image, by_label = load_image(images / name), defaultdict(list)
+        size = image.size
         for outline in of_image:
             try:
-                by_label[outline.label].append(to_mask(outline, *image.size))
+                by_label[outline.label].append(to_mask(outline, *size))
             except ValueError:
                 if not skip_bad:
                     raise
@@ -198,10 +190,11 @@ def segment_lines(
             boxes = np.stack([tight_box(mask) for mask in masks])
             crops = np.stack([crop(mask, box) for mask, box in zip(masks, boxes)])
             codes = codec.encode(torch.from_numpy(crops))
-            suffix = format_answer(boxes, [label] * len(masks), *image.size, codes.numpy())
+            suffix = format_answer(boxes, [label] * len(masks), *size, codes.numpy())
             line = dict(image=name, prefix=box_prompt([label], masks=True), suffix=suffix)
-            if len(masks) == 1:
+            if len(masks) == 1:  # infer/evaluate_answers.py compares the first mask of an answer with it
                 line["mask"] = to_rle(masks[0])
-            rounded = locs_to_boxes(boxes_to_locs(boxes, *image.size), *image.size)
-            back = [place(mask, box, *image.size) for mask, box in zip(codec.decode(codes).numpy(), rounded)]
-            yield line, image, list(zip(boxes, [label] * len(masks), masks, back))
+            rounded = locs_to_boxes(boxes_to_locs(boxes, *size), *size)  # as the answer has them
+            decoded = codec.decode(codes).numpy()
+            after = [paste_mask(mask, box, *size) for mask, box in zip(decoded, rounded)]
+            yield line, image, list(zip(boxes, [label] * len(masks), masks, after))

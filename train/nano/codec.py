@@ -1,15 +1,14 @@
-"""Train nano's mask codec on the practice set's masks and on random shapes.
+"""Train nano's mask codec on the masks of practice scenes and on random shapes.
 
     python train/nano/codec.py --out runs/codec --steps 8000
 
-Writes OUT/codec.safetensors and prints the intersection over union of held-out masks and what is left of
-them after 16 codes. The recipe is that of AiT (arXiv 2301.02229): squared error in [-1, 1], a codebook that
-follows the mean of what it stands for, a commitment of 0.25, straight-through gradients.
+Writes OUT/codec.safetensors and prints the mean IoU between held-out masks and their reconstructions. The
+recipe is that of AiT (arXiv 2301.02229): squared error in [-1, 1], codes that are moving means of their
+features, a commitment loss of 0.25, straight-through gradients.
 
 Axes: n masks, W width of a code.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -21,19 +20,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model.decoding.masks import CODES, SIDE, MaskCodec, crop
+from model.decoding.masks import CODES, SIDE, MaskCodec, crop, mask_iou
 from model.io.hub import CODEC
 from train.practice.scenes import make_scene
+from train.practice.write import HELD_OUT_SETS
+from train.run.program import parser, positive, run
 
-DECAY, COMMITMENT = 0.99, 0.25  # of the codebook; of features to their codes
-SCENES = 24  # a step
-HELD_OUT = 300  # scenes that are measured
-SHAPES = 1 / 3  # of a step's masks are made up
-RARE = 0.05  # mean uses a step below which a code is thrown away for a feature of the batch
+DECAY = 0.99  # of the codebook's moving sums
+COMMITMENT = 0.25  # weight of the loss that pulls features towards their codes
+SCENES = 24  # of a step
+SHAPES_PER_MASK = 1 / 3  # random shapes of a step, for each mask of its scenes
+MIN_USES = 0.05  # mean uses a step: a code with fewer is replaced by a feature of the batch
+HELD_OUT_SCENES = 300  # that the mean IoU is measured on
 
 
 def random_shape(rng: np.random.Generator) -> np.ndarray:
-    """An ellipse, a polygon or a star with as many corners as it likes, bool [64, 64], touching all sides."""
+    """An ellipse, or a polygon or star with a random number of corners: bool [64, 64], touching all sides."""
     corners = int(rng.integers(3, 13))
     angles = np.sort(rng.uniform(0, 2 * math.pi, corners))
     radii = rng.uniform(0.3, 1, corners) if rng.random() < 0.7 else np.ones(corners)
@@ -46,20 +48,20 @@ def random_shape(rng: np.random.Generator) -> np.ndarray:
         draw.ellipse((0, 0, SIDE - 1, SIDE - 1), fill=1)
     else:
         draw.polygon([tuple(point) for point in points.tolist()], fill=1)
-    if rng.random() < 0.3:  # something lies before it
+    if rng.random() < 0.3:  # something hides a part of it
         x, y = rng.integers(0, SIDE, 2).tolist()
         draw.ellipse((x - 16, y - 16, x + 16, y + 16), fill=0)
     return np.asarray(canvas)
 
 
 def scene_masks(seed: int, split: str = "train") -> list[np.ndarray]:
-    """The objects of a practice scene, float32 [64, 64] in [-1, 1]."""
+    """The masks of a practice scene's objects, each float32 [64, 64] in [-1, 1]."""
     scene = make_scene(seed, split=split)
     return [crop(scene.owner == k, box) for k, box in enumerate(scene.boxes)]
 
 
 class Masks(Dataset):
-    """An item is the masks of so many scenes and made-up ones, float32 [n, 64, 64]; n varies."""
+    """An item is the masks that a step is trained on, float32 [n, 64, 64]; n varies."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -70,12 +72,12 @@ class Masks(Dataset):
     def __getitem__(self, step: int) -> Tensor:
         rng = np.random.default_rng([step, 7])
         masks = [mask for i in range(SCENES) for mask in scene_masks(step * SCENES + i)]
-        masks += [random_shape(rng) * np.float32(2) - 1 for _ in range(round(len(masks) * SHAPES))]
+        masks += [random_shape(rng) * np.float32(2) - 1 for _ in range(round(len(masks) * SHAPES_PER_MASK))]
         return torch.from_numpy(np.stack(masks))
 
 
 class Codebook:
-    """Moving sums of the features that each code stands for; the code is their mean."""
+    """Keeps moving sums of the features nearest to each code; the code is their mean."""
 
     def __init__(self, codec: MaskCodec):
         self.codec = codec
@@ -83,41 +85,35 @@ class Codebook:
 
     @torch.no_grad()
     def update(self, features: Tensor, codes: Tensor, generator: torch.Generator) -> None:
-        """features [n, W] and the code [n] of each."""
+        """features [n, W] and the nearest code [n] of each."""
         one_hot = F.one_hot(codes, CODES).to(features.dtype)
         self.count.lerp_(one_hot.sum(0), 1 - DECAY)
         self.sum.lerp_(one_hot.T @ features, 1 - DECAY)
-        unused = self.count < RARE
+        unused = self.count < MIN_USES
         drawn = torch.randint(len(features), (int(unused.sum()),), generator=generator)
         self.sum[unused], self.count[unused] = features[drawn], 1.0
         self.codec.codebook.copy_(self.sum / self.count[:, None])
 
 
-def overlap(codec: MaskCodec, masks: Tensor) -> float:
-    """Mean intersection over union of masks [n, 64, 64] and what comes back of them."""
-    a, b = masks > 0, codec.decode(codec.encode(masks)) > 0
-    return ((a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)).mean().item()
+def mean_iou(codec: MaskCodec, masks: Tensor) -> float:
+    """Mean IoU between masks [n, 64, 64] and their reconstructions from codes."""
+    return mask_iou(masks > 0, codec.decode(codec.encode(masks)) > 0).mean().item()
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
+    options = parser(__doc__)
+    add = options.add_argument
     add("--out", type=Path, required=True)
-    add("--steps", type=int, default=8000, help=f"of {SCENES} scenes")
-    add("--channels", type=int, default=64, help="a multiple of 8; the official codec has 128")
-    add("--width", type=int, default=128, help="of a code; the official codec has 512")
+    add("--steps", type=positive, default=8000, help=f"of {SCENES} scenes")
+    add("--channels", type=positive, default=64, help="a multiple of 8; the official codec has 128")
+    add("--width", type=positive, default=128, help="of a code; the official codec has 512")
     add("--lr", type=float, default=1e-3)
     add("--workers", type=int, default=1)
     add("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.channels < 8 or args.channels % 8 or args.steps < 1 or args.width < 1:
-        parser.exit(1, "codec.py: --channels must be a multiple of 8, --steps and --width at least 1\n")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.exit(1, f"codec.py: --out: {error}\n")
+    args = options.parse_args(argv)
+    if args.channels % 8:
+        raise ValueError(f"--channels {args.channels}: must be a multiple of 8")
+    args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -126,15 +122,16 @@ def main(argv=None) -> None:
     loader = DataLoader(Masks(args.steps), batch_size=None, num_workers=args.workers)
     bar = tqdm(loader, unit="step")
     for step, masks in enumerate(bar):
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:  # 100 steps of warm-up, then half a cosine to 0
             group["lr"] = args.lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-        features = codec.features(masks)
-        if step == 0:  # codes begin as features of the first batch
+        features = codec.features(masks)  # [n, 16, W]
+        if step == 0:  # codes start as features of the first batch
             first = features.detach().flatten(0, 1)
             codec.codebook.copy_(first[torch.randperm(len(first), generator=generator)[:CODES]])
             codebook = Codebook(codec)
-        codes = codec.nearest(features.detach())
+        codes = codec.nearest(features.detach())  # [n, 16]
         quantised = codec.codebook[codes]
+        # Straight-through: the decoder reads the codes, its gradient goes to the features.
         straight = features + (quantised - features).detach()
         error = F.mse_loss(codec.reconstruct(straight), masks)
         loss = error + COMMITMENT * F.mse_loss(features, quantised)
@@ -146,13 +143,11 @@ def main(argv=None) -> None:
             bar.set_postfix(error=f"{error.item():.4f}", codes=codes.unique().numel())
 
     codec.save(args.out / CODEC)
-    codec = MaskCodec.load(args.out / CODEC)  # as it is stored
-    for split in ("same", "vendor", "crowded"):
-        held_out = torch.from_numpy(
-            np.stack([mask for seed in range(HELD_OUT) for mask in scene_masks(seed, split)])
-        )
-        print(f"{split:<8} {len(held_out)} masks, mean IoU {overlap(codec, held_out):.3f}")
+    codec = MaskCodec.load(args.out / CODEC)  # in bfloat16, as it is stored
+    for split in HELD_OUT_SETS:
+        masks = np.stack([mask for seed in range(HELD_OUT_SCENES) for mask in scene_masks(seed, split)])
+        print(f"{split:<8} {len(masks)} masks, mean IoU {mean_iou(codec, torch.from_numpy(masks)):.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __file__)

@@ -1,38 +1,16 @@
 """A throw-away detection head on the image tokens: nano's stand-in for SigLIP's pre-training.
 
-An official checkpoint's encoder has seen billions of captioned images before it meets a box: its tokens are
-like the words for what they show. Nano's has seen nothing, and a decoder that reads noise learns little; so
-each image token is also asked directly which class's name it is like, and where the box of the object under
-its patch is. Dense and easy to learn; dropped after training.
+An official checkpoint's encoder has seen billions of captioned images before it meets a box: its tokens
+resemble the words for what they show. Nano's encoder has seen nothing, and a decoder that reads noise learns
+little. So each image token is also trained to resemble the name of the class under its patch and to predict
+the box of the object there, which is a dense signal and easy to learn. The head is dropped after training.
 
 Axes: B batch, P image tokens, C classes, D decoder width.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from train.practice.scenes import Scene
-
-MIN_COVER = 0.2  # share of a patch that an object must own to be its label
-
-
-def patch_targets(scene: Scene, patch: int, background: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of the object that owns most of a patch: labels int64 [P], boxes float32 [P, 4] as fractions."""
-    side = scene.owner.shape[0] // patch
-    tiles = scene.owner.reshape(side, patch, side, patch)
-    ids = np.arange(len(scene.labels))
-    cover = np.zeros((side * side, 1))
-    if len(ids):
-        cover = (tiles[..., None] == ids).mean((1, 3)).reshape(side * side, -1)
-    best = cover.argmax(1)
-    seen = cover[np.arange(len(cover)), best] >= MIN_COVER
-    labels = np.full(side * side, background, np.int64)
-    boxes = np.zeros((side * side, 4), np.float32)
-    labels[seen] = scene.labels[best[seen]]
-    boxes[seen] = scene.boxes[best[seen]] / scene.owner.shape[0]
-    return labels, boxes
 
 
 class PatchHead(nn.Module):
@@ -42,8 +20,8 @@ class PatchHead(nn.Module):
         self.box = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 4)
         )
-        self.sharpness = nn.Parameter(torch.tensor(10.0).log())  # of likeness, as in CLIP and SigLIP
-        self.background = nn.Parameter(torch.zeros(1))  # the likeness that stands for no class
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())  # of similarities, as in CLIP and SigLIP
+        self.background = nn.Parameter(torch.zeros(1))  # the similarity of "no class"
         lengths = torch.tensor([0, *map(len, names)])
         self.register_buffer("pieces", torch.tensor(sum(names, [])), persistent=False)
         self.register_buffer("starts", lengths.cumsum(0)[:-1], persistent=False)
@@ -54,19 +32,18 @@ class PatchHead(nn.Module):
 
     def forward(self, image_tokens: Tensor, embed: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
         """Image tokens [B, P, D], the embedding [vocab, D], labels [B, P] (C is background), boxes [B, P, 4]
-        -> cross-entropy + L1 and GIoU of boxes, a mean over all patches: equal parts of a batch have losses
-        whose mean is that of the batch."""
+        -> cross-entropy of the labels + L1 and GIoU of the boxes, a mean over all patches, so that a batch's
+        loss is the mean of its micro-batches' losses."""
         names = F.embedding_bag(self.pieces, embed, self.starts, mode="mean")  # [C, D]
-        likeness = F.normalize(image_tokens.float(), dim=-1) @ F.normalize(names.float(), dim=-1).mT
-        likeness = (
-            torch.cat((likeness, self.background.expand(*labels.shape, 1)), dim=-1) * self.sharpness.exp()
-        )
-        class_loss = F.cross_entropy(likeness.float().flatten(0, 1), labels.flatten())
-        own = image_tokens.to(self.box[1].weight.dtype)  # an adapter's base may be in bfloat16
-        guess = self.box(own).float() * 0.25 + self.centres  # a box starts at its patch
-        seen = (labels != len(self.starts)).float()
-        per_patch = 5 * (guess - boxes).abs().sum(-1) + 1 - _giou(guess, boxes)
-        return class_loss + (per_patch * seen).mean()
+        similarity = F.normalize(image_tokens.float(), dim=-1) @ F.normalize(names.float(), dim=-1).mT
+        similarity = torch.cat((similarity, self.background.expand(*labels.shape, 1)), dim=-1)  # [B, P, C+1]
+        logits = similarity * self.log_scale.exp()
+        class_loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        image_tokens = image_tokens.to(self.box[1].weight.dtype)  # an adapter's base may be in bfloat16
+        predicted = self.box(image_tokens).float() * 0.25 + self.centres  # starts at the patch
+        is_object = (labels != len(self.starts)).float()
+        box_loss = 5 * (predicted - boxes).abs().sum(-1) + 1 - _giou(predicted, boxes)  # [B, P]
+        return class_loss + (box_loss * is_object).mean()
 
 
 def _giou(a: Tensor, b: Tensor) -> Tensor:

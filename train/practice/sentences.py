@@ -1,4 +1,4 @@
-"""What can be said about a practice scene: the whole grammar. Nano's vocabulary is trained on it too.
+"""The grammar of what can be said about a practice scene. Nano's vocabulary is trained on it too.
 
     caption en                                         a cat left of two dogs
     answer en how many dogs are there?                 2
@@ -12,8 +12,9 @@
     detect cat ; zebra                                 <loc...> cat ; <loc...> cat
     segment cat                                        <loc...><seg...> cat
 
-Every sentence follows from the facts alone, and a question that they do not decide clearly is not asked: an
-answer is right or wrong. Positions and sizes are fractions of the picture's side, from its top left.
+Every sentence follows from the facts alone. A question whose answer would be unclear is not asked, so that
+an answer is either right or wrong. Positions and sizes are fractions of the picture's side, measured from its
+top left.
 """
 
 from collections import defaultdict
@@ -25,14 +26,15 @@ import numpy as np
 from model.config import COCO_CLASSES
 from model.decoding.boxes import box_prompt
 from model.decoding.closed_set import PROMPT
+from train.practice.backgrounds import pick
 
 NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
 COLOURS = "red orange yellow green blue purple pink brown black white grey".split()
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-SIZES = {"small": (0, 0.3), "medium": (0.35, 0.45), "large": (0.5, 1)}  # of the longest side
-MARGIN = 0.04  # of a centre from the lines between thirds of the picture
-APART = 0.1  # centres at least, where one thing is left of another or above it
-LARGER = 1.5  # times the other's area
+SIZES = {"small": (0, 0.3), "medium": (0.35, 0.45), "large": (0.5, 1)}  # ranges of the longest side
+MIN_MARGIN = 0.04  # between a centre and the lines between the thirds of the picture
+MIN_DISTANCE = 0.1  # between the centres of two things, one of which is left of the other or above it
+MIN_AREA_RATIO = 1.5  # of the larger thing to the smaller
 _IRREGULAR = {"person": "people", "sheep": "sheep", "mouse": "mice", "knife": "knives"}
 _PAIRS = ("skis", "scissors")
 
@@ -65,8 +67,8 @@ def plural(name: str) -> str:
     return name + ("es" if name.endswith(("s", "sh", "ch", "x")) else "s")
 
 
-def counted(name: str, count: int) -> str:
-    """ "a dog", "an apple", "a pair of skis", "three dogs"."""
+def phrase(name: str, count: int) -> str:
+    """A class name with its number: "a dog", "an apple", "a pair of skis", "three dogs"."""
     if count == 1 and name in _PAIRS:
         return f"a pair of {name}"
     if count == 1:
@@ -74,18 +76,18 @@ def counted(name: str, count: int) -> str:
     return f"{NUMBERS[count]} {plural(name)}"
 
 
-def place(thing: Thing) -> str | None:
-    """The ninth of the picture that holds a thing's centre, "top left"; None near a line between two."""
-    if any(abs(c - line) < MARGIN for c in thing.centre for line in (1 / 3, 2 / 3)):
+def position_of(thing: Thing) -> str | None:
+    """The ninth of the picture that a thing's centre is in, "top left"; None near the edge of a ninth."""
+    if any(abs(c - line) < MIN_MARGIN for c in thing.centre for line in (1 / 3, 2 / 3)):
         return None
     x, y = (min(int(3 * c), 2) for c in thing.centre)
     return f"{ROWS[y]} {COLUMNS[x]}"
 
 
 def relation(a: tuple[float, float], b: tuple[float, float]) -> str | None:
-    """How centre a lies to centre b; None if they are too close to tell."""
+    """Where centre a is relative to centre b, "left of"; None if they are too close to tell."""
     dx, dy = b[0] - a[0], b[1] - a[1]
-    if max(abs(dx), abs(dy)) < APART:
+    if max(abs(dx), abs(dy)) < MIN_DISTANCE:
         return None
     if abs(dx) >= abs(dy):
         return "left of" if dx > 0 else "right of"
@@ -95,27 +97,27 @@ def relation(a: tuple[float, float], b: tuple[float, float]) -> str | None:
 # ---- captions ----------------------------------------------------------------------------------------------
 
 
-def caption(things: Sequence[Thing]) -> str:
-    """Classes from left to right with their numbers; of one or two, also where they are."""
+def caption_of(things: Sequence[Thing]) -> str:
+    """The classes from left to right, each with its number; for one or two of them also where they are."""
     classes = defaultdict(list)
     for thing in things:
         classes[thing.name].append(thing.centre)
-    groups = [(tuple(np.mean(centres, 0)), counted(name, len(centres))) for name, centres in classes.items()]
+    groups = [(tuple(np.mean(centres, 0)), phrase(name, len(centres))) for name, centres in classes.items()]
     groups.sort()
-    said = [words for _, words in groups]
-    if len(things) == 1 and (where := place(things[0])):
-        return f"{said[0]} at the {where}"
+    phrases = [text for _, text in groups]
+    if len(things) == 1 and (where := position_of(things[0])):
+        return f"{phrases[0]} at the {where}"
     if len(groups) == 2:
         (a, first), (b, second) = groups
         how = relation(a, b)
-        if how == "below":  # whatever is higher comes first
+        if how == "below":  # the higher one comes first
             first, second, how = second, first, "above"
         return f"{first} {how} {second}" if how else f"{first} and {second}"
-    return ", ".join(said[:-1]) + " and " + said[-1] if len(said) > 1 else said[0]
+    return ", ".join(phrases[:-1]) + " and " + phrases[-1] if len(phrases) > 1 else phrases[0]
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
-# Each takes things and returns (question, answer), or None where the facts decide nothing.
+# Each takes things and returns (question, answer), or None if the facts do not decide the answer.
 
 Question = tuple[str, str] | None
 
@@ -132,34 +134,34 @@ def how_many_objects(rng: np.random.Generator, things: Sequence[Thing]) -> Quest
 def is_there(rng: np.random.Generator, things: Sequence[Thing]) -> Question:
     yes = rng.random() < 0.5
     name = _present(rng, things) if yes else _absent(rng, things)
-    return f"is there {counted(name, 1)}?", "yes" if yes else "no"
+    return f"is there {phrase(name, 1)}?", "yes" if yes else "no"
 
 
 def where(rng: np.random.Generator, things: Sequence[Thing]) -> Question:
-    sure = [thing for thing in _unique(things) if place(thing)]
-    thing = _pick(rng, sure)
-    return thing and (f"where is the {thing.name}?", place(thing))
+    sure = [thing for thing in _unique(things) if position_of(thing)]
+    thing = pick(rng, sure)
+    return thing and (f"where is the {thing.name}?", position_of(thing))
 
 
 def what_is_at(rng: np.random.Generator, things: Sequence[Thing]) -> Question:
-    places = [place(thing) for thing in things]
-    if None in places:
+    positions = [position_of(thing) for thing in things]
+    if None in positions:
         return None
-    sure = [thing for thing in things if places.count(place(thing)) == 1]
-    thing = _pick(rng, sure)
-    return thing and (f"what is at the {place(thing)}?", counted(thing.name, 1))
+    sure = [thing for thing in things if positions.count(position_of(thing)) == 1]
+    thing = pick(rng, sure)
+    return thing and (f"what is at the {position_of(thing)}?", phrase(thing.name, 1))
 
 
 def what_is_beside(rng: np.random.Generator, things: Sequence[Thing]) -> Question:
-    thing = _pick(rng, _unique(things))
+    thing = pick(rng, _unique(things))
     found = defaultdict(list)
     for other in things:
         if thing and other is not thing:
             found[relation(other.centre, thing.centre)].append(other.name)
     if None in found:
         return None
-    how = _pick(rng, [how for how, names in sorted(found.items()) if len(names) == 1])
-    return how and (f"what is {how} the {thing.name}?", counted(found[how][0], 1))
+    how = pick(rng, [how for how, names in sorted(found.items()) if len(names) == 1])
+    return how and (f"what is {how} the {thing.name}?", phrase(found[how][0], 1))
 
 
 def which_is_larger(rng: np.random.Generator, things: Sequence[Thing]) -> Question:
@@ -168,13 +170,13 @@ def which_is_larger(rng: np.random.Generator, things: Sequence[Thing]) -> Questi
         return None
     a, b = (unique[i] for i in rng.permutation(len(unique))[:2])
     small, large = sorted((a, b), key=_area)
-    if _area(large) < LARGER * _area(small):
+    if _area(large) < MIN_AREA_RATIO * _area(small):
         return None
     return f"which is larger, the {a.name} or the {b.name}?", f"the {large.name}"
 
 
 def what_colour(rng: np.random.Generator, things: Sequence[Thing]) -> Question:
-    thing = _pick(rng, [thing for thing in _unique(things) if thing.colour])
+    thing = pick(rng, [thing for thing in _unique(things) if thing.colour])
     return thing and (f"what colour is the {thing.name}?", thing.colour)
 
 
@@ -185,7 +187,7 @@ def how_large(rng: np.random.Generator, things: Sequence[Thing]) -> Question:
         for size, (low, high) in SIZES.items()
         if low <= max(thing.sides) <= high
     ]
-    chosen = _pick(rng, sure)
+    chosen = pick(rng, sure)
     return chosen and (f"how large is the {chosen[0].name}?", chosen[1])
 
 
@@ -203,29 +205,25 @@ QUESTIONS: dict[str, Callable[[np.random.Generator, Sequence[Thing]], Question]]
 
 
 def ask(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[str, str, str]:
-    """A random kind of question that the scene decides: kind, question, answer."""
+    """A random kind of question whose answer is clear: kind, question, answer."""
     for i in rng.permutation(len(QUESTIONS)):
         kind = list(QUESTIONS)[i]
         if asked := QUESTIONS[kind](rng, things):
             return kind, *asked
-    raise AssertionError("how many objects there are is always known")
-
-
-def _pick(rng: np.random.Generator, items: Sequence):
-    return items[int(rng.integers(len(items)))] if items else None
+    raise AssertionError("the number of objects is always clear")
 
 
 def _present(rng: np.random.Generator, things: Sequence[Thing]) -> str:
-    return _pick(rng, sorted({thing.name for thing in things}))
+    return pick(rng, sorted({thing.name for thing in things}))
 
 
 def _absent(rng: np.random.Generator, things: Sequence[Thing]) -> str:
     present = {thing.name for thing in things}
-    return _pick(rng, [name for name in COCO_CLASSES if name not in present])
+    return pick(rng, [name for name in COCO_CLASSES if name not in present])
 
 
 def _unique(things: Sequence[Thing]) -> list[Thing]:
-    """Those whose class no other has."""
+    """The things that are the only one of their class."""
     names = [thing.name for thing in things]
     return [thing for thing in things if names.count(thing.name) == 1]
 
@@ -246,8 +244,8 @@ def answer_prompt(question: str) -> str:
 # ---- the vocabulary ----------------------------------------------------------------------------------------
 
 
-def made_up_things(rng: np.random.Generator) -> list[Thing]:
-    """The facts of a scene that nobody has drawn."""
+def random_things(rng: np.random.Generator) -> list[Thing]:
+    """The facts of an imaginary scene."""
     names = rng.choice(COCO_CLASSES, int(rng.integers(1, 7)))
     repeats = rng.integers(1, 3 if len(names) > 4 else 5, len(names))
     things = []
@@ -258,12 +256,12 @@ def made_up_things(rng: np.random.Generator) -> list[Thing]:
 
 
 def random_sentences(rng: np.random.Generator) -> list[str]:
-    """Prompts and answers of every kind about a scene that is made up."""
-    things = made_up_things(rng)
+    """Prompts and answers of every kind about an imaginary scene."""
+    things = random_things(rng)
     names = rng.choice(COCO_CLASSES, 3).tolist()
-    said = [PROMPT, box_prompt(names), " ; ".join(names), box_prompt(names[:1], masks=True)]
-    said += [CAPTION, caption(things), caption(things[:1])]
+    texts = [PROMPT, box_prompt(names), " ; ".join(names), box_prompt(names[:1], masks=True)]
+    texts += [CAPTION, caption_of(things), caption_of(things[:1])]
     for kind in QUESTIONS.values():
         if asked := kind(rng, things):
-            said += [answer_prompt(asked[0]), asked[1]]
-    return said
+            texts += [answer_prompt(asked[0]), asked[1]]
+    return texts

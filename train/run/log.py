@@ -5,8 +5,8 @@ import contextlib
 import json
 import resource
 import signal
-import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -61,8 +61,11 @@ class Log:
                 self.board.add_scalar(name, value, figures["step"])
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, or resident on a CPU."""
-    if device.type == "cuda":
+def peak_memory(device: torch.device | str) -> int:
+    """Most bytes that this process has held so far: of the GPU, or resident, mapped files included."""
+    if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: getrusage would count what the parent held when it started this process
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes

@@ -8,7 +8,7 @@ from model import PaliGemma, lora
 from model.io.hub import resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
-from train.data.samples import check_length, classes_for, open_data
+from train.data.open import check_length, classes_for, open_data, read_coco_index
 from train.run.options import caps_of, noise_of
 
 GIB = 2**30
@@ -18,9 +18,8 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
     """Print sizes, memory and steps; returns the exit code."""
     folder = resolve(args.model, weights=False)
     config = load_config(folder)
-    if args.data:
-        config = config.override(classes=classes_for(args.data, args.images, config.classes))
-    config = config.override(**caps_of(args))
+    index = read_coco_index(args.data, args.images) if args.data else None
+    config = config.override(classes=classes_for(index, config.classes), **caps_of(args))
     with torch.device("meta"):
         model = PaliGemma(config).to(getattr(torch, args.dtype))
         if args.lora:
@@ -37,7 +36,7 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
     groups = config.groups
     text = 8 + 5 * groups  # of the closed-set language
     if args.data and tokenizer.exists():
-        options = args.seed, args.augment, args.allow_outside, noise_of(args)
+        options = args.seed, args.augment, args.allow_outside, noise_of(args), index
         data = open_data(args.data, args.images, model, Tokenizer(folder), *options)
         epochs = args.steps * args.batch_size / len(data)
         print(f"data        {args.data}: {len(data):,} samples, {epochs:.2f} epochs")

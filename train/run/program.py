@@ -18,10 +18,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small: must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def complain(error: BaseException | str, file: str) -> None:
+    """Print the first line of an error on stderr, after the name of the program. file: its __file__."""
+    lines = str(error).splitlines() or [type(error).__name__]  # some errors of Python's have no text
+    print(f"{Path(file).name}: {lines[0]}", file=sys.stderr)
 
 
 def run(main: Callable[[], int | None], file: str) -> None:
@@ -32,8 +37,8 @@ def run(main: Callable[[], int | None], file: str) -> None:
     """
     try:
         status = main() or 0
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{Path(file).name}: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        complain(error, file)
         status = 1
     except KeyboardInterrupt:
         status = 130

@@ -1,0 +1,162 @@
+"""The benchmark programs with tiny settings: that they run, and that both sides compute the same thing."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ENVIRONMENT, call, load
+from PIL import Image
+from reference import save, tiny_paligemma
+
+from infer import benchmark, benchmark_step, tradeoffs
+from infer.lib import measuring
+from model.config import VARIANTS
+from train.run.log import peak_memory
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, here):
+    """A program's standard output; it must end well."""
+
+    def run(program, *argv) -> str:
+        code, out, err = call(monkeypatch, capsys, program, *argv)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+# ---- benchmark.py ------------------------------------------------------------------------------------------
+
+
+def test_benchmark(run, here):
+    """Nano beside transformers: the tokens of all sides are equal, and every figure is there."""
+    options = "--groups 1 --rounds 2 --batch-size 1 2 --no-memory --peer --device cpu --json f.json".split()
+    out = run(benchmark, *options)
+    figures = json.loads((here / "f.json").read_text())
+    assert [(row["batch"], row["side"]) for row in figures["rows"]] == [
+        (batch, side) for batch in (1, 2) for side in ("ours", "transformers")
+    ]
+    assert all(row["tokens_equal"] and row["prefill"] > 0 for row in figures["rows"])
+    assert "prefill s" in out and "other tokens" not in out
+
+
+def test_peak_memory_is_of_a_process_of_its_own(run, here):
+    run(benchmark, *"--groups 1 --rounds 1 --no-peer --device cpu --json f.json".split())
+    (row,) = json.loads((here / "f.json").read_text())["rows"]
+    assert 5e7 < row["peak"] < 5e9
+
+
+# ---- benchmark_step.py -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save(tiny_paligemma(0), tmp_path_factory.mktemp("tiny"))
+
+
+def test_sides_compute_the_same_loss(tiny):
+    """The step of transformers + peft is the same step, with and without recomputing activations."""
+    args = argparse.Namespace(device="cpu", batch_size=2, steps=1)
+    rows = [benchmark_step.measure(side, tiny, args) for side in benchmark_step.SIDES]
+    assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * 4, rel=0.01)
+    assert len({row["trainable"] for row in rows}) == 1 and rows[0]["trainable"] > 1000
+
+
+def test_benchmark_step(run, here, tiny):
+    options = "--no-peer --steps 1 --turns 2 --device cpu --peak-tflops 1 --json f.json".split()
+    out = run(benchmark_step, *options, "--folder", tiny)
+    rows = json.loads((here / "f.json").read_text())["rows"]
+    assert [row["side"] for row in rows] == ["ours", "ours, recompute"] * 2
+    table = [line.split("  ")[0] for line in out.splitlines()[-3:]]
+    assert table == ["", "ours", "ours, recompute"] and re.search("s a step .* MFU", out)
+
+
+def test_every_side_fails(monkeypatch, capfd, here):
+    """A line for each, and the reason; no traceback."""
+    (here / "config.json").write_text("{}")
+    argv = "--no-peer", "--device", "cpu", "--folder", here
+    code, out, err = call(monkeypatch, capfd, benchmark_step, *argv)
+    assert code == 1 and "Traceback" not in err
+    assert "config.json" in err and "benchmark_step.py: " in err
+
+
+# ---- tradeoffs.py ------------------------------------------------------------------------------------------
+
+
+def test_early_stop(run, here, monkeypatch):
+    """Stopping early decodes fewer boxes; the table has a row for each rule, and a plot is drawn."""
+    monkeypatch.setattr(tradeoffs, "NOISE", (0.0,))
+    out = run(tradeoffs, *"early-stop --count 3 --repeats 1 --out plot.png".split())
+    header, never, one, two = (line.split() for line in out.splitlines())
+    assert header[-2:] == ["boxes", "images/s"] and never[:2] == ["-", "-"] and never[3] == "12.0"
+    assert one[:2] == ["0.0", "1"] and one[3] == "1.0" and two[3] == "2.0"
+    assert Image.open(here / "plot.png").size == (780, 520)
+
+
+def test_growth(run, here, monkeypatch):
+    for name, values in dict(GROUPS=(1, 2), BATCHES=(1, 2), SIDES=(32, 64)).items():
+        monkeypatch.setattr(tradeoffs, name, values)
+    out = run(tradeoffs, *"growth --repeats 1 --out plot.png".split())
+    names = [re.sub(r"\d+ ms", "ms", line) for line in out.splitlines()]
+    assert names == ["groups: 1 ms, 2 ms", "images a batch: 1 ms, 2 ms", "image tokens: 4 ms, 16 ms"]
+    assert (here / "plot.png").exists()
+
+
+def test_head(run, monkeypatch):
+    """Each way for coordinates and for classes."""
+    monkeypatch.setattr(tradeoffs, "WIDTHS", {"tiny": (8, 257_216)})
+    monkeypatch.setattr(tradeoffs, "REPEATS", 3)
+    lines = run(tradeoffs, *"head --device cpu --batch-size 1 2".split()).splitlines()
+    assert lines[1].split() == ["full", "slice"] and len(lines) == 6
+    assert re.fullmatch(r"tiny, batch 2, 81 classes +\d+ +\d+", lines[-1])
+
+
+def test_the_heads_ways_choose_alike(monkeypatch):
+    """The likeliest allowed id, but for noise, which only the head leaves out."""
+    decoder = tradeoffs.TiedHead(8, 257_216, torch.float32, "cpu")
+    ways = tradeoffs.three_ways(decoder, torch.randn(3, 8), slot=0)
+    assert torch.equal(ways["full"]().indices, ways["slice"]().best)
+
+
+def test_options_belong_to_their_table(monkeypatch, capsys):
+    """Where an option would have no effect it is refused."""
+    for argv in (["head", "--count", 3], ["growth", "--out", "a.png", "--device", "cpu"], []):
+        code, _, err = call(monkeypatch, capsys, tradeoffs, *argv)
+        assert code == 2 and "usage:" in err
+
+
+# ---- what they share ---------------------------------------------------------------------------------------
+
+
+def test_random_checkpoint(here, monkeypatch, tiny):
+    """Built once: the second time it is found; a temporary one is removed."""
+    config = load(tiny).config
+    monkeypatch.setitem(VARIANTS, "tiny", config)
+    with measuring.random_checkpoint("tiny", here / "kept") as folder:
+        stamp = (folder / "model.safetensors").stat().st_mtime_ns
+        assert load(folder).config.text == config.text
+    with measuring.random_checkpoint("tiny", here / "kept") as folder:
+        assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    with measuring.random_checkpoint("tiny", None) as folder:
+        assert (folder / "config.json").exists()
+    assert not folder.exists()
+
+
+def test_peak_memory():
+    """That of this process alone: what its parent held when it started does not count."""
+    held = bytearray(300 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # every page is there
+    code = "from train.run.log import peak_memory; print(peak_memory('cpu'))"
+    child = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, check=True)
+    assert int(child.stdout) < peak_memory("cpu")
+    assert peak_memory("cpu") > len(held)
+
+
+def test_print_table(capsys):
+    measuring.print_table([{"side": "ours", "s": "1.50"}, {"side": "theirs, too", "GB": "10"}])
+    assert capsys.readouterr().out == "side            s  GB\nours         1.50\ntheirs, too        10\n"

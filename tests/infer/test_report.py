@@ -1,0 +1,120 @@
+"""report.py: its pictures, and the page that shows them."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import LISTED_IMAGES, FromAList, call
+from PIL import Image
+
+from infer import report
+from infer.lib import predictions
+from infer.lib.plots import Evaluated
+from model.decoding.detector import Detections
+from train.measures import FIGURES
+
+PLOTS = "precision_recall score_distribution boxes_per_image box_sizes calibration ap_per_class".split()
+PICTURES = {f"{name}.png" for name in PLOTS} | {"best.jpg", "worst.jpg"}
+
+
+@pytest.fixture
+def run_report(monkeypatch, capsys):
+    def run(*argv):
+        code, _, err = call(monkeypatch, capsys, report, *argv)
+        return code, err
+
+    return run
+
+
+def check_report(folder: Path, pictures: set[str]) -> str:
+    """Every picture is there, readable, and on the page; the page asks for nothing else."""
+    page = (folder / "index.html").read_text()
+    assert {file.name for file in folder.iterdir()} == pictures | {"index.html"}
+    assert set(re.findall(r'src="([^"]*)"', page)) == pictures and "http" not in page
+    assert page.count("<figcaption>") == len(pictures)
+    for name in pictures:
+        with Image.open(folder / name) as image:
+            assert image.convert("L").getextrema()[0] < 128 < image.width  # not empty
+    return page
+
+
+def test_report(evaluate_data, run_report, tmp_path):
+    evaluate_data("--out", tmp_path / "eval")
+    lines = [dict(step=i, loss=5 / i, lr=1e-3, samples_per_s=9) for i in range(1, 90)]
+    lines += [dict(step=50, val_loss=1.0), dict(step=89, val_mAP=0.25, val_loss=0.5)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"st')
+    assert (
+        run_report("--eval", tmp_path / "eval", "--run", tmp_path / "run", "--out", tmp_path / "page")[0] == 0
+    )
+    page = check_report(tmp_path / "page", PICTURES | {"learning_curve.png", "validation_curve.png"})
+    figures = json.loads((tmp_path / "eval" / "figures.json").read_text())
+    assert all(
+        f"<th>{name}</th><td>{figures[name]:.3f}</td>" in page for name in FIGURES if figures[name] >= 0
+    )
+    assert "validation loss 0.500, validation mAP 0.250" in page
+
+
+def test_report_of_practice_sets(data, run_report, tmp_path):
+    """One after the other, each with its own pictures; a folder that was moved; a run with losses only."""
+    for split in ("same", "crowded"):
+        out = tmp_path / "first" / split
+        shutil.copytree(data.parent, out / "scenes")
+        places = dict(data="scenes/instances.json", images="scenes/images")
+        (out / "settings.json").write_text(json.dumps(dict(name=split) | places))
+        predictions.evaluate(
+            FromAList(data), out / "scenes" / "instances.json", out / "scenes" / "images", 4, split, out
+        )
+    (tmp_path / "first").rename(tmp_path / "eval")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    code, _ = run_report(
+        "--eval", tmp_path / "eval", "--run", tmp_path / "run", "--out", tmp_path / "page", "--images", 1
+    )
+    assert code == 0
+    names = {f"{split}_{name}" for split in ("same", "crowded") for name in PICTURES}
+    page = check_report(tmp_path / "page", names | {"learning_curve.png"})
+    assert page.index("<h2>same") < page.index("<h2>crowded")
+
+
+def test_best_and_worst(data, tmp_path):
+    """F1 by hand: all of an image's objects and nothing else is 1; half of them and one wrong is 0.5."""
+    truth = json.loads(data.read_text())["annotations"]
+    of_image = {i: [a for a in truth if a["image_id"] == i] for i in range(LISTED_IMAGES)}
+    keep = ("image_id", "category_id", "bbox")
+    results = [{key: a[key] for key in keep} | dict(score=0.9) for a in of_image[0] + of_image[1][1:]]
+    results.append(dict(image_id=1, category_id=1, bbox=[90, 70, 5, 5], score=0.9))
+    results.append(dict(image_id=3, category_id=1, bbox=[90, 70, 5, 5], score=0.9))
+    results += [dict(image_id=2, category_id=1, bbox=[0, 0, 3, 3], score=0.01)] * 20
+    settings = dict(name="x", data=str(data), images=str(data.parent / "images"))
+    for name, value in (("settings", settings), ("figures", {}), ("results", results)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    e = Evaluated(tmp_path)
+    n = len(of_image[1])
+    assert e.threshold == 0.9 and e.found.tolist()[:4] == [len(of_image[0]), n, 0, 1]
+    assert e.f1[:4].tolist() == pytest.approx([1, 2 * (n - 1) / (2 * n), 0, 0]) and e.f1[7] == 1
+
+
+def test_report_in_words(run_report, tmp_path, monkeypatch):
+    """What is missing, in one line."""
+    monkeypatch.chdir(tmp_path)
+    code, err = run_report("--eval", ".", "--out", "page")
+    assert code == 1 and err.startswith("report.py: --eval .")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, err = run_report("--eval", ".", "--out", "page")
+    assert code == 1 and "pip install matplotlib" in err
+    assert not (tmp_path / "page").exists()
+
+
+def test_nothing_found(evaluate_data, run_report, data, tmp_path):
+    """A detector that finds nothing has a report too."""
+    silent = FromAList(data)
+    none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), None)
+    silent.answers = dict.fromkeys(silent.answers, none)
+    assert evaluate_data("--out", tmp_path / "eval", detector=silent)[0] == 0
+    assert run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page", "--images", 1)[0] == 0
+    check_report(tmp_path / "page", PICTURES)

@@ -1,0 +1,67 @@
+"""Opening --data: a COCO instances file or JSON lines, told apart by content."""
+
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from model import PaliGemma
+from model.decoding.closed_set import ClosedSet
+from model.io.tokenizer import Tokenizer
+from train.data.coco import CocoDetections, CocoIndex
+from train.data.jsonl import JsonlPairs, is_jsonl
+from train.data.targets import NANO_NOISE, Noise
+
+
+def image_folder(file: Path, images: Path | None) -> Path:
+    """The folder of a file's images: by default images/ beside it."""
+    return images or file.parent / "images"
+
+
+def read_coco_index(file: Path, images: Path | None) -> CocoIndex | None:
+    """The index of a COCO file; None for JSON lines."""
+    return None if is_jsonl(file) else CocoIndex.read(file, image_folder(file, images))
+
+
+def classes_for(index: CocoIndex | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of a model that is trained on this data: those it knows if they include all of the file's,
+    else the file's. They decide what the class tokens mean, so this comes before the model is loaded."""
+    return known if index is None or set(index.classes) <= set(known) else index.classes
+
+
+def open_data(
+    file: Path,
+    images: Path | None,
+    model: PaliGemma,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    augment: bool = False,
+    allow_outside: bool = False,
+    noise: Noise = NANO_NOISE,
+    index: CocoIndex | None = None,
+) -> Dataset:
+    """The data set of a file, checked against the model. index: of a COCO file, if it is read already."""
+    images, size = image_folder(file, images), model.config.vision.image_size
+    index = read_coco_index(file, images) if index is None else index
+    if index is None:
+        if changed := noise.changed():
+            what = f"{', '.join(changed)}: only closed-set detection has noise"
+            raise ValueError(f"{what}, and {file} holds lines of text, not COCO instances")
+        data = JsonlPairs(file, images, tokenizer, size, seed, augment, allow_outside)
+    else:
+        language = ClosedSet.of(model.config, tokenizer)
+        label_of = [language.classes.index(name) for name in index.classes]
+        data = CocoDetections(index, images, language, label_of, size, seed, augment, noise)
+    if not len(data):
+        raise ValueError(f"{file} has no samples with objects, and --skip-empty leaves out the others")
+    check_length(data.text_tokens, model)
+    return data
+
+
+def check_length(text: int, model: PaliGemma) -> None:
+    """Refuse image and text that need more positions than the checkpoint has."""
+    need, have = model.config.vision.tokens + text, model.config.text.max_positions
+    if need > have:
+        raise ValueError(
+            f"{need} positions needed ({text} of text), the checkpoint has {have}: shorten the text, or take "
+            "a checkpoint of a smaller image size"
+        )
