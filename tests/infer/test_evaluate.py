@@ -6,7 +6,6 @@ A detector that answers from a list stands in for the model, except where severa
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
