@@ -1,9 +1,8 @@
-"""Validation while training: the loss on held-out samples, and for detectors COCO's mAP on some pictures."""
+"""Validation while training: the loss on held-out samples, and for detectors COCO's mAP on the same ones."""
 
 import argparse
-import contextlib
-import io
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,20 +10,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 
-from infer.lib.predictions import predict
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet, GroupDecoder
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
+from model.io.image import to_network
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
 from train.data.open import open_data
 from train.data.samples import collate
-from train.measures import category_ids, read_coco, run_cocoeval
+from train.measures import make_coco, run_cocoeval
 from train.practice.write import write_coco
 from train.run.options import noise_of
 from train.run.processes import gathered, process
@@ -43,85 +42,83 @@ class Validation:
         tokenizer: Tokenizer,
         device: torch.device,
     ):
-        self.model, self.objective, self.device = model, objective, device
-        self.rank, self.world = process()
-        if args.shard:  # every process must run the same layers the same number of times
-            self.rank, self.world = 0, 1
-        self.dtype = dict(dtype=torch.bfloat16, enabled=args.amp and args.dtype == "float32")
+        self.objective, self.device = objective, device
+        # Under FSDP all processes must run the same layers equally often: each of them does all of it.
+        rank, self.world = (0, 1) if args.shard else process()
+        self.amp = args.amp and args.dtype == "float32"
         file, images = args.val, args.val_images
         if file is None:
             self._scenes = tempfile.TemporaryDirectory()  # held until the program ends
             file = Path(self._scenes.name) / "same" / "instances.json"
             write_coco(file.parent, args.val_count, "same", model.config.vision.image_size)
-        images = images or file.parent / "images"
         # The noise of the training data, or val_loss would be of other answers; but every picture counts.
         noise = replace(noise_of(args), skip_empty=False)
-        data = open_data(file, images, model, tokenizer, args.seed, augment=False, noise=noise)
-        keys = [(item, item) for item in range(min(args.val_count, len(data)))][self.rank :: self.world]
+        self.data = open_data(file, images, model, tokenizer, args.seed, augment=False, noise=noise)
+        items = range(min(args.val_count, len(self.data)))
+        self.mine = items[rank :: self.world]
         self.loader = DataLoader(
-            Keyed(data, keys),
+            Subset(self.data, [(item, item) for item in self.mine]),  # a sample is asked for by two numbers
             BATCH,
             collate_fn=partial(collate, pad=model.config.pad, per_example=args.loss_mean == "example"),
         )
         self.detector = None
-        if isinstance(data, CocoDetections) and args.shard:
-            if process()[0] == 0:
-                print("--shard: validation computes val_loss only; for val_mAP, evaluate a checkpoint")
-        elif isinstance(data, CocoDetections):
-            self.coco, self.images = first_images(read_coco(file), args.val_count), images
-            language = ClosedSet.of(model.config, tokenizer)
-            self.detector = ClosedSetDetector(GroupDecoder(model, language), Selection(nms_iou=0.5))
-            self.ids = category_ids(self.coco, self.detector.classes, file)
+        if self.data.closed_set and args.shard and process()[0] == 0:
+            print("--shard: validation computes val_loss only; for val_mAP, evaluate a checkpoint")
+        if self.data.closed_set and not args.shard:
+            decoder = GroupDecoder(model, ClosedSet.of(model.config, tokenizer))
+            self.detector = ClosedSetDetector(decoder, Selection(nms_iou=0.5))
+            self.truth = truth_of(self.data, items)
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
         """{"val_loss": ..., "val_mAP": ...} of all processes' shares. With --shard no mAP: the decoder
         calls parts of the model by themselves, whose weights FSDP would not put together."""
         self.objective.eval()
+        # Files do not know what each patch shows: the helper head has nothing to say here.
+        patch_head, self.objective.patch_head = self.objective.patch_head, None
         sums = torch.zeros(2, device=self.device)  # losses, weights
+        results, items = [], iter(self.mine)
         for batch in self.loader:
             batch = {name: x.to(self.device) for name, x in batch.items()}
-            patch_head, self.objective.patch_head = self.objective.patch_head, None  # files know no patches
-            with torch.autocast(self.device.type, **self.dtype):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 _, loss = self.objective(batch | {"total": torch.ones((), device=self.device)})
-            self.objective.patch_head = patch_head
             sums += torch.stack((loss, batch["weights"].sum()))
+            if self.detector:
+                results += self._detect(batch["image"], items)
+        self.objective.patch_head = patch_head
         if self.world > 1:
             dist.all_reduce(sums)
         figures = {"val_loss": round((sums[0] / sums[1]).item(), 4)}
         if self.detector:
-            figures["val_mAP"] = round(self._mean_average_precision(), 4)
+            results = [result for share in gathered(results) for result in share]
+            figures["val_mAP"] = round(max(0.0, float(run_cocoeval(self.truth, results).stats[0])), 4)
         if isinstance(self.objective, FSDPModule):  # without a backward pass its root stays unsharded
             self.objective.reshard()
         self.objective.train()
         return figures
 
-    def _mean_average_precision(self) -> float:
-        mine = first_images(self.coco, None, self.rank, self.world)
-        results = predict(self.detector, mine, self.images, self.ids, BATCH, "validation")
-        results = [result for share in gathered(results) for result in share]
-        return max(0.0, float(run_cocoeval(self.coco, results).stats[0]))
+    def _detect(self, images: Tensor, items: Iterable[int]) -> list[dict]:
+        """What is found in a batch of uint8 [B, S, S, 3], in COCO's format; the next B items are theirs."""
+        items = [item for _, item in zip(range(len(images)), items)]
+        sizes = [self.data.picture_size(item) for item in items]
+        results = []
+        for item, found in zip(items, self.detector.select(self.detector.decode(to_network(images)), sizes)):
+            for (x0, y0, x1, y1), score, label in zip(found.boxes.tolist(), found.scores, found.class_ids):
+                box = [x0, y0, x1 - x0, y1 - y0]
+                results.append(dict(image_id=item, category_id=int(label), bbox=box, score=float(score)))
+        return results
 
 
-class Keyed(Dataset):
-    """A data set that is asked for (draw, item), as a list of such keys."""
-
-    def __init__(self, data, keys: list[tuple[int, int]]):
-        self.data, self.keys = data, keys
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, i: int):
-        return self.data[self.keys[i]]
-
-
-def first_images(coco: COCO, count: int | None, start: int = 0, step: int = 1) -> COCO:
-    """The set cut down to some of its first images in the file, which val_loss is of, too."""
-    records = coco.dataset["images"][:count][start::step]
-    kept, part = {record["id"] for record in records}, COCO()
-    annotations = [a for a in coco.dataset["annotations"] if a["image_id"] in kept]
-    part.dataset = dict(images=records, annotations=annotations, categories=coco.dataset["categories"])
-    with contextlib.redirect_stdout(io.StringIO()):
-        part.createIndex()
-    return part
+def truth_of(data: CocoDetections, items: Iterable[int]) -> COCO:
+    """The objects of some samples for pycocotools: images by item, categories by the model's class numbers.
+    Crowds are not among them, so they do not count."""
+    images, annotations = [], []
+    for item in items:
+        width, height = data.picture_size(item)
+        images.append(dict(id=item, width=width, height=height))
+        for (x0, y0, x1, y1), label in zip(*data.objects(item)):
+            box, number = [x0, y0, x1 - x0, y1 - y0], len(annotations) + 1  # pycocotools: 0 is "no match"
+            area = dict(area=box[2] * box[3], iscrowd=0)
+            annotations.append(dict(id=number, image_id=item, category_id=int(label), bbox=box) | area)
+    categories = [dict(id=label, name=name) for label, name in enumerate(data.language.classes)]
+    return make_coco(images, annotations, categories)

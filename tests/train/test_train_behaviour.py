@@ -109,7 +109,6 @@ def test_autocast(tiny, scenes, tmp_path, monkeypatch):
         return real(q, *rest)
 
     monkeypatch.setattr(gemma, "attend", watched)
-    monkeypatch.setattr(Validation, "_mean_average_precision", lambda self: 0.0)
     options = f"{PLAIN} --data {scenes} --val {scenes} --val-every 1 --steps 1"
     run(tiny, tmp_path / "with", f"{options} --amp")
     assert seen == {(True, True, torch.bfloat16), (False, True, torch.bfloat16)}
@@ -127,9 +126,8 @@ def validation_of(objective, folder, scenes, count=8) -> Validation:
     return Validation(args, objective.model, objective, Tokenizer(folder), torch.device("cpu"))
 
 
-def test_validation_drops_nothing(tiny, scenes, monkeypatch):
+def test_validation_drops_nothing(tiny, scenes):
     """The loss is that of the adapter without dropout."""
-    monkeypatch.setattr(Validation, "_mean_average_precision", lambda self: 0.0)
     losses = []
     for dropout in (0.0, 0.5, 0.5):
         model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
@@ -157,7 +155,6 @@ def test_validation_changes_nothing(tiny, scenes, tmp_path):
 @torch.no_grad()
 def test_validation_loss(tiny, scenes, monkeypatch):
     """By hand: the mean of the cross-entropies, each weighed as in training. Batches of different sizes."""
-    monkeypatch.setattr(Validation, "_mean_average_precision", lambda self: 0.0)
     monkeypatch.setattr(validate, "BATCH", 3)
     model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
     found = validation_of(Objective(model, None), tiny, scenes).run()["val_loss"]
@@ -174,18 +171,21 @@ def test_validation_map_is_of_all_pictures(tiny, scenes, monkeypatch):
     """Perfect boxes on one process's share are not yet perfect, those of both processes are."""
     shares = []
 
-    def perfect(detector, coco, images, ids, *_):
-        kept = [dict(x, score=1.0) for x in coco.dataset["annotations"]]
-        return [{name: x[name] for name in ("image_id", "category_id", "bbox", "score")} for x in kept]
+    def perfect(self, images, items):
+        return [
+            dict(image_id=item, category_id=int(label), bbox=[x0, y0, x1 - x0, y1 - y0], score=1.0)
+            for _, item in zip(images, items)
+            for (x0, y0, x1, y1), label in zip(*self.data.objects(item))
+        ]
 
-    monkeypatch.setattr(validate, "predict", perfect)
+    monkeypatch.setattr(Validation, "_detect", perfect)
     monkeypatch.setattr(validate, "gathered", lambda mine: shares.append(mine) or shares)
+    monkeypatch.setattr(validate.dist, "all_reduce", lambda sums: None)
     model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
-    validation = validation_of(Objective(model, None), tiny, scenes, count=6)
     figures = []
-    for validation.rank in (0, 1):
-        validation.world = 2
-        figures.append(validation._mean_average_precision())
+    for rank in (0, 1):
+        monkeypatch.setattr(validate, "process", lambda rank=rank: (rank, 2))
+        figures.append(validation_of(Objective(model, None), tiny, scenes, count=6).run()["val_mAP"])
     assert 0 < figures[0] < 0.9 and figures[1] == pytest.approx(1)
     pictures = [{result["image_id"] for result in share} for share in shares]
     assert len(pictures[0] | pictures[1]) == 6 and not pictures[0] & pictures[1]

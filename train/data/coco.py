@@ -211,19 +211,26 @@ class CocoDetections(Dataset):
     def name(self, item: int) -> str:
         return self.index.name(int(self.rows[item]))
 
+    def picture_size(self, item: int) -> tuple[int, int]:
+        """Width and height, as the file has them."""
+        return tuple(self.index.sizes[self.rows[item]].tolist())
+
+    def objects(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes float64 [n, 4] in pixels, and the model's class numbers int64 [n]."""
+        boxes, labels = self.index.objects(int(self.rows[item]))
+        return boxes, self.label_of[labels]
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
         file = self.images / self.name(item)
-        row = int(self.rows[item])
         image = load_image(file)
-        check_size(image, file, *self.index.sizes[row].tolist())
-        boxes, labels = self.index.objects(row)
+        check_size(image, file, *self.picture_size(item))
+        boxes, labels = self.objects(item)
         if self.augment:
             changed, moved, kept = augment(rng, image, boxes)
             if len(kept) or not self.noise.skip_empty:  # else no object is left: take the image unchanged
                 image, boxes, labels = changed, moved, labels[kept]
-        labels = self.label_of[labels]
         target = closed_set_target(
             rng, boxes, labels, *image.size, language=self.language, grid=self.grid, noise=self.noise
         )
