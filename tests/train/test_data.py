@@ -566,7 +566,7 @@ def test_converter_errors(folder, monkeypatch, capsys):
         ([*forth, str(bad)], "not a COCO annotation file"),
         ([*forth, str(semicolon)], "'a;b'"),
         ([*forth, source, "--absent", "-1"], "--absent"),
-        ([*forth, source, "--classes-per-line", "0"], "--classes-per-line: 0 is too small"),
+        ([*forth, source, "--classes-per-line", "0"], "argument --classes-per-line: "),
         ([*forth, source, "--abs", "1"], "unrecognized arguments: --abs"),
         ([*forth[:2], str(folder / "no/out.jsonl"), "--data", source], "no such folder"),
         ([*forth[:2], source, "--data", source], "exists"),
