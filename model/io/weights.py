@@ -68,7 +68,7 @@ def load_config(source: str | Path) -> PaliGemmaConfig:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (torch.bfloat16, torch.float32):
+    if dtype not in DTYPES.values():
         why = " (its range is too small for Gemma's activations)" if dtype == torch.float16 else ""
         raise ValueError(f"dtype {dtype} is not supported{why}: use torch.bfloat16 or torch.float32")
 
