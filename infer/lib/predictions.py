@@ -20,8 +20,9 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from model import PaliGemma
-from model.decoding.detector import Detector
+from model.decoding.detector import ClosedSetDetector
 from model.decoding.masks import MaskCodec
+from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve
 from model.io.image import check_size, read_ahead
 from model.io.writing import explain, read_json, write_json
@@ -77,7 +78,7 @@ def evaluation_sets(
 
 
 def evaluate(
-    detector: Detector,
+    detector: ClosedSetDetector | OpenSetDetector,
     data: Path,
     images: Path,
     batch_size: int | None = None,
@@ -109,7 +110,7 @@ def evaluate(
 
 
 def predict(
-    detector: Detector,
+    detector: ClosedSetDetector | OpenSetDetector,
     coco: COCO,
     images: Path,
     ids: list[int],
@@ -137,11 +138,12 @@ def predict(
                 if "width" in record and "height" in record:  # COCO's own evaluation needs neither
                     check_size(picture, file, record["width"], record["height"])
             for found, record in zip(detector(pictures), of_batch, strict=True):
-                rows = zip(*(column.tolist() for column in (found.boxes, found.scores, found.labels)))
+                rows = zip(*(column.tolist() for column in (found.boxes, found.scores, found.class_ids)))
                 results = known[record["id"]] = []
-                for (x0, y0, x1, y1), score, label in rows:
+                for (x0, y0, x1, y1), score, class_id in rows:
                     box = [x0, y0, x1 - x0, y1 - y0]
-                    results.append(dict(image_id=record["id"], category_id=ids[label], bbox=box, score=score))
+                    result = dict(image_id=record["id"], category_id=ids[class_id], bbox=box, score=score)
+                    results.append(result)
                 if lines:
                     print(json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True)
             bar.update(len(batch))

@@ -59,6 +59,7 @@ def tiny(tmp_path_factory):
     return save(tiny_paligemma(0), tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # transformers'
 def test_sides_compute_the_same_loss(tiny):
     """The step of transformers + peft is the same step, with and without recomputing activations."""
     args = argparse.Namespace(device="cpu", batch_size=2, steps=1)
@@ -68,10 +69,10 @@ def test_sides_compute_the_same_loss(tiny):
 
 
 def test_benchmark_step(run, here, tiny):
-    options = "--no-peer --steps 1 --turns 2 --device cpu --peak-tflops 1 --json f.json".split()
+    options = "--no-peer --steps 1 --device cpu --peak-tflops 1 --json f.json".split()
     out = run(benchmark_step, *options, "--folder", tiny)
     rows = json.loads((here / "f.json").read_text())["rows"]
-    assert [row["side"] for row in rows] == ["ours", "ours, recompute"] * 2
+    assert [row["side"] for row in rows] == ["ours", "ours, recompute"]
     table = [line.split("  ")[0] for line in out.splitlines()[-3:]]
     assert table == ["", "ours", "ours, recompute"] and re.search("s a step .* MFU", out)
 

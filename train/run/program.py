@@ -18,9 +18,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small: must be at least 1")
+    return value
 
 
 def complain(error: BaseException | str, file: str) -> None:
