@@ -65,6 +65,7 @@ class Speaker:
         answers: list[list[int]] = [[] for _ in prompts]
         for tokens, _ in steps:
             count += 1
+            # tolist() waits for the GPU at every token: that is the price of printing answers as they come.
             for answer, token in zip(answers, tokens.tolist(), strict=True):
                 if self.tokenizer.eos not in answer:
                     answer.append(token)

@@ -1,4 +1,4 @@
-"""From options to a model or a detector: what the programs share."""
+"""The options that the programs share, and the model or detector that they ask for."""
 
 import argparse
 import difflib
@@ -17,11 +17,13 @@ from model.decoding.packing import load_for_decoding
 from model.io.hub import OFFICIAL_CODEC, codec_file, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import DTYPES
+from model.io.writing import explain
 from train.run.program import positive
 
 CLASSES_PER_CALL = 8  # of an open-set prompt
 MAX_TOKENS = 200  # of an answer in words
-OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")  # options
+# Options that have no effect in the other mode, and are refused there.
+OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")
 CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop")
 
 
@@ -64,7 +66,7 @@ def add_codec_arguments(options: argparse.ArgumentParser) -> None:
 
 
 def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = False) -> None:
-    """All options that load_detector reads, except --score-threshold; masks: of a detector that segments."""
+    """All options that load_detector reads, except --score-threshold. masks: those of a segmenter."""
     add_model_arguments(options)
     add_sampling_arguments(options)
     add = options.add_argument
@@ -77,7 +79,7 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
         add_codec_arguments(options)
         return
     add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
-    add("--classes-per-call", type=positive, help=f"most of an open-set prompt (default: {CLASSES_PER_CALL})")
+    add("--classes-per-call", type=positive, help=f"asked for in one prompt (default: {CLASSES_PER_CALL})")
     add("--groups", type=positive, help="boxes decoded for an image instead of the checkpoint's number")
     feedback = dict(action=argparse.BooleanOptionalAction, default=False)
     add("--noise-feedback", **feedback, help="feed the noise token back where it is likeliest")
@@ -103,11 +105,8 @@ def usable_device(name: str) -> str:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with explain(f"--device {name} cannot be used here, try --device cpu", RuntimeError, AssertionError):
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
@@ -174,10 +173,10 @@ def class_names(text: str, config: PaliGemmaConfig) -> tuple[str, ...]:
 
 
 def load_detector(args: argparse.Namespace) -> Detector | OpenSetDetector:
-    """The detector that the options ask for: closed-set, open-set with --classes, or one that segments."""
+    """The detector that the options ask for: closed-set, open-set if there are --classes, or a segmenter."""
     sampling = sampling_options(args)
     selection = Selection(args.score_threshold, args.nms_iou, args.min_size)
-    segments = "codec" in args  # the options are segment.py's
+    segments = "codec" in args  # the options are those of segment.py
     if not segments:
         check_mode(args)
     codec = load_codec(args) if segments else None
@@ -197,7 +196,7 @@ def load_detector(args: argparse.Namespace) -> Detector | OpenSetDetector:
 
 
 def check_mode(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect with --classes, or without it."""
+    """Refuse options of the mode that --classes, or its absence, does not choose."""
     open_set = args.classes is not None
     for name in CLOSED_SET_ONLY if open_set else OPEN_SET_ONLY:
         if getattr(args, name):
