@@ -81,7 +81,10 @@ class Block(nn.Module):
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
-        norm = lambda used=True: RMSNorm(config.width, config.norm_eps) if used else nn.Identity()  # noqa: E731
+
+        def norm(used: bool = True) -> nn.Module:
+            return RMSNorm(config.width, config.norm_eps) if used else nn.Identity()
+
         post_norms = config.version == 2
         self.pre_attn_norm = norm()
         self.attn = Attention(config, layer)

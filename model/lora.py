@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): frozen matrices, each with a trained product of two thin ones beside it.
+"""LoRA (arXiv 2106.09685): frozen matrices, each with a trained product of two thin ones added to it.
 
     names = add_lora(model, TARGETS["published"], rank=16, alpha=16)    # only A and B are trainable now
     fold(model)                                                         # merged: plain Linears again
@@ -21,11 +21,11 @@ TARGETS = {  # regular expressions for full paths of modules, such as decoder.la
 
 
 class LoRALinear(nn.Module):
-    """A Linear's stand-in: x W^T + b + scale * dropout(x) A^T B^T. It holds the Linear's own W and b.
+    """Takes the place of a Linear: x W^T + b + scale * dropout(x) A^T B^T. It holds the Linear's own W and b.
 
-    A [rank, in] starts random, B [out, rank] at zero: the identity. Both are float32 whatever W is, so that
-    small steps are not rounded away; they compute in the dtype of x. scale: alpha / rank, or with rsLoRA
-    (arXiv 2312.03732) alpha / sqrt(rank).
+    A [rank, in] starts random and B [out, rank] at zero, so at first nothing changes. Both are float32
+    whatever W is, so that small steps are not rounded away; they compute in the dtype of x. scale: alpha /
+    rank, or with rsLoRA (arXiv 2312.03732) alpha / sqrt(rank).
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
@@ -38,27 +38,14 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, base.in_features, **new))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self._unmerged: nn.Parameter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         y = F.linear(x, self.weight, self.bias)
-        if self._unmerged is None:
-            thin = F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale
-            y.flatten(0, -2).addmm_(thin.flatten(0, -2).to(y.dtype), self.B.to(y.dtype).T)  # a view of y
+        thin = F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale  # [..., rank]
+        # Added in place, by way of a view of y: no second tensor of its size.
+        y.flatten(0, -2).addmm_(thin.flatten(0, -2).to(y.dtype), self.B.to(y.dtype).T)
         return y
-
-    def merge(self) -> None:
-        """Add the product to W: as fast as the plain Linear. Keeps the old W, so that unmerging is exact."""
-        if self._unmerged is None:
-            with torch.no_grad():
-                merged = (self.weight + self.scale * (self.B @ self.A)).to(self.weight.dtype)
-            self._unmerged = self.weight
-            self.weight = nn.Parameter(merged, requires_grad=False)
-
-    def unmerge(self) -> None:
-        if self._unmerged is not None:
-            self.weight, self._unmerged = self._unmerged, None
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -71,13 +58,12 @@ def add_lora(
 ) -> list[str]:
     """Freeze the model and put a LoRALinear in the place of every Linear whose full path matches `targets`.
 
-    Modules that should be trained whole beside them can be given requires_grad afterwards: they are saved
-    with the adapter. Returns the paths. Raises ValueError if none matches, or one that is no Linear does.
+    Returns the paths. Other modules can be given requires_grad afterwards: they are then trained whole, and
+    saved with the adapter.
     """
     if rank < 1 or not 0 <= dropout < 1:
-        raise ValueError(
-            f"LoRA rank {rank}, dropout {dropout}: want a rank of at least 1, a dropout in [0, 1)"
-        )
+        want = "want a rank of at least 1, a dropout in [0, 1)"
+        raise ValueError(f"LoRA rank {rank}, dropout {dropout}: {want}")
     try:
         chosen = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
     except re.error as error:
@@ -101,10 +87,11 @@ def replace_linear(model: nn.Module, name: str, **options) -> LoRALinear:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Merge all adapters for good: plain Linears again. Returns the model."""
+    """Add every product to its W for good: plain Linears again, and as fast. Returns the model."""
     for name, layer in lora_layers(model).items():
-        layer.merge()
-        linear = nn.Linear(*reversed(layer.weight.shape), bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
+        with torch.no_grad():
+            merged = (layer.weight + layer.scale * (layer.B @ layer.A)).to(layer.weight.dtype)
+        linear = nn.Linear(*reversed(merged.shape), bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(merged, requires_grad=False), layer.bias
         model.set_submodule(name, linear)
     return model

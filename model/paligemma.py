@@ -1,8 +1,13 @@
-"""PaliGemma: SigLIP features, projected and put in front of the text, decoded by Gemma.
+"""PaliGemma: SigLIP's image features, projected and put in front of the text, decoded by Gemma.
 
-Axes: B batch, P image tokens, T text tokens, D decoder width. The sequence is [image | prefix | suffix]:
-image and prefix read each other freely, the suffix is causal.
+The sequence is [image | prefix | suffix]. Image and prefix (bos, prompt, newline) read each other freely; the
+suffix, which is the answer, is causal.
+
+Axes: B batch, P image tokens, T text tokens, D decoder width.
 """
+
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,57 +16,30 @@ from model.attention import prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
 from model.gemma import Gemma, at
-from model.io import weights
-from model.io.adapter import detection_overrides, load_adapter
-from model.lora import lora_layers
 from model.siglip import SigLIP
 
-FUSED_FROM = 1024  # image tokens from which a GPU's prefill is worth compiling FlexAttention
+FUSED_FROM = 1024  # image tokens (448 px) from which a GPU's prefill is worth compiling FlexAttention
 
 
 class PaliGemma(nn.Module):
+    """The whole network. Training calls `forward` or its parts; decoding, `prefill` once and then `step`."""
+
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         self.config = config
         self.vision = SigLIP(config.vision)
         self.projector = nn.Linear(config.vision.width, config.text.width)
         self.decoder = Gemma(config.text)
+        self.folder: Path | None = None  # where it was loaded from
 
-    @classmethod
-    def from_pretrained(
-        cls, source: str, *, dtype=torch.bfloat16, device="cpu", adapter=None, **config_overrides
-    ) -> "PaliGemma":
-        """Load a folder, a hub id ("owner/name" or "owner/name@revision"), or the shipped "nano".
-
-        dtype: torch.bfloat16 or torch.float32; adapter: a LoRA adapter's folder or hub id. config_overrides:
-        fields of the config, e.g. attn_cap=None. Raises ValueError that says what is wrong and what to do;
-        every bad tensor is named.
-        """
-        if adapter is not None:
-            config_overrides = detection_overrides(adapter) | config_overrides
-        model = weights.load_pretrained(cls, source, dtype=dtype, device=device, **config_overrides)
-        if adapter is not None:
-            load_adapter(model, adapter)
-        return model
-
-    def save_pretrained(self, folder: str, dtype: torch.dtype | None = None, **sharding) -> None:
-        """Write config.json and *.safetensors in the hub's layout, which transformers loads too.
-
-        dtype: the weights' own if None; max_shard_bytes: 5 GB a file unless told. Adapters must have been
-        folded into the weights before (lora.fold).
-        """
-        if lora_layers(self):
-            raise ValueError(
-                "the model has an adapter: lora.fold(model) merges it, adapter.save_adapter saves it"
-            )
-        weights.save_pretrained(self, folder, dtype, **sharding)
+    # ---- training: image and text at once ------------------------------------------------------------------
 
     def forward(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
         """Float32 logits [B, T, vocab] at every text position.
 
         images float [B, 3, S, S] in [-1, 1]; tokens int64 [B, T], text only, right-padded with config.pad;
         prefix_len, int or int64 [B]: how many text tokens (bos, prompt, newline) belong to the bidirectional
-        prefix. Raises ValueError if any of the three is something else.
+        prefix.
         """
         return self.decoder.logits(self.hidden(images, tokens, prefix_len))
 
@@ -71,9 +49,11 @@ class PaliGemma(nn.Module):
         return self.read(self.encode(images), tokens, prefix_len)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] -> image tokens [B, P, D]. They are not rescaled: only text embeddings are."""
+        """Images [B, 3, S, S] -> image tokens [B, P, D]."""
         _check_images(images, self.config)
-        return self.projector(self.vision(images.to(self.projector.weight.dtype)))
+        features = self.vision(images.to(self.projector.weight.dtype))  # [B, P, width of the vision tower]
+        # Not multiplied by sqrt(D), as text embeddings are: the projector was trained to meet their scale.
+        return self.projector(features)
 
     def read(
         self,
@@ -83,52 +63,142 @@ class PaliGemma(nn.Module):
         cache: KVCache | None = None,
         only: Tensor | None = None,
     ) -> Tensor:
-        """Image tokens [B, P, D], text [B, T] -> states of the text [B, T, D]; fills the cache anew.
+        """Image tokens [B, P, D], text [B, T] -> hidden states of the text [B, T, D]; fills the cache anew.
 
-        only int64 [B]: the one text position of each row that is wanted; [B, 1, D] then.
+        only int64 [B]: the one text position of each row whose state is wanted; then [B, 1, D].
         """
         (B, P, _), T = image_tokens.shape, tokens.shape[1]
         prefix_len = torch.as_tensor(prefix_len, device=tokens.device).expand(B)
+        # Of the whole sequence, [B, P + T] each: where it is no padding, and where it is suffix.
         valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
         is_suffix = torch.arange(P + T, device=tokens.device) >= P + prefix_len[:, None]
-        positions = valid.cumsum(-1)  # from 1; padding does not count
-        mask = prefix_lm_mask(valid, is_suffix)
+        positions = valid.cumsum(-1)  # from 1, as in transformers; padding does not count
+        mask = prefix_lm_mask(valid, is_suffix)  # [B, P + T, P + T]
         local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
+        masks = local, mask
         if cache is not None:
             cache.start(valid, positions)
-        masks = local, mask
-        if only is not None:
+        if only is not None:  # its place in the sequence, and its row of the last layer's mask
             only = only + P, at(masks[(self.config.text.layers - 1) % 2], only + P)
         if mask.is_cuda and P >= FUSED_FROM and not torch.is_grad_enabled():
-            from model.flex import block_mask
+            from model.flex import block_mask  # here, because it brings torch.compile along
 
             masks = tuple(map(block_mask, masks))
         x = torch.cat((image_tokens, self.decoder.embed_tokens(tokens).to(image_tokens.dtype)), dim=1)
         hidden = self.decoder(x, positions, masks, cache, only)
         return hidden[:, P:] if only is None else hidden
 
+    # ---- decoding: a prefill, then token by token ----------------------------------------------------------
+
     def new_cache(self, batch: int, text_tokens: int) -> KVCache:
-        """Room for the image and so many text tokens, prompt and answer, of each of a batch."""
+        """A cache for `batch` sequences of an image and `text_tokens` tokens of prompt and answer."""
         weight, slots = self.projector.weight, self.config.vision.tokens + text_tokens
         return KVCache(self.config.text, batch, slots, weight.dtype, weight.device)
 
     def prefill(self, image_tokens: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache; returns the state at
-        each prompt's end [B, D]."""
-        lengths = (tokens != self.config.pad).sum(-1)
+        """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache; returns the hidden
+        state at the end of each prompt [B, D]."""
+        lengths = (tokens != self.config.pad).sum(-1)  # the whole prompt is prefix
         return self.read(image_tokens, tokens, lengths, cache, only=lengths - 1)[:, 0]
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Append one token [B] to every sequence of the cache: its hidden state [B, D]."""
-        positions = cache.extend()
-        mask, is_suffix = cache.valid[:, None], torch.ones_like(positions, dtype=torch.bool)  # [B, 1, S]
+        """Append one token [B] to every sequence of the cache; returns its hidden state [B, D]."""
+        positions = cache.extend()  # [B, 1]
+        mask = cache.valid[:, None]  # [B, 1, S]: whatever was read before, and the token itself
+        is_suffix = torch.ones_like(positions, dtype=torch.bool)
         local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
         return self.decoder(self.decoder.embed_tokens(tokens[:, None]), positions, (local, mask), cache)[:, 0]
 
+    # ---- answers in words ----------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self):
+        """The model.io.tokenizer.Tokenizer of the folder that the model was loaded from, or None. Read when
+        it is first asked for; another may be assigned."""
+        from model.io.tokenizer import Tokenizer
+
+        has_one = self.folder is not None and (self.folder / "tokenizer.model").exists()
+        return Tokenizer(self.folder) if has_one else None
+
+    @torch.inference_mode()
+    def generate(self, image, prompt: str, max_new_tokens: int = 100, sampling=None, generator=None) -> str:
+        """The answer to a prompt about an image: model.generate("photo.jpg", "caption en").
+
+        image: a file or a PIL image. sampling: a model.decoding.generate.Sampling, greedy if None; generator:
+        of its random numbers, a torch.Generator on the CPU.
+        """
+        from model.decoding.generate import GREEDY, collect_answers, generate
+        from model.io.image import load_image, square, to_network, upright
+
+        if self.tokenizer is None:
+            how = "put the checkpoint's into its folder, or assign model.tokenizer = Tokenizer(file)"
+            raise ValueError(f"the model has no tokenizer.model: {how}")
+        image = load_image(image) if isinstance(image, str | Path) else upright(image)
+        pixels = to_network(square(image, self.config.vision.image_size))[None]  # [1, 3, S, S]
+        prompts = [self.tokenizer.encode_prompt(prompt)]
+        image_tokens = self.encode(pixels.to(self.projector.weight.device))
+        steps = generate(self, image_tokens, prompts, max_new_tokens, sampling or GREEDY, generator)
+        [(tokens, _)] = collect_answers(self, steps)
+        return self.tokenizer.decode(tokens)
+
+    # ---- files ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        adapter: str | Path | None = None,
+        **config_overrides,
+    ) -> "PaliGemma":
+        """Load a folder, a hub id ("owner/name" or "owner/name@revision"), or the shipped "nano".
+
+        dtype: torch.bfloat16 or torch.float32; adapter: a LoRA adapter's folder or hub id. config_overrides:
+        fields of the config, e.g. attn_cap=None. An error names every tensor that is missing, unexpected or
+        of another shape.
+        """
+        from model.io.adapter import detection_overrides, load_adapter
+        from model.io.hub import resolve
+        from model.io.weights import check_dtype, load_config, load_weights, without_memory
+
+        check_dtype(dtype)
+        folder = resolve(source)
+        if adapter is not None:
+            config_overrides = detection_overrides(adapter) | config_overrides
+        config = load_config(folder).override(**config_overrides)
+        with without_memory():
+            model = cls(config)
+        load_weights(model, folder, dtype, device)
+        if adapter is not None:
+            load_adapter(model, adapter)
+        model.folder = folder
+        return model.eval()
+
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+    ) -> None:
+        """Write the model in the hub's layout, which transformers loads too: config.json, *.safetensors, and
+        the tokenizer and mask codec of the folder that it was loaded from.
+
+        dtype: the weights' own if None. Adapters must have been folded into the weights (lora.fold).
+        """
+        from model.io.hub import copy_companions
+        from model.io.weights import save_weights
+        from model.lora import lora_layers
+
+        if lora_layers(self):
+            how = "lora.fold(model) merges it, adapter.save_adapter saves it"
+            raise ValueError(f"the model has an adapter: {how}")
+        save_weights(self, folder, dtype, max_shard_bytes)
+        if self.folder is not None:
+            copy_companions(self.folder, Path(folder))
+
 
 def _check_images(images: Tensor, config: PaliGemmaConfig) -> None:
-    """Raise ValueError for images that the vision tower would take for others: bytes, or as many patches of
-    another shape."""
+    """Refuse images that the vision tower would misread: bytes, or the same number of patches in another
+    shape."""
     if not images.is_floating_point():
         raise ValueError(f"images are {_form(images)}, the model takes floats in [-1, 1]: pixels / 127.5 - 1")
     shape = [config.vision.channels, config.vision.image_size, config.vision.image_size]
@@ -138,15 +208,15 @@ def _check_images(images: Tensor, config: PaliGemmaConfig) -> None:
 
 
 def _check_text(tokens: Tensor, prefix_len: int | Tensor, batch: int) -> None:
-    """Raise ValueError for tokens that are not int64 [B, T], and a prefix that is not 1 to T of them."""
+    """Refuse tokens that are not int64 [B, T], and a prefix that is not 1 to T of them."""
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or len(tokens) != batch:
-        raise ValueError(f"tokens are {_form(tokens)}, the model takes int64 [{batch}, T], a row an image")
+        raise ValueError(f"tokens are {_form(tokens)}, the model takes int64 [{batch}, T], one row per image")
     shortest = longest = prefix_len
     if not isinstance(prefix_len, int):
         lengths = torch.as_tensor(prefix_len)
         if lengths.dtype != torch.int64 or lengths.shape not in ((), (batch,)):
             raise ValueError(f"prefix_len is {_form(lengths)}, the model takes an int or int64 [{batch}]")
-        # Waits for the GPU if it is there. Training and decoding do not: they call `read`.
+        # Waits for the GPU, if the lengths are there. Training and decoding do not: they call `read`.
         shortest, longest = lengths.min().item(), lengths.max().item()
     if not 1 <= shortest <= longest <= tokens.shape[1]:
         wrong = shortest if shortest < 1 else longest

@@ -44,7 +44,7 @@ class Objective(nn.Module):
     def forward(self, batch: dict[str, Tensor], patch_only: bool = False) -> tuple[Tensor, Tensor]:
         """A micro-batch -> (what to minimise, the model's own loss for the log). batch["total"]: the weights
         of the whole batch, by which each part is divided, so that the parts add up to its mean."""
-        image_tokens = self.model.encode(to_network(batch["image"]))  # [B, P, D]
+        image_tokens = self.model.encode(to_network(batch["image"]))  # bytes until now; [B, P, D]
         patch_loss = batch["weights"].new_zeros(())  # float32, as all losses are
         if self.patch_head is not None:
             embed = self.model.decoder.embed.weight

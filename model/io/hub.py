@@ -1,6 +1,7 @@
 """Where a checkpoint or an adapter is: a folder, a hub id, or "nano", which comes with this repository."""
 
 import re
+import shutil
 from pathlib import Path
 
 NANO = Path(__file__).parent.parent / "nano"
@@ -37,6 +38,13 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"{repo} has no revision {revision!r}: its hub page lists all") from error
     except hub.HfHubHTTPError.__bases__ as error:  # OSError, and the HTTP library's, whichever that is
         raise ValueError(f"no folder {source!r}, and the hub could not be reached: {error}") from error
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer and mask codec, where a checkpoint has them, to the folder of another."""
+    for name in COMPANION_FILES if source.resolve() != target.resolve() else ():
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
 
 
 def codec_file(source: str | Path) -> Path:

@@ -24,14 +24,19 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An upright RGB image: its EXIF orientation is applied."""
+    """An upright RGB image from a file."""
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file")
     with explain(f"{path}: not a readable image", *PILLOWS_ERRORS), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        return image.convert("RGB")
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An RGB image, turned as EXIF says, from an image of any mode."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def check_size(image: Image.Image, file: Path, width: int, height: int) -> None:

@@ -1,14 +1,16 @@
 """Gemma's sentencepiece tokenizer with PaliGemma's location and segmentation tokens.
 
-Official tokenizer.model files hold 1,024 <locNNNN> and 128 <segNNN> pieces after the text; where they are
-missing (Gemma's own file, nano's), they follow the last piece in that order. All ids are read from the
-pieces.
+Official tokenizer.model files hold 1,024 <locNNNN> and 128 <segNNN> pieces after the text. Where they are
+missing (in Gemma's own file, and in nano's), their ids follow the last piece, in that order. No id is taken
+for granted: all are read from the pieces.
 """
 
 import re
 from pathlib import Path
 
 import sentencepiece
+
+from model.io.writing import explain
 
 LOCS, SEGS = 1024, 128
 # Exactly the pieces that exist: any other <loc...> is text, and cutting it out would change its tokens.
@@ -17,17 +19,15 @@ _SPECIAL = re.compile(f"({LOC}|<seg0[0-9]{{2}}>|<seg1[01][0-9]>|<seg12[0-7]>)")
 
 
 class Tokenizer:
-    """Text <-> ids. loc0, seg0, unused0: first ids of their ranges; size: ids in all, without <image>."""
+    """Text <-> ids. loc0, seg0, unused0: first ids of their ranges; size: number of ids, without <image>."""
 
     def __init__(self, source: str | Path):
-        """source: a tokenizer.model file or its folder. Raises ValueError if it is missing or not Gemma's."""
+        """source: a tokenizer.model file or its folder."""
         file = Path(source) / "tokenizer.model" if Path(source).is_dir() else Path(source)
         if not file.exists():
             raise ValueError(f"{file} is missing: copy the checkpoint's tokenizer.model there")
-        try:
+        with explain(f"{file} is not a sentencepiece model", OSError, RuntimeError):
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{file} is not a sentencepiece model: {error}") from error
         self.bos, self.eos, self.pad = (self._id(piece, file) for piece in ("<bos>", "<eos>", "<pad>"))
         self.newline, self.unused0 = self._id("\n", file), self._id("<unused0>", file)
         inside = self._sp.piece_to_id("<loc0000>") != self._sp.unk_id()
@@ -46,15 +46,13 @@ class Tokenizer:
 
     def id_of(self, piece: str) -> int | None:
         """The id of a piece, None if there is none."""
-        i = self._sp.piece_to_id(piece)
+        i = self._sp.piece_to_id(piece)  # the id of <unk> if there is none
         return i if self._sp.id_to_piece(i) == piece else None
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, without bos and eos. <locNNNN> and <segNNN> become their own ids."""
-        try:
+        with explain(f"{text!r:.60} is not text: its bytes were not UTF-8", UnicodeEncodeError):
             text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{text!r:.60} is not text: it was read from bytes that are no UTF-8") from error
         ids = []
         for part in _SPECIAL.split(text):
             if _SPECIAL.fullmatch(part):
@@ -68,14 +66,18 @@ class Tokenizer:
         return [self.bos, *self.encode(prompt), self.newline]
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text; special location and segmentation ids come back as <locNNNN> and <segNNN>."""
-        parts, run = [], []
-        for i in [*ids, None]:
-            if i is not None and not self.loc0 <= i < self.seg0 + SEGS and i < len(self._sp):
+        """Ids -> text; locations and segmentation codes come back as <locNNNN> and <segNNN>."""
+        parts, run = [], []  # run: neighbouring ids of text, as a character may be several byte pieces
+        for i in ids:
+            if i < len(self._sp) and not self.loc0 <= i < self.seg0 + SEGS:
                 run.append(i)
-                continue
-            parts.append(self._sp.decode(run))
-            run = []
-            if i is not None and i < self.size:
-                parts.append(f"<loc{i - self.loc0:04d}>" if i < self.seg0 else f"<seg{i - self.seg0:03d}>")
-        return "".join(parts)
+            else:
+                parts += [self._sp.decode(run), self._special(i)]
+                run = []
+        return "".join([*parts, self._sp.decode(run)])
+
+    def _special(self, i: int) -> str:
+        """The text of an id from loc0 on; "" for those after the last one, such as <image>."""
+        if i < self.seg0:
+            return f"<loc{i - self.loc0:04d}>"
+        return f"<seg{i - self.seg0:03d}>" if i < self.seg0 + SEGS else ""

@@ -1,10 +1,12 @@
-"""Weights: a folder, a hub id or "nano" -> a PaliGemma, and back to the hub's layout.
+"""Weights: the tensors of a checkpoint's files -> a model, and back to the hub's layout.
 
 The hub has used three generations of tensor names for the same checkpoint; all reduce to one short form
-(`short_name`). Tensors are mapped from the file and assigned to a model built on the meta device, so memory
-never holds two copies.
+(`short_name`). Tensors are mapped from the file and given to a model that has no memory of its own yet, so
+two copies never exist.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from model.config import PaliGemmaConfig
 from model.io.config_json import config_from_json, config_to_json
 from model.io.hub import CODEC, resolve
-from model.io.writing import read_json, save_tensors, write_json
+from model.io.writing import explain, read_json, save_tensors, write_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # those that weights may be loaded in
 
-# our name -> official name (transformers up to 4.51), longest prefix first
+# our name -> official name (transformers up to 4.51); an earlier prefix wins
 _NAMES = {
     "vision.patch_embedding.": "vision_tower.vision_model.embeddings.patch_embedding.",
     "vision.position_embedding.": "vision_tower.vision_model.embeddings.position_embedding.",
@@ -49,51 +52,25 @@ def official_name(name: str, version: int) -> str:
 def short_name(name: str) -> str:
     """What the names of all generations have in common: no `model.`, no `vision_model.`."""
     name = name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
-    return name.replace("language_model.model.", "language_model.").replace(
-        "language_model.lm_head", "lm_head"
-    )
+    name = name.replace("language_model.lm_head", "lm_head")
+    return name.replace("language_model.model.", "language_model.")
 
 
-def load_config(source: str | Path):
-    """The PaliGemmaConfig of a source. Of a hub id, nothing but the small files is downloaded."""
+# ---- from disk ---------------------------------------------------------------------------------------------
+
+
+def load_config(source: str | Path) -> PaliGemmaConfig:
+    """The config of a source. Of a hub id, only the small files are downloaded."""
     path = resolve(source, weights=False) / "config.json"
-    try:
-        return config_from_json(read_json(path))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    raw = read_json(path)
+    with explain(f"{path} cannot be used", TypeError, ValueError):
+        return config_from_json(raw)
 
 
-def _open_shards(folder: Path) -> dict:
-    """{stored name: opened file}. With an index, only the files that it names, and only inside the folder."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():  # first, as in transformers: old shards may lie beside it
-        files = ["model.safetensors"]
-    elif index.exists():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        outside = [file for file in files if Path(file).name != file]
-        if outside:
-            raise ValueError(f"{index} points outside its folder: {outside}")
-    else:
-        files = sorted(
-            path.name
-            for path in folder.glob("*.safetensors")
-            if path.name != CODEC and not path.name.startswith("adapter_")
-        )
-    if not files:
-        raise ValueError(f"{folder} has no *.safetensors")
-    stored = {}
-    for file in files:
-        try:
-            shard = safe_open(folder / file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{folder / file} cannot be read as safetensors ({error}); download it again"
-            ) from error
-        for name in shard.keys():  # noqa: SIM118 - a safetensors file is no dict
-            if name in stored:
-                raise ValueError(f"{folder}: tensor {name} is stored twice")
-            stored[name] = shard
-    return stored
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.bfloat16, torch.float32):
+        why = " (its range is too small for Gemma's activations)" if dtype == torch.float16 else ""
+        raise ValueError(f"dtype {dtype} is not supported{why}: use torch.bfloat16 or torch.float32")
 
 
 class _NoInit(TorchFunctionMode):
@@ -105,56 +82,83 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_pretrained(cls, source, *, dtype, device, **config_overrides):
-    """See PaliGemma.from_pretrained."""
-    if dtype not in (torch.bfloat16, torch.float32):
-        why = " (its range is too small for Gemma's activations)" if dtype == torch.float16 else ""
-        raise ValueError(f"dtype {dtype} is not supported{why}: use torch.bfloat16 or torch.float32")
-    folder = resolve(source)
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made inside know their shapes, but have no memory and no values until load_weights."""
     with torch.device("meta"), _NoInit():
-        model = cls(load_config(folder).override(**config_overrides))
-    stored = _open_shards(folder)
-    _assign(model, stored, f"{folder} does not fit its config.json", dtype, device)
-    return model.eval()
+        yield
 
 
-def _assign(model: nn.Module, stored: dict, complaint: str, dtype: torch.dtype, device: str) -> None:
-    """Give every parameter of a meta model its stored tensor; one ValueError names all that do not fit."""
+def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Give a model made without memory the tensors of a folder. One error names all that do not fit."""
     version = model.config.text.version
-    ours = {short_name(official_name(name, version)): name for name in model.state_dict()}
-    sources = {short_name(name): name for name in stored}
-    twice = [f"unexpected {name}: stored twice" for name in stored if sources[short_name(name)] != name]
-    head = sources.pop("lm_head.weight", None)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = twice + [
-        f"missing {official_name(ours[key], version)}" for key in ours.keys() - sources.keys()
-    ]
-    problems += [f"unexpected {sources[key]}" for key in sources.keys() - ours.keys()]
-    for key in ours.keys() & sources.keys():
-        shape = tuple(stored[sources[key]].get_slice(sources[key]).get_shape())
-        if shape != shapes[ours[key]]:
-            problems.append(
-                f"{sources[key]} has shape {list(shape)}, the config asks for {list(shapes[ours[key]])}"
-            )
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shards = _open_shards(folder)
+    ours = {short_name(official_name(name, version)): name for name in shapes}  # {short name: ours}
+    stored = {short_name(name): name for name in shards}  # {short name: the file's}
+
+    def read(name):
+        return shards[name].get_tensor(name)
+
+    # Not left to load_state_dict, which would give our names to a user who has the official ones in the file.
+    problems = [f"unexpected {name}: stored twice" for name in shards if stored[short_name(name)] != name]
+    head = stored.pop("lm_head.weight", None)
+    problems += [f"missing {official_name(ours[key], version)}" for key in ours.keys() - stored.keys()]
+    problems += [f"unexpected {stored[key]}" for key in stored.keys() - ours.keys()]
+    for key in ours.keys() & stored.keys():
+        name, wanted = stored[key], shapes[ours[key]]
+        if (found := shards[name].get_slice(name).get_shape()) != wanted:
+            problems.append(f"{name} has shape {found}, the config asks for {wanted}")
+    if head and not problems:
+        embed = stored[short_name(official_name("decoder.embed.weight", version))]
+        if not torch.equal(read(head), read(embed)):
+            problems.append(f"{head} differs from {embed}, but PaliGemma's head is tied to its embedding")
     if problems:
-        raise ValueError(f"{complaint}: " + "; ".join(sorted(problems)))
-    if head is not None:
-        embed = sources["language_model.embed_tokens.weight"]
-        if not torch.equal(stored[head].get_tensor(head), stored[embed].get_tensor(embed)):
-            raise ValueError(
-                f"{complaint}: {head} differs from {embed}, but PaliGemma's head is tied to its embedding"
-            )
+        raise ValueError(f"{folder} does not fit its config.json: " + "; ".join(sorted(problems)))
+
+    state = {}
     for key, name in ours.items():
-        tensor = stored[sources[key]].get_tensor(sources[key])
+        tensor = read(stored[key])
         _mark_mapped(tensor)
-        tensor = tensor.to(device=device, dtype=dtype)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+        state[name] = tensor.to(device=device, dtype=dtype)
+    model.load_state_dict(state, assign=True)  # not copied: the model takes these very tensors
+
+
+def _open_shards(folder: Path) -> dict[str, safe_open]:
+    """{stored name: opened file}"""
+    shards = {}
+    for file in _weight_files(folder):
+        with explain(
+            f"{folder / file} cannot be read as safetensors; download it again", OSError, SafetensorError
+        ):
+            shard = safe_open(folder / file, framework="pt")
+        for name in shard.keys():  # noqa: SIM118 - a safetensors file is no dict
+            if name in shards:
+                raise ValueError(f"{folder}: tensor {name} is stored twice")
+            shards[name] = shard
+    return shards
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """With an index, only the files that it names, and only inside the folder."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():  # first, as in transformers: old shards may lie beside it
+        files = ["model.safetensors"]
+    elif index.exists():
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if outside := [file for file in files if Path(file).name != file]:
+            raise ValueError(f"{index} points outside its folder: {outside}")
+    else:
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        files = [file for file in files if file != CODEC and not file.startswith("adapter_")]
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors")
+    return files
 
 
 def _mark_mapped(tensor: torch.Tensor) -> None:
-    """Remember that a tensor just read is the file's own pages. The mark is on the storage, so views and
-    Parameters of this memory have it, and copies (another dtype, a GPU, deepcopy) do not."""
+    """Mark a tensor that was just read if it is the file's own pages. The mark is on the storage: views and
+    Parameters of this memory have it, copies (another dtype, a GPU, deepcopy) do not."""
     storage = tensor.untyped_storage()
     storage.mapped_by_loader = not storage.resizable()  # memory of its own could grow, a mapping cannot
 
@@ -164,38 +168,46 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     return getattr(tensor.untyped_storage(), "mapped_by_loader", False)
 
 
-def save_pretrained(
+# ---- to disk -----------------------------------------------------------------------------------------------
+
+
+def save_weights(
     model: nn.Module,
     folder: str | Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """See PaliGemma.save_pretrained. state: the tensors by our names, if they are not the model's own."""
+    """Write config.json and *.safetensors, with an index if there are several.
+
+    state: the tensors by our names, if they are not simply the model's (sharded ones, put together).
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.projector.weight.dtype
-    shards, size = [[]], 0
+    shards, room = [{}], max_shard_bytes
     for name, tensor in (state or model.state_dict()).items():
         nbytes = tensor.numel() * dtype.itemsize
-        if size and size + nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((official_name(name, model.config.text.version), tensor))
-        size += nbytes
+        if shards[-1] and nbytes > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][official_name(name, model.config.text.version)] = tensor
+        room -= nbytes
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(files, shards):
-        save_tensors({name: x.detach().to("cpu", dtype).contiguous() for name, x in shard}, folder / file)
+        save_tensors(
+            {name: x.detach().to("cpu", dtype).contiguous() for name, x in shard.items()}, folder / file
+        )
     index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
-        total = sum(x.numel() for shard in shards for _, x in shard) * dtype.itemsize
-        weight_map = {name: file for file, shard in zip(files, shards) for name, _ in shard}
+        total = sum(x.numel() for shard in shards for x in shard.values()) * dtype.itemsize
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, index)
+    else:
+        index.unlink(missing_ok=True)
     write_json(config_to_json(model.config, str(dtype).removeprefix("torch.")), folder / "config.json")
-    # Weights that were here before would be taken for these ones.
+    # Weights of an earlier model in this folder would be taken for a part of this one.
     for old in folder.glob("model*.safetensors"):
         if old.name not in files:
             old.unlink()
-    if len(shards) == 1:
-        index.unlink(missing_ok=True)

@@ -158,14 +158,14 @@ def test_revision_not_found(hub):
     ids=lambda error: type(error).__name__,
 )
 def test_unreachable(error, hub):
-    """No network, a hub that is down, a broken line, a full disk: the source and the reason are told."""
+    """No network, a hub that is down, a broken line, a full disk: the source is named, and the reason."""
     message = complaint(hub, error)
     assert REPO in message and "folder" in message
     assert str(error.args[-1]) in message
 
 
 def test_offline_for_real(monkeypatch, tmp_path):
-    """huggingface_hub itself, told to stay offline, with an empty cache."""
+    """huggingface_hub itself, offline by its own setting, with an empty cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError) as error:
@@ -205,8 +205,9 @@ def test_relative_folder_that_looks_like_a_repository(hub, tmp_path, monkeypatch
     assert "'runs/nano'" in message and "folder" in message and "hub" in message
 
 
-def test_paths_are_sources_too(hub, tmp_path):
+def test_paths_are_sources_too(hub, tmp_path, monkeypatch):
     """pathlib's paths are taken like strings, found or not."""
+    monkeypatch.chdir(tmp_path)  # here, there is no runs/nano
     assert resolve(tmp_path) == tmp_path
     with pytest.raises(ValueError, match="folder"):
         resolve(tmp_path / "none")

@@ -48,7 +48,7 @@ def plain(tokenizer_file):
 
 
 def with_pieces(source, target, pieces, kind=Piece.USER_DEFINED, score=0.0):
-    """A copy of a sentencepiece file with pieces behind the last one."""
+    """A copy of a sentencepiece file with more pieces after the last one."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(source.read_bytes())
     model.pieces.extend(Piece(piece=piece, score=score, type=kind) for piece in pieces)
@@ -76,7 +76,7 @@ def processor_of(file):
 
 
 def test_gemmas_special_ids(plain):
-    """Every id up to 472 as in the official file; text starts right behind."""
+    """Every id up to 472 as in the official file; text starts right after it."""
     sp = processor_of(plain)
     pieces = [sp.id_to_piece(i) for i in range(473)]
     assert pieces[:7] == ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]"]
@@ -92,7 +92,7 @@ def test_gemmas_special_ids(plain):
 
 
 def test_ids_come_from_the_pieces(plain, full):
-    """With the pieces inside or appended: the same ids, locations first, in order, behind the text."""
+    """With the pieces inside or appended: the same ids, locations first, in order, after the text."""
     appended, inside, sp = Tokenizer(plain), Tokenizer(full), processor_of(full)
     text_pieces = processor_of(plain).get_piece_size()
     for tokenizer in (appended, inside):
@@ -107,8 +107,8 @@ def test_ids_come_from_the_pieces(plain, full):
 
 
 def test_pieces_elsewhere(plain):
-    """Where the file has the pieces is where their ids are, be there others behind them."""
-    file = with_pieces(plain, plain.parent / "behind" / "tokenizer.model", [*LOC, *SEG, "<image>", "<more>"])
+    """Their ids are where the file has the pieces, even if others follow them."""
+    file = with_pieces(plain, plain.parent / "others" / "tokenizer.model", [*LOC, *SEG, "<image>", "<more>"])
     tokenizer, first = Tokenizer(file), Tokenizer(plain).loc0
     assert (tokenizer.loc0, tokenizer.seg0) == (first, first + 1024)
     assert tokenizer.encode("<loc0003><image>") == [first + 3, first + 1152]

@@ -11,11 +11,13 @@ from test_train_mends import two_processes
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from model import PaliGemma, gemma
+from model.io.image import to_network
 from model.io.tokenizer import Tokenizer
 from model.lora import add_lora, lora_layers
 from train import fit as train
 from train import validate
-from train.data.samples import collate, network_input, open_data
+from train.data.open import open_data
+from train.data.samples import collate
 from train.loss import Objective
 from train.validate import Validation
 
@@ -162,7 +164,7 @@ def test_validation_loss(tiny, scenes, monkeypatch):
     found = validation_of(Objective(model, None), tiny, scenes).run()["val_loss"]
     data = open_data(scenes, None, model, Tokenizer(tiny), seed=0, augment=False)
     batch = collate([data[i, i] for i in range(8)], model.config.pad)
-    logits = model(network_input(batch["image"]), batch["text"], batch["prefix_len"])
+    logits = model(to_network(batch["image"]), batch["text"], batch["prefix_len"])
     losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     w = batch["weights"].flatten()
     assert found == pytest.approx(((losses * w).sum() / w.sum()).item(), abs=1e-3)

@@ -5,7 +5,7 @@
 set -euo pipefail
 here=$(dirname "$0")/..
 OUT=${OUT:-runs/nano}
-steps() { awk -v n="$1" -v scale="${STEPS_SCALE:-1}" 'BEGIN { s = int(n * scale + 0.5); print s > 2 ? s : 2 }'; }
+steps() { awk -v n="$1" -v scale="${STEPS_SCALE:-1}" 'BEGIN { s = int(n * scale + 0.5); print (s > 2 ? s : 2) }'; }
 fit() { python "$here/fit.py" --resume --compile --min-lr 1e-5 --weight-decay 0.02 "$@"; }
 
 # 1. Detection: first the helper head alone, which stands in for SigLIP's pre-training, then all objects of scenes.

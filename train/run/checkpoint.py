@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from model import PaliGemma
-from model.io import weights
 from model.io.adapter import adapter_tensors, save_adapter
 from model.io.hub import COMPANION_FILES
+from model.io.weights import save_weights
 from model.io.writing import read_json, save_tensors, write_json
 from model.lora import lora_layers
 
@@ -77,7 +77,7 @@ def save_model(model: PaliGemma, folder: Path, run: Run, dtype: torch.dtype | No
         return
     state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     if first:
-        weights.save_pretrained(model, folder, dtype, state=state)
+        save_weights(model, folder, dtype, state=state)
         for name, content in run.companions.items():
             (folder / name).write_bytes(content)
 
