@@ -12,13 +12,14 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from textwrap import indent
 
 from PIL import Image
 from tqdm import tqdm
 
 from infer.lib.draw import draw_boxes
 from infer.lib.options import add_detection_arguments, check_json, load_detector
-from model.decoding.detector import Detections, Detector
+from model.decoding.detections import Detections
 from model.decoding.masks import to_rle
 from model.io.image import SUFFIXES, read_ahead
 from model.io.writing import atomic_write, write_json
@@ -69,24 +70,14 @@ def save_masks(found: Detections, record: dict, drawn: Path, taken: set[Path]) -
         d["segmentation"] = to_rle(mask)
 
 
-def make_record(file: Path, image: Image.Image, found: Detections, detector: Detector, tokens: bool) -> dict:
+def make_record(file: Path, image: Image.Image, found: Detections, tokens: bool) -> dict:
     """One image's entry in the JSON file."""
-    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
     detections = [
-        dict(label=detector.classes[c], class_id=c, score=round(score, 4), box=[round(x, 2) for x in box])
-        for c, score, box in rows
+        dict(label=label, class_id=c, score=round(score, 4), box=[round(x, 2) for x in box])
+        for (label, score, box), c in zip(found, found.class_ids.tolist(), strict=True)
     ]
     record = dict(image=str(file), width=image.width, height=image.height, detections=detections)
     return record | (dict(tokens=found.tokens.flatten().tolist()) if tokens else {})
-
-
-def print_record(record: dict, drawn: Path) -> None:
-    print(f"{record['image']}  {record['width']} x {record['height']}  ->  {drawn}")
-    for d in record["detections"]:
-        x0, y0, x1, y1 = d["box"]
-        print(f"  {d['label']:<16}{d['score']:6.2f}   {x0:7.1f} {y0:7.1f} {x1:7.1f} {y1:7.1f}")
-    if not record["detections"]:
-        print("  nothing found")
 
 
 def detect_files(args: argparse.Namespace) -> int:
@@ -113,13 +104,14 @@ def detect_files(args: argparse.Namespace) -> int:
                     complain(error, program)
             found_all = detector([image for _, image in images]) if images else []
             for (file, image), found in zip(images, found_all, strict=True):
-                record = make_record(file, image, found, detector, args.tokens)
+                record = make_record(file, image, found, args.tokens)
                 captions = [f"{d['label']} {d['score']:.2f}" for d in record["detections"]]
-                picture = draw_boxes(image, found.boxes, captions, found.labels, found.masks)
+                picture = draw_boxes(image, found.boxes, captions, found.class_ids, found.masks)
                 drawn = save_picture(picture, args.out, file.stem, taken)
                 save_masks(found, record, drawn, taken)
                 bar.clear()
-                print_record(record, drawn)
+                print(f"{file}  {image.width} x {image.height}  ->  {drawn}")
+                print(indent(str(found), "  "))
                 records.append(record)
             bar.update(len(batch))
     if args.json:

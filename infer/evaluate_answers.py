@@ -32,7 +32,7 @@ from infer.lib.options import (
 )
 from infer.lib.predictions import add_set_arguments, evaluation_sets
 from model.decoding.boxes import BINS
-from model.decoding.detector import Asker
+from model.decoding.generate import Prompter
 from model.decoding.masks import from_rle
 from model.io.image import load_image
 from model.io.writing import write_json, write_lines
@@ -63,7 +63,7 @@ def read_prompts(data: Path, images: Path) -> list[dict]:
     return records
 
 
-def ask_all(ask: Asker, records: list[dict], images: Path, title: str) -> list[str]:
+def ask_all(ask: Prompter, records: list[dict], images: Path, title: str) -> list[str]:
     """The model's answer to each line."""
     answers, by_image = [], [list(lines) for _, lines in groupby(records, key=lambda r: r["image"])]
     with tqdm(total=len(records), desc=title, unit="answer", leave=False) as bar:
@@ -111,7 +111,7 @@ def main() -> None:
     sampling = sampling_options(args)
     codec = None if args.data else load_codec(args)
     model, tokenizer = load_model(args)
-    ask = Asker(model, tokenizer, args.max_tokens, sampling, args.seed)
+    ask = Prompter(model, tokenizer, args.max_tokens, sampling, args.seed)
     figures, answered = {}, []
     with tempfile.TemporaryDirectory() as temporary:
         for name, data, images, _ in evaluation_sets(args, Path(temporary), model, codec):

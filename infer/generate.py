@@ -20,13 +20,13 @@ from torch import Tensor
 from infer.lib.options import (
     add_model_arguments,
     add_sampling_arguments,
-    class_names,
     load_model,
     sampling_options,
 )
 from model import PaliGemma
 from model.decoding.closed_set import PROMPT
 from model.decoding.generate import generate
+from model.decoding.open_set import class_names
 from model.io.image import load_image, square, to_network
 from model.io.tokenizer import Tokenizer
 from train.run.program import complain, parser, positive, run

@@ -27,7 +27,8 @@ from infer.lib.plots import new_figure, require_matplotlib
 from infer.lib.predictions import evaluate
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
-from model.decoding.detector import Detector, Selection
+from model.decoding.detections import Selection
+from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
 from model.io.hub import NANO
 from model.io.image import load_image, square, to_network
@@ -83,7 +84,7 @@ def early_stop(args: argparse.Namespace) -> None:
                 taken.append(seconds(partial(one_at_a_time, decoder), "cpu"))
         rows, curves = [], {}
         for stop, decoder, taken in zip(stops, decoders, times, strict=True):
-            detector = Detector(decoder, Selection(nms_iou=0.5))
+            detector = ClosedSetDetector(decoder, Selection(nms_iou=0.5))
             ap = evaluate(detector, scenes / "instances.json", scenes / "images", BATCH, "same")["AP"]
             boxes = decoder(images).live.sum(-1).float().mean().item()
             noise, patience = (str(stop.noise), str(stop.patience)) if stop else ("-", "-")

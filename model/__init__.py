@@ -1,5 +1,6 @@
-"""PaliGemma 1 and 2 from scratch: `from model import PaliGemma`."""
+"""PaliGemma 1 and 2 from scratch: `from model import Detector, PaliGemma`."""
 
+from model.decoding.detector import Detector
 from model.paligemma import PaliGemma
 
-__all__ = ["PaliGemma"]
+__all__ = ["Detector", "PaliGemma"]

@@ -113,12 +113,14 @@ class PaliGemma(nn.Module):
 
     @cached_property
     def tokenizer(self):
-        """The model.io.tokenizer.Tokenizer of the folder that the model was loaded from, or None. Read when
-        it is first asked for; another may be assigned."""
+        """The model.io.tokenizer.Tokenizer of the folder that the model was loaded from. Read when it is
+        first asked for; another may be assigned."""
         from model.io.tokenizer import Tokenizer
 
-        has_one = self.folder is not None and (self.folder / "tokenizer.model").exists()
-        return Tokenizer(self.folder) if has_one else None
+        if self.folder is None or not (self.folder / "tokenizer.model").exists():
+            how = "put the checkpoint's into its folder, or assign model.tokenizer = Tokenizer(file)"
+            raise ValueError(f"the model has no tokenizer.model: {how}")
+        return Tokenizer(self.folder)
 
     @torch.inference_mode()
     def generate(self, image, prompt: str, max_new_tokens: int = 100, sampling=None, generator=None) -> str:
@@ -128,13 +130,9 @@ class PaliGemma(nn.Module):
         of its random numbers, a torch.Generator on the CPU.
         """
         from model.decoding.generate import GREEDY, collect_answers, generate
-        from model.io.image import load_image, square, to_network, upright
+        from model.io.image import load_image, square, to_network
 
-        if self.tokenizer is None:
-            how = "put the checkpoint's into its folder, or assign model.tokenizer = Tokenizer(file)"
-            raise ValueError(f"the model has no tokenizer.model: {how}")
-        image = load_image(image) if isinstance(image, str | Path) else upright(image)
-        pixels = to_network(square(image, self.config.vision.image_size))[None]  # [1, 3, S, S]
+        pixels = to_network(square(load_image(image), self.config.vision.image_size))[None]  # [1, 3, S, S]
         prompts = [self.tokenizer.encode_prompt(prompt)]
         image_tokens = self.encode(pixels.to(self.projector.weight.device))
         steps = generate(self, image_tokens, prompts, max_new_tokens, sampling or GREEDY, generator)

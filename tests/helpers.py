@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from model import PaliGemma
 from model.config import PaliGemmaConfig
 from model.decoding.closed_set import ClosedSet
-from model.decoding.detector import Detections
+from model.decoding.detections import Detections
 from model.io.tokenizer import Tokenizer
 from train import fit
 from train.nano.untrained import nano_config
@@ -198,7 +198,9 @@ class FromAList:
             rows = np.array(rows, float)
             rows[:, 2:4] += rows[:, :2] + rng.integers(-3, 4, (len(rows), 2))
             scores = np.sort(rng.random(len(rows)))[::-1]
-            self.answers[key] = Detections(rows[:, :4], scores, rows[:, 4].astype(int), None)
+            class_ids = rows[:, 4].astype(int)
+            labels = [self.classes[c] for c in class_ids]
+            self.answers[key] = Detections(rows[:, :4], scores, class_ids, labels, tokens=None)
         self.seen, self.limit = 0, limit
 
     def fitting_batch(self):

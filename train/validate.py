@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from infer.lib.predictions import predict
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet, GroupDecoder
-from model.decoding.detector import Detector, Selection
+from model.decoding.detections import Selection
+from model.decoding.detector import ClosedSetDetector
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
 from train.data.open import open_data
@@ -69,7 +70,7 @@ class Validation:
         elif isinstance(data, CocoDetections):
             self.coco, self.images = first_images(read_coco(file), args.val_count), images
             language = ClosedSet.of(model.config, tokenizer)
-            self.detector = Detector(GroupDecoder(model, language), Selection(nms_iou=0.5))
+            self.detector = ClosedSetDetector(GroupDecoder(model, language), Selection(nms_iou=0.5))
             self.ids = category_ids(self.coco, self.detector.classes, file)
 
     @torch.no_grad()

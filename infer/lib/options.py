@@ -1,18 +1,17 @@
 """The options that the programs share, and the model or detector that they ask for."""
 
 import argparse
-import difflib
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from model import PaliGemma
-from model.config import PaliGemmaConfig
-from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head
-from model.decoding.detector import Asker, Detector, OpenSetDetector, Selection
-from model.decoding.generate import Sampling
+from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder
+from model.decoding.detections import Selection
+from model.decoding.detector import ClosedSetDetector, head_for
+from model.decoding.generate import Prompter, Sampling
 from model.decoding.masks import MaskCodec
+from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
 from model.io.hub import OFFICIAL_CODEC, codec_file, resolve
 from model.io.tokenizer import Tokenizer
@@ -20,8 +19,6 @@ from model.io.weights import DTYPES
 from model.io.writing import explain
 from train.run.program import positive
 
-CLASSES_PER_CALL = 8  # of an open-set prompt
-MAX_TOKENS = 200  # of an answer in words
 # Options that have no effect in the other mode, and are refused there.
 OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")
 CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop")
@@ -72,14 +69,14 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
     add = options.add_argument
     add("--nms-iou", type=float, default=0.5, help="of two boxes that overlap more, keep the better; 1: off")
     add("--min-size", type=float, default=0.0, help="drop boxes with a side shorter than this, in pixels")
-    add("--max-tokens", type=positive, help=f"longest answer in words (default: {MAX_TOKENS})")
+    add("--max-tokens", type=positive, help=f"longest answer in words (default: {MAX_ANSWER_TOKENS})")
     add("--batch-size", type=positive, help="pictures decoded together (default: what memory holds)")
     if masks:
         add("--classes", required=True, metavar='"A ; B"', help="all: all the model's classes")
         add_codec_arguments(options)
         return
     add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
-    add("--classes-per-call", type=positive, help=f"asked for in one prompt (default: {CLASSES_PER_CALL})")
+    add("--classes-per-call", type=positive, help=f"asked for in one prompt (default: {CLASSES_PER_PROMPT})")
     add("--groups", type=positive, help="boxes decoded for an image instead of the checkpoint's number")
     feedback = dict(action=argparse.BooleanOptionalAction, default=False)
     add("--noise-feedback", **feedback, help="feed the noise token back where it is likeliest")
@@ -141,38 +138,7 @@ def sampling_options(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_p, args.top_k, args.eos_offset)
 
 
-def head_for(model: PaliGemma) -> type:
-    """The fused head on a GPU that has Triton (Windows has none), the plain one elsewhere."""
-    if model.projector.weight.is_cuda and find_spec("triton"):
-        from model.decoding.head_kernel import FusedHead
-
-        return FusedHead
-    return Head
-
-
-def class_names(text: str, config: PaliGemmaConfig) -> tuple[str, ...]:
-    """The names of --classes "A ; B", each known to the model."""
-    if text.strip() == "all":
-        return config.classes
-    names = ()
-    for name in (" ".join(part.split()) for part in text.split(";")):
-        if name and name.casefold() not in map(str.casefold, names):
-            names += (name,)
-    if not names:
-        raise ValueError(f'--classes {text!r} names nothing; write --classes "cat ; traffic light"')
-    for name in names:
-        if "<" in name or ">" in name:
-            raise ValueError(f"--classes: {name!r} cannot be asked for: it has < or > in it")
-        if name not in config.classes and not config.open_vocabulary:
-            near = difflib.get_close_matches(name, config.classes, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "an official checkpoint may"
-            raise ValueError(
-                f"{name!r} is none of the {len(config.classes)} classes that this model knows; {hint}"
-            )
-    return names
-
-
-def load_detector(args: argparse.Namespace) -> Detector | OpenSetDetector:
+def load_detector(args: argparse.Namespace) -> ClosedSetDetector | OpenSetDetector:
     """The detector that the options ask for: closed-set, open-set if there are --classes, or a segmenter."""
     sampling = sampling_options(args)
     selection = Selection(args.score_threshold, args.nms_iou, args.min_size)
@@ -187,12 +153,12 @@ def load_detector(args: argparse.Namespace) -> Detector | OpenSetDetector:
         decode = GroupDecoder(
             model, language, args.groups, args.noise_feedback, sampling, early_stop=stop, head=head_for(model)
         )
-        return Detector(decode, selection)
-    ask = Asker(model, tokenizer, args.max_tokens or MAX_TOKENS, sampling, args.seed)
+        return ClosedSetDetector(decode, selection)
+    prompter = Prompter(model, tokenizer, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
     # Checkpoints are trained to segment one class at a time.
-    per_call = 1 if segments else args.classes_per_call or CLASSES_PER_CALL
-    return OpenSetDetector(ask, names, per_call, selection, codec)
+    per_prompt = 1 if segments else args.classes_per_call or CLASSES_PER_PROMPT
+    return OpenSetDetector(prompter, names, per_prompt, selection, codec)
 
 
 def check_mode(args: argparse.Namespace) -> None:

@@ -20,8 +20,10 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from model import PaliGemma
-from model.decoding.detector import Detections, Detector
+from model.decoding.detections import Detections
+from model.decoding.detector import ClosedSetDetector
 from model.decoding.masks import MaskCodec
+from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve
 from model.io.image import check_size, read_ahead
 from model.io.writing import explain, read_json, write_json
@@ -71,7 +73,7 @@ def evaluation_sets(
 
 
 def evaluate(
-    detector: Detector,
+    detector: ClosedSetDetector | OpenSetDetector,
     data: Path,
     images: Path,
     batch_size: int | None = None,
@@ -103,7 +105,7 @@ def evaluate(
 
 
 def predict(
-    detector: Detector,
+    detector: ClosedSetDetector | OpenSetDetector,
     coco: COCO,
     images: Path,
     ids: list[int],
@@ -140,10 +142,10 @@ def predict(
 
 def to_results(found: Detections, image_id: int, ids: list[int]) -> list[dict]:
     """An image's boxes in COCO's format."""
-    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True)
     return [
-        dict(image_id=image_id, category_id=ids[label], bbox=[x0, y0, x1 - x0, y1 - y0], score=score)
-        for (x0, y0, x1, y1), score, label in rows
+        dict(image_id=image_id, category_id=ids[class_id], bbox=[x0, y0, x1 - x0, y1 - y0], score=score)
+        for (x0, y0, x1, y1), score, class_id in rows
     ]
 
 

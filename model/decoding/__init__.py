@@ -1,1 +1,1 @@
-"""From hidden states to answers: boxes, masks, text."""
+"""From hidden states to answers: boxes, masks, text, and the `Detector` in front of them."""

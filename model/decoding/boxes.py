@@ -95,9 +95,9 @@ def box_prompt(names: Sequence[str], masks: bool = False) -> str:
 
 
 def check_label(label: str) -> None:
-    """Raise ValueError for a label that parse_answer could not read back."""
+    """Refuse a label that parse_answer could not read back."""
     if re.search("[;<>]", label):
-        raise ValueError(f"label {label!r} cannot be written into an answer: it has one of ; < > in it")
+        raise ValueError(f"the label {label!r} has one of ; < > in it, with which answers are written")
 
 
 def format_answer(

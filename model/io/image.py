@@ -23,11 +23,15 @@ PILLOWS_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.Decompre
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """An upright RGB image from a file."""
-    if not Path(path).exists():
-        raise ValueError(f"{path}: no such file")
-    with explain(f"{path}: not a readable image", *PILLOWS_ERRORS), Image.open(path) as image:
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """An upright RGB image from a file or a PIL image."""
+    if isinstance(source, Image.Image):
+        return upright(source)
+    if not isinstance(source, str | Path):
+        raise ValueError(f"an image is a file or a PIL image, not of type {type(source).__name__}")
+    if not Path(source).exists():
+        raise ValueError(f"{source}: no such file")
+    with explain(f"{source}: not a readable image", *PILLOWS_ERRORS), Image.open(source) as image:
         return upright(image)
 
 

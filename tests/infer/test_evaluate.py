@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from infer import evaluate
 from infer.lib import predictions
-from model.decoding.detector import Detections
+from model.decoding.detections import Detections
 from train import measures
 from train.practice.write import write_coco
 
@@ -100,7 +100,11 @@ def test_predictions_are_in_pixels_of_the_picture(coco):
         def __call__(self, images):
             assert all(image.size == (128, 128) for image in images)
             rows = [np.array(answers.pop(0), float) for _ in images]
-            return [Detections(r[:, :4], np.full(len(r), 0.8), r[:, 4].astype(int), None) for r in rows]
+            ids = [r[:, 4].astype(int) for r in rows]
+            return [
+                Detections(r[:, :4], np.full(len(r), 0.8), c, [self.classes[i] for i in c], tokens=None)
+                for r, c in zip(rows, ids)
+            ]
 
     figures = predictions.evaluate(Finds(), coco, coco.parent / "images", 2, "test")
     assert figures["AP"] == figures["AP50"] == figures["AP any class"] == 1

@@ -14,7 +14,7 @@ from PIL import Image
 from infer import report
 from infer.lib import predictions
 from infer.lib.plots import Evaluated
-from model.decoding.detector import Detections
+from model.decoding.detections import Detections
 from train.measures import FIGURES
 
 PLOTS = "precision_recall score_distribution boxes_per_image box_sizes calibration ap_per_class".split()
@@ -113,7 +113,7 @@ def test_report_in_words(run_report, tmp_path, monkeypatch):
 def test_nothing_found(evaluate_data, run_report, data, tmp_path):
     """A detector that finds nothing has a report too."""
     silent = FromAList(data)
-    none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), None)
+    none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), [], None)
     silent.answers = dict.fromkeys(silent.answers, none)
     assert evaluate_data("--out", tmp_path / "eval", detector=silent)[0] == 0
     assert run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page", "--images", 1)[0] == 0

@@ -10,8 +10,9 @@ from helpers import equal
 from PIL import Image
 from reference import LANGUAGE, noisy
 
+from model.decoding.batches import MAX_BATCH_CPU
 from model.decoding.closed_set import EarlyStop, GroupDecoder
-from model.decoding.detector import MAX_BATCH, Detector
+from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import Sampling
 from model.io.image import read_ahead
 
@@ -136,12 +137,25 @@ def test_graph_and_kernel_equal_the_plain_loop(model, sampling):
 
 
 def test_fitting_batch(model, monkeypatch):
-    """As many images as half of the free memory holds, at least one, at most MAX_BATCH."""
+    """As many images as half of the free memory holds, at least one, at most MAX_BATCH_CPU."""
     sizes = []
     for free in (0, 1 << 22, 1 << 24, 1 << 40):
         monkeypatch.setattr(os, "sysconf", lambda name, free=free: free if "PAGES" in name else 1)
-        sizes.append(Detector(GroupDecoder(model, LANGUAGE)).fitting_batch())
-    assert sizes == sorted(sizes) and sizes[0] == 1 < sizes[2] and sizes[3] == MAX_BATCH[False]
+        sizes.append(ClosedSetDetector(GroupDecoder(model, LANGUAGE)).fitting_batch())
+    assert sizes == sorted(sizes) and sizes[0] == 1 < sizes[2] and sizes[3] == MAX_BATCH_CPU
     config = model.config.text  # half of the memory holds at least their caches and images
     cache = 8 * config.layers * config.kv_heads * config.head_dim * 5 * LANGUAGE.groups
     assert sizes[2] * cache < 1 << 23
+
+
+def test_systems_that_do_not_say_how_much_memory_is_free(model, monkeypatch):
+    """macOS has no such figure, Windows no os.sysconf: images are decoded together all the same."""
+
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    detector = ClosedSetDetector(GroupDecoder(model, LANGUAGE))
+    monkeypatch.setattr(os, "sysconf", unknown)
+    assert detector.fitting_batch() == MAX_BATCH_CPU
+    monkeypatch.delattr(os, "sysconf")
+    assert detector.fitting_batch() == MAX_BATCH_CPU

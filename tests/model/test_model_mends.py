@@ -17,7 +17,7 @@ from torch import nn
 from infer.lib import predictions
 from model import PaliGemma
 from model.config import VARIANTS
-from model.decoding.detector import Detections
+from model.decoding.detections import Detections
 from model.decoding.generate import Sampling
 from model.decoding.generate import generate as generate_ids
 from model.decoding.packing import Int8Linear, _forget, _replace, can_pack, pack, quantize
@@ -110,7 +110,7 @@ class FindsNothing:
 
     def __call__(self, images):
         none = np.zeros(0, int)
-        return [Detections(np.zeros((0, 4)), none, none, none) for _ in images]
+        return [Detections(np.zeros((0, 4)), none, none, [], tokens=none) for _ in images]
 
 
 def coco_set(folder: Path, sizes: list[tuple[int, int]], **said: int) -> Path:

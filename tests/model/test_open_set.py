@@ -12,11 +12,12 @@ from PIL import Image
 
 from infer import detect, evaluate, segment
 from infer.lib import options as loading
-from infer.lib.options import class_names
 from model.config import COCO_CLASSES, PaliGemmaConfig, TextConfig, VisionConfig
-from model.decoding.detector import KEEP_ALL, Asker, OpenSetDetector, Selection, scored
-from model.decoding.generate import collect_answers, generate
+from model.decoding.batches import network_images
+from model.decoding.detections import KEEP_ALL, Selection
+from model.decoding.generate import Prompter, collect_answers, generate
 from model.decoding.masks import from_rle, paste_mask
+from model.decoding.open_set import OpenSetDetector, class_names, score_objects
 from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
 
@@ -35,7 +36,8 @@ def read(tokenizer, text, asked, p=None):
     p = p or {}
     log_p = [math.log(p.get(tokenizer.decode([token]), 0.25)) for token in tokens]
     return [
-        (one.label, round(one.score, 4), one.box.locs[1]) for one in scored(tokenizer, tokens, log_p, asked)
+        (one.class_id, round(one.score, 4), one.box.locs[1])
+        for one in score_objects(tokenizer, tokens, log_p, asked)
     ]
 
 
@@ -80,7 +82,7 @@ def test_score_without_a_label_is_that_of_the_box(tokenizer):
 
 
 class Said:
-    """Stands in for Asker: canned answers by prompt; remembers what it was asked."""
+    """Stands in for Prompter: canned answers by prompt; remembers what it was asked."""
 
     def __init__(self, tokenizer, by_prompt, p=0.9):
         self.tokenizer, self.by_prompt, self.p = tokenizer, by_prompt, p
@@ -102,8 +104,11 @@ def test_classes_are_asked_for_a_few_at_a_time(tokenizer):
         tokenizer, {"detect cat ; dog": f"{A} dog", "detect bus": f"{B} bus"}, ["cat", "dog", "bus"], 2
     )
     wide, high = made([Image.new("RGB", (200, 100)), Image.new("RGB", (100, 200))])
-    assert made.ask.asked == [(i, prompt) for i in (0, 1) for prompt in ("detect cat ; dog", "detect bus")]
-    assert wide.labels.tolist() == high.labels.tolist() == [1, 2]
+    assert made.prompter.asked == [
+        (i, prompt) for i in (0, 1) for prompt in ("detect cat ; dog", "detect bus")
+    ]
+    assert wide.class_ids.tolist() == high.class_ids.tolist() == [1, 2]
+    assert wide.labels == high.labels == ["dog", "bus"]
     assert wide.boxes.tolist() == [[25, 0, 125, 50], [50, 25, 200, 100]]
     assert high.boxes[0].tolist() == [12.5, 0, 62.5, 100] and wide.scores.tolist() == pytest.approx(
         [0.9, 0.9]
@@ -113,7 +118,7 @@ def test_classes_are_asked_for_a_few_at_a_time(tokenizer):
 
 def test_nothing_found(tokenizer):
     (found,) = detector(tokenizer, {}, ["cat", "dog"], 1)([Image.new("RGB", (20, 10))])
-    assert found.boxes.shape == (0, 4) and found.labels.dtype == np.int64 and not len(found.scores)
+    assert found.boxes.shape == (0, 4) and found.class_ids.dtype == np.int64 and not len(found.scores)
 
 
 def test_suppression_is_over_all_calls(tokenizer):
@@ -121,7 +126,7 @@ def test_suppression_is_over_all_calls(tokenizer):
     said = {"detect cat": f"{A} cat ; {A} cat", "detect dog": f"{A} dog"}
     made = detector(tokenizer, said, ["cat", "dog"], 1, Selection(nms_iou=0.5))
     (found,) = made([Image.new("RGB", (100, 100))])
-    assert found.labels.tolist() == [0, 1]
+    assert found.labels == ["cat", "dog"]
 
 
 def test_masks(tokenizer, codec):
@@ -129,12 +134,12 @@ def test_masks(tokenizer, codec):
     said = {"segment cat": f"{A}{SEGS} cat ; {B} cat", "segment dog": f"{B}{SEGS[:-8]} dog"}
     made = OpenSetDetector(Said(tokenizer, said), ["cat", "dog"], codec=codec)
     (found,) = made([Image.new("RGB", (200, 100))])
-    assert found.labels.tolist() == [0] and found.boxes.tolist() == [[25, 0, 125, 50]]
+    assert found.labels == ["cat"] and found.boxes.tolist() == [[25, 0, 125, 50]]
     right = paste_mask(codec.decode(torch.arange(16)[None])[0].numpy(), found.boxes[0], 200, 100)
     assert len(found.masks) == 1 and np.array_equal(found.masks[0], right) and right.any()
 
 
-def test_asker_answers_as_generate_does(model):
+def test_prompter_answers_as_generate_does(model):
     """Prompts of several images in batches of their own: each answer is the one it would be alone."""
     from model import PaliGemma
 
@@ -146,10 +151,8 @@ def test_asker_answers_as_generate_does(model):
         (0, "answer en how many dogs are there?"),
         (1, "detect cat"),
     ]
-    said = Asker(loaded, words, 12)(images, asked)
+    said = Prompter(loaded, words, 12)(images, asked)
     for (i, prompt), (tokens, log_p) in zip(asked, said, strict=True):
-        from model.decoding.detector import network_images
-
         image_tokens = loaded.encode(network_images(loaded, [images[i]]))
         ((alone, its_log_p),) = collect_answers(
             loaded, generate(loaded, image_tokens, [words.encode_prompt(prompt)], 12)
@@ -172,9 +175,15 @@ def config():
 
 def test_class_names(config):
     assert class_names(" cat ;traffic   light; Cat;", config) == ("cat", "traffic light")
-    assert class_names("all", config) == COCO_CLASSES
+    assert class_names(["cat", "traffic light", "Cat"], config) == ("cat", "traffic light")
+    assert class_names(" all ", config) == COCO_CLASSES and class_names(["all"], config) == ("all",)
     assert class_names("unicorn", config) == ("unicorn",)
-    for text, words in ((" ; ", "names nothing"), ("a<loc0001>", "< or >")):
+    for text, words in (
+        (" ; ", "names no class"),
+        ("a<loc0001>", "one of ; < >"),
+        ([], "names no class"),
+        (["a;b"], "a;b"),
+    ):
         with pytest.raises(ValueError, match=words):
             class_names(text, config)
     with pytest.raises(ValueError, match="'zebras' is none of the 80 .* did you mean 'zebra'"):
@@ -192,8 +201,8 @@ def run(monkeypatch, capsys, program, *argv):
 def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):
     """Writes what closed-set detection writes; class_id counts the classes asked for."""
     ask = Said(tokenizer, {"detect cat ; traffic light": f"{A} traffic light ; {B} cat ; {B} dog"})
-    monkeypatch.setattr(loading, "Asker", lambda *_: ask)
-    monkeypatch.setattr("model.decoding.detector.fitting_batch", lambda *_: 4)
+    monkeypatch.setattr(loading, "Prompter", lambda *_: ask)
+    monkeypatch.setattr("model.decoding.open_set.fitting_batch", lambda *_: 4)
     argv = "--image", picture(here / "a.png"), "--model", model, "--classes", "cat ; traffic light"
     code, out, err = run(monkeypatch, capsys, detect, *argv, "--json", "out.json", "--tokens")
     assert (code, err) == (0, [])
@@ -207,7 +216,7 @@ def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):
     ("options", "word"),
     [
         (["--classes", "unicorn"], "unicorn"),
-        (["--classes", ";"], "names nothing"),
+        (["--classes", ";"], "names no class"),
         (["--classes", "cat", "--groups", 3], "--groups"),
         (["--classes", "cat", "--early-stop", 0.5, 1], "--early-stop"),
         (["--classes", "cat", "--max-tokens", 100000], "positions"),
@@ -238,8 +247,8 @@ def test_segment(monkeypatch, capsys, model, here, tokenizer):
     """A drawing, a picture of each mask, and run-length encodings that are the same."""
     said = {"segment cat": f"{A}{SEGS} cat", "segment hair drier": f"{B}{SEGS} hair drier"}
     ask = Said(tokenizer, said)
-    monkeypatch.setattr(loading, "Asker", lambda *_: ask)
-    monkeypatch.setattr("model.decoding.detector.fitting_batch", lambda *_: 4)
+    monkeypatch.setattr(loading, "Prompter", lambda *_: ask)
+    monkeypatch.setattr("model.decoding.open_set.fitting_batch", lambda *_: 4)
     argv = [
         "--image",
         picture(here / "a.png"),

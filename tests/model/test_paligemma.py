@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from reference import save, tiny_paligemma
 
-from model import PaliGemma
+from model import Detector, PaliGemma
 from model.decoding.generate import Sampling, collect_answers, generate
 from model.io.hub import NANO
 from model.io.image import load_image, square, to_network
@@ -67,12 +67,13 @@ def test_without_a_tokenizer(tmp_path):
     """A checkpoint without one can be used for all else; what to do about it is said."""
     hf = tiny_paligemma(layers=1)
     model = PaliGemma.from_pretrained(save(hf, tmp_path), dtype=torch.float32)
-    assert model.tokenizer is None
-    with pytest.raises(ValueError, match="model.tokenizer = Tokenizer"):
-        model.generate(EXAMPLE, PROMPT)
+    for use in (Detector, lambda model: model.generate(EXAMPLE, PROMPT)):
+        with pytest.raises(ValueError, match="model.tokenizer = Tokenizer"):
+            use(model)
     model.tokenizer = Tokenizer(NANO)
     assert isinstance(model.generate(EXAMPLE, PROMPT, 3), str)
-    assert PaliGemma(model.config).tokenizer is None, "nor has a model that comes from nowhere"
+    with pytest.raises(ValueError, match="no tokenizer.model"):  # nor has a model that comes from nowhere
+        assert PaliGemma(model.config).tokenizer
 
 
 # Files that travel with a model -----------------------------------------------------------------------------
