@@ -14,6 +14,7 @@ import torch
 
 from model import PaliGemma
 from model.config import VARIANTS
+from model.io.weights import save_weights
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def build_checkpoint(variant: str, folder: Path) -> None:
         centre = 1.0 if "norm" in name and name.startswith("vision") and name.endswith("weight") else 0.0
         size = 0.1 if "norm" in name or name.endswith("bias") else weight[0].numel() ** -0.5
         state[name] = noise.mul_(size).add_(centre)
-    model.save_pretrained(folder, torch.bfloat16, state=state)
+    save_weights(model, folder, torch.bfloat16, state=state)
 
 
 def seconds(function: Callable[[], object], device: str) -> float:

@@ -13,8 +13,7 @@ from model.decoding.generate import Prompter, Sampling
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
-from model.io.hub import OFFICIAL_CODEC, codec_file, resolve
-from model.io.tokenizer import Tokenizer
+from model.io.hub import OFFICIAL_CODEC, codec_file
 from model.io.weights import DTYPES
 from model.io.writing import explain
 from train.run.program import positive
@@ -110,14 +109,13 @@ def usable_device(name: str) -> str:
     return name
 
 
-def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
+def load_model(args: argparse.Namespace) -> PaliGemma:
     """The model that the options ask for, ready to decode."""
     torch.manual_seed(args.seed)
     device = usable_device(args.device)
-    folder = resolve(args.model)
     caps = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
     model = load_for_decoding(
-        folder,
+        args.model,
         dtype=DTYPES.get(args.dtype),
         device=device,
         adapter=args.adapter,
@@ -127,7 +125,7 @@ def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
     )
     if args.compile:
         model.decoder.compile()
-    return model, Tokenizer(folder)
+    return model
 
 
 def load_codec(args: argparse.Namespace) -> MaskCodec:
@@ -146,15 +144,15 @@ def load_detector(args: argparse.Namespace) -> ClosedSetDetector | OpenSetDetect
     if not segments:
         check_mode(args)
     codec = load_codec(args) if segments else None
-    model, tokenizer = load_model(args)
+    model = load_model(args)
     if args.classes is None:
         stop = EarlyStop(*args.early_stop) if args.early_stop else None
-        language = ClosedSet.of(model.config, tokenizer)
+        language = ClosedSet.of(model.config, model.tokenizer)
         decode = GroupDecoder(
             model, language, args.groups, args.noise_feedback, sampling, early_stop=stop, head=head_for(model)
         )
         return ClosedSetDetector(decode, selection)
-    prompter = Prompter(model, tokenizer, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
+    prompter = Prompter(model, model.tokenizer, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
     # Checkpoints are trained to segment one class at a time.
     per_prompt = 1 if segments else args.classes_per_call or CLASSES_PER_PROMPT
