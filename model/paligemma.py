@@ -55,38 +55,25 @@ class PaliGemma(nn.Module):
         # Not multiplied by sqrt(D), as text embeddings are: the projector was trained to meet their scale.
         return self.projector(features)
 
-    def read(
-        self,
-        image_tokens: Tensor,
-        tokens: Tensor,
-        prefix_len: int | Tensor,
-        cache: KVCache | None = None,
-        only: Tensor | None = None,
-    ) -> Tensor:
-        """Image tokens [B, P, D], text [B, T] -> hidden states of the text [B, T, D]; fills the cache anew.
+    def read(self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
+        """Image tokens [B, P, D], text [B, T] -> hidden states of the text [B, T, D]."""
+        x, _, positions, masks = self._sequence(image_tokens, tokens, prefix_len)
+        return self.decoder(x, positions, _fused(masks, image_tokens))[:, image_tokens.shape[1] :]
 
-        only int64 [B]: the one text position of each row whose state is wanted; then [B, 1, D].
-        """
+    def _sequence(
+        self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """[image | text] as the decoder reads it: embeddings [B, P + T, D], where it is no padding and its
+        positions [B, P + T], and the masks [B, P + T, P + T] of local and of global layers."""
         (B, P, _), T = image_tokens.shape, tokens.shape[1]
         prefix_len = torch.as_tensor(prefix_len, device=tokens.device).expand(B)
-        # Of the whole sequence, [B, P + T] each: where it is no padding, and where it is suffix.
         valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
-        is_suffix = torch.arange(P + T, device=tokens.device) >= P + prefix_len[:, None]
+        is_suffix = torch.arange(P + T, device=tokens.device) >= P + prefix_len[:, None]  # [B, P + T]
         positions = valid.cumsum(-1)  # from 1, as in transformers; padding does not count
-        mask = prefix_lm_mask(valid, is_suffix)  # [B, P + T, P + T]
+        mask = prefix_lm_mask(valid, is_suffix)
         local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
-        masks = local, mask
-        if cache is not None:
-            cache.start(valid, positions)
-        if only is not None:  # its place in the sequence, and its row of the last layer's mask
-            only = only + P, at(masks[(self.config.text.layers - 1) % 2], only + P)
-        if mask.is_cuda and P >= FUSED_FROM and not torch.is_grad_enabled():
-            from model.flex import block_mask  # here, because it brings torch.compile along
-
-            masks = tuple(map(block_mask, masks))
         x = torch.cat((image_tokens, self.decoder.embed_tokens(tokens).to(image_tokens.dtype)), dim=1)
-        hidden = self.decoder(x, positions, masks, cache, only)
-        return hidden[:, P:] if only is None else hidden
+        return x, valid, positions, (local, mask)
 
     # ---- decoding: a prefill, then token by token ----------------------------------------------------------
 
@@ -96,10 +83,14 @@ class PaliGemma(nn.Module):
         return KVCache(self.config.text, batch, slots, weight.dtype, weight.device)
 
     def prefill(self, image_tokens: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache; returns the hidden
-        state at the end of each prompt [B, D]."""
-        lengths = (tokens != self.config.pad).sum(-1)  # the whole prompt is prefix
-        return self.read(image_tokens, tokens, lengths, cache, only=lengths - 1)[:, 0]
+        """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache, which forgets what it
+        held; returns the hidden state at the end of each prompt [B, D]."""
+        lengths = (tokens != self.config.pad).sum(-1)
+        x, valid, positions, masks = self._sequence(image_tokens, tokens, lengths)  # all of it is prefix
+        cache.start(valid, positions)
+        end = image_tokens.shape[1] + lengths - 1  # [B], in the sequence
+        only = end, at(masks[(self.config.text.layers - 1) % 2], end)  # and its row of the last layer's mask
+        return self.decoder(x, positions, _fused(masks, image_tokens), cache, only)[:, 0]
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token [B] to every sequence of the cache; returns its hidden state [B, D]."""
@@ -192,6 +183,16 @@ class PaliGemma(nn.Module):
         save_weights(self, folder, dtype, max_shard_bytes)
         if self.folder is not None:
             copy_companions(self.folder, Path(folder))
+
+
+def _fused(masks: tuple[Tensor, Tensor], image_tokens: Tensor) -> tuple:
+    """The masks as FlexAttention takes them, where that is the faster form: without gradients, on a GPU."""
+    long = image_tokens.shape[1] >= FUSED_FROM
+    if not (long and image_tokens.is_cuda) or torch.is_grad_enabled():
+        return masks
+    from model.flex import block_mask  # here, because it brings torch.compile along
+
+    return tuple(map(block_mask, masks))
 
 
 def _check_images(images: Tensor, config: PaliGemmaConfig) -> None:

@@ -21,7 +21,7 @@ from model.config import PaliGemmaConfig
 from model.decoding.closed_set import ClosedSet
 from model.decoding.detections import Detections
 from model.io.tokenizer import Tokenizer
-from train import fit
+from train import fit, loss
 from train.nano.untrained import nano_config
 from train.run import program as frame
 
@@ -43,6 +43,16 @@ def call(monkeypatch, capsys, program, *argv) -> tuple[int, str, str]:
     if isinstance(code, str):  # what Python prints before it exits with 1
         code, err = 1, f"{err}{code}\n"
     return code, out, err
+
+
+def python(*argv, cwd: Path | None = None, **environment: str) -> str:
+    """What python prints in a process of its own, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, env=ENVIRONMENT | environment,
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def torchrun(processes: int, *options) -> list:
@@ -67,6 +77,7 @@ def complaint_about(file: Path, function, **options) -> str:
 
 # Training runs ----------------------------------------------------------------------------------------------
 
+FIT = ROOT / "train" / "fit.py"
 USUAL = "--steps 8 --batch-size 4 --lr 1e-3 --warmup 2 --patch-weight 1 --log-every 1 --save-every 8 --no-amp"
 PLAIN = "--patch-weight 0"  # for data from files: only practice scenes have the helper head
 
@@ -82,19 +93,34 @@ def run_complaint(model, out, options) -> str:
     return complaint(run, model, out, f"{PLAIN} {options}")
 
 
-def command(model, out, options, launcher=()) -> list[str]:
-    """The same program in processes of its own."""
-    program = [sys.executable, *launcher, ROOT / "train" / "fit.py"]
+class Killed(Exception):
+    """Stands for a lost machine: nothing in the program expects it."""
+
+
+def run_until_killed(monkeypatch, step: int, model, out, options="") -> None:
+    """Such a run that dies in the middle of step number `step`, counted from where it starts."""
+    steps, to_network = iter(range(1, step + 1)), loss.to_network
+
+    def to_network_or_death(image):
+        if next(steps) == step:
+            raise Killed
+        return to_network(image)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loss, "to_network", to_network_or_death)
+        run(model, out, options)
+
+
+def command(model, out, options, launcher=(), program=FIT) -> list[str]:
+    """The same program in processes of its own; program: another one with its options."""
     usual = "--device cpu --workers 0 --batch-size 4 --lr 1e-3 --warmup 2 --log-every 1 --no-amp"
-    return [*map(str, [*program, "--model", model, "--out", out]), *f"{usual} {options}".split()]
+    files = [sys.executable, *launcher, program, "--model", model, "--out", out]
+    return [*map(str, files), *f"{usual} {options}".split()]
 
 
-def launch(*args, **kwargs) -> tuple[int, str]:
-    """Run such a command: exit code, stderr."""
-    done = subprocess.run(
-        command(*args, **kwargs), env=ENVIRONMENT, capture_output=True, text=True, timeout=400
-    )
-    return done.returncode, done.stderr
+def launch(*args, **kwargs) -> str:
+    """Run such a command, which must succeed; returns what it prints."""
+    return python(*command(*args, **kwargs)[1:])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,12 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import pytest
-from helpers import ENVIRONMENT, ROOT
+from helpers import ROOT, python
 
 PACKAGES = "model", "train", "infer"
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
@@ -23,8 +21,7 @@ def unpacked(tmp_path_factory):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, copy)
-    done = subprocess.run([sys.executable, "-c", BUILD], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    python("-c", BUILD, cwd=copy)
     (wheel,) = (copy / "dist").iterdir()
     zipfile.ZipFile(wheel).extractall(folder)
     return folder
@@ -47,17 +44,11 @@ def test_every_module_is_in_it(unpacked):
 def test_it_detects(unpacked, tmp_path):
     """With nano, from another working folder; PYTHONPATH has nothing but the wheel's files."""
     shutil.copy(ROOT / "media" / "example.png", tmp_path)
-    environment = ENVIRONMENT | {"PYTHONPATH": str(unpacked)}
-
-    def python(*argv):
-        done = subprocess.run(
-            [sys.executable, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    where = python("-c", "import model, train, infer; print(model.__file__, train.__file__, infer.__file__)")
+    alone = dict(cwd=tmp_path, PYTHONPATH=str(unpacked))
+    where = python(
+        "-c", "import model, train, infer; print(model.__file__, train.__file__, infer.__file__)", **alone
+    )
     assert where.split() == [os.fspath(unpacked / name / "__init__.py") for name in PACKAGES]
-    python("-m", "infer.detect", "--image", "example.png", "--json", "found.json")
+    python("-m", "infer.detect", "--image", "example.png", "--json", "found.json", **alone)
     (record,) = json.loads((tmp_path / "found.json").read_text())
     assert {"wine glass", "kite", "person"} <= {found["label"] for found in record["detections"]}

@@ -33,7 +33,7 @@ from model.io.writing import explain, read_json, write_json
 from train.data.coco import CocoIndex
 from train.data.jsonl import is_jsonl
 from train.data.open import classes_for, open_data, read_coco_index
-from train.data.samples import ROUND, StepSampler, collate
+from train.data.samples import TEXT_MULTIPLE, StepSampler, collate
 from train.loss import Objective
 from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import Run, load_trainer_state, newest, save_checkpoint, save_model
@@ -152,7 +152,7 @@ def make_loader(
     args: argparse.Namespace, data: Dataset, sampler: StepSampler, pad: int, device: torch.device
 ) -> DataLoader:
     """Micro-batches in the order of the run, prepared by worker processes."""
-    multiple = ROUND if args.tasks == "all" else 1
+    multiple = TEXT_MULTIPLE if args.tasks == "all" else 1
     per_example = args.loss_mean == "example"
     return DataLoader(
         data,

@@ -16,7 +16,7 @@ from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
 from model.gemma import Gemma
 from model.io.image import to_network
-from train.data.samples import ROUND
+from train.data.samples import TEXT_MULTIPLE
 from train.nano.patch_head import PatchHead
 
 CHUNK = 128  # positions whose full-vocabulary logits are in memory together, 132 MB for the official sizes
@@ -61,7 +61,7 @@ class Objective(nn.Module):
             lengths = (batch["text"] != self.model.config.pad).sum(-1)
             loss = batch["weights"].new_zeros(())
             for rows in lengths.argsort(stable=True).chunk(2):
-                end = -(-int(lengths[rows].max()) // ROUND) * ROUND  # a GPU sync
+                end = -(-int(lengths[rows].max()) // TEXT_MULTIPLE) * TEXT_MULTIPLE  # a GPU sync
                 texts = {name: batch[name][rows, :end] for name in ("text", "labels", "weights")}
                 texts["prefix_len"] = batch["prefix_len"][rows]
                 loss = loss + self._answers_loss(image_tokens[rows // prompts], texts)

@@ -1,14 +1,14 @@
 """Build the sprite pack in media/sprites from free emoji and icon packages.
 
-The pack is what train/practice/scenes.py pastes into its practice scenes. It is kept in the repository, so
-you need this file only to change it. It takes `pip install resvg-py pillow` and the packages that
-media/sprites/sources.py lists, each unpacked into a folder of its own name:
+train/practice/scenes.py pastes the pack's drawings into its scenes. The pack is kept in the repository: you
+need this file only to change it. It needs `pip install resvg-py pillow` and the packages that sources.py
+lists, each unpacked into a folder of its own name:
 
     mkdir sources && cd sources
     python ../media/sprites/build.py --list | bash    # fetches and unpacks each package
     cd .. && python media/sprites/build.py sources
 
-It writes one WebP sheet per source, sprites.json (one sprite a line) and CREDITS.md. The drawings of the
+It writes one WebP sheet per source, sprites.json (one sprite per line) and CREDITS.md. The drawings of the
 source "own" are the project's: SVG files in media/sprites/own, named after their class and a number.
 """
 
@@ -43,7 +43,7 @@ one-colour icons were made white, and are recoloured when scenes are made. Licen
 
 
 class Icons:
-    """One source's icons and the names it gives to emoji."""
+    """The icons of one source, and its names for emoji."""
 
     def __init__(self, folder, name):
         self.set = json.loads((folder / name / "icons.json").read_text(encoding="utf-8"))
@@ -52,10 +52,11 @@ class Icons:
         self.chars = {code.removesuffix("-fe0f"): icon for code, icon in chars.items()}
         entries = NAMES.get(name, "").replace("\n", " ").split(",")
         self.renamed = {entry.split()[0]: entry.split()[1:] for entry in entries if entry.strip()}
-        self.compact, self.numbered = name == "fxemoji", name == "streamline-emojis"
+        self.compact = name == "fxemoji"  # its names have no hyphens
+        self.numbered = name == "streamline-emojis"  # several drawings of an emoji have numbers
 
     def of_emoji(self, code, words):
-        """The names of the drawings of an emoji, given what other sources call it."""
+        """The names of this source's drawings of an emoji. words: the names that other sources give it."""
         if code in self.renamed:
             return [name for name in self.renamed[code] if self.icon(name)]
         names = [self.chars[code]] if code in self.chars else list(dict.fromkeys(words))
@@ -70,7 +71,7 @@ class Icons:
         return self.icon(alias["parent"]) if alias else self.set["icons"].get(name)
 
     def svg(self, name, colour):
-        """An icon as the text of an SVG file, without the shadow that one source draws on the ground."""
+        """An icon as SVG text, without the shadow that one source draws on the ground."""
         icon = self.icon(name)
         width, height = (icon.get(side, self.set.get(side, 16)) for side in ("width", "height"))
         body = re.sub(r'<path fill="#45413c"[^>]*opacity="\.15"/>', "", icon["body"])
@@ -82,14 +83,14 @@ class Icons:
         )
 
 
-def draw(svg):
-    """An SVG as a sprite: trimmed to what is visible and resized, or None where nothing is."""
+def rasterise(svg):
+    """SVG text -> a sprite, or None if nothing is visible."""
     svg = svg.replace("<svg ", f'<svg width="{4 * SIZE}" height="{4 * SIZE}" ', 1)
     return trim(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True))))
 
 
 def trim(file, threshold=16):
-    """An image file as a sprite."""
+    """An image file -> a sprite, cut to its pixels of more alpha than the threshold and resized; or None."""
     image = Image.open(file).convert("RGBA")
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > threshold)).getbbox()
     if box is None:
@@ -103,7 +104,7 @@ def collect(folder, out):
     """Every sprite of the pack: {source: [(class or None, name, image)]}."""
     table = sources()
     sets = {name: Icons(folder, name) for name, source in table.items() if source.form not in ("png", "own")}
-    words = collections.defaultdict(list)  # code point: the names that the sources with a table give it
+    words = collections.defaultdict(list)  # code point: its names in the sources that have a table
     for icons in sets.values():
         for code, name in icons.chars.items():
             words[code].append(name)
@@ -111,13 +112,14 @@ def collect(folder, out):
     sprites = collections.defaultdict(list)
 
     def add(label, vendor, key, icon):
+        """Add a sprite; returns how many were added, 1 or 0."""
         if f"{vendor}:{key}" in DROP.split():
             return 0
         colour = "#ffffff" if table[vendor].form == "icon" else "#333333"
-        if table[vendor].form == "png":  # the threshold leaves a shadow out
+        if table[vendor].form == "png":  # the high threshold leaves out shadows
             image = trim(folder / vendor / f"{icon}.png", 200)
         else:
-            image = draw(sets[vendor].svg(icon, colour))
+            image = rasterise(sets[vendor].svg(icon, colour))
         if image is None:
             print("empty:", vendor, key)
             return 0
@@ -137,38 +139,38 @@ def collect(folder, out):
                     add(label, vendor, name if number == 1 else f"{name}.{number}", icon)
     training = [name for name in emoji if not table[name].held_out]
     for turn, code in enumerate(DISTRACTORS.split()):
-        drawn = 0  # two drawings of a distractor are enough, from one source and another in turn
+        drawn = 0  # two drawings of a distractor are enough; the sources take turns
         for vendor in training[turn % len(training) :] + training[: turn % len(training)]:
             for icon in sets[vendor].of_emoji(code, words[code])[:1]:
                 drawn += drawn < 2 and add(None, vendor, code, icon)
     for path in sorted((out / "own").glob("*.svg")):
         label = path.stem.rstrip("0123456789").rstrip("-").replace("-", " ")
-        sprites["own"].append((label, path.stem, draw(path.read_text(encoding="utf-8"))))
+        sprites["own"].append((label, path.stem, rasterise(path.read_text(encoding="utf-8"))))
     return sprites
 
 
-def pack(images, gap=4):
-    """Places for images on a sheet, row by row, the tallest first: ([(x, y)], height of the sheet)."""
-    places, x, y, row = [None] * len(images), gap, gap, 0
+def place_on_sheet(images, gap=4):
+    """Positions of images on a sheet, row by row, the tallest first: ([(x, y)], height of the sheet)."""
+    positions, x, y, row = [None] * len(images), gap, gap, 0
     for index in sorted(range(len(images)), key=lambda i: -images[i].height):
         width, height = images[index].size
         if x + width + gap > SHEET_WIDTH:
             x, y, row = gap, y + row + gap, 0
-        places[index] = (x, y)
+        positions[index] = (x, y)
         x, row = x + width + gap, max(row, height)
-    return places, y + row + gap
+    return positions, y + row + gap
 
 
-def write(sprites, out):
-    """The sheets, sprites.json and CREDITS.md."""
+def write_pack(sprites, out):
+    """Write the sheets, sprites.json and CREDITS.md."""
     lines, about, texts = [], [], [CREDITS]
     for name, source in sources().items():
         rows = sprites[name]
-        places, height = pack([image for *_, image in rows])
+        positions, height = place_on_sheet([image for *_, image in rows])
         sheet = Image.new("RGBA", (SHEET_WIDTH, height))
-        for (label, key, image), place in zip(rows, places, strict=True):
-            sheet.paste(image, place)
-            record = {"source": name, "class": label, "name": key, "box": [*place, *image.size]}
+        for (label, key, image), position in zip(rows, positions, strict=True):
+            sheet.paste(image, position)
+            record = {"source": name, "class": label, "name": key, "box": [*position, *image.size]}
             lines.append("  " + json.dumps(record | {"tint": source.form == "icon"}))
         coding = {"lossless": True} if source.form == "icon" else {"quality": QUALITY, "alpha_quality": 95}
         sheet.save(out / f"{name}.webp", method=6, **coding)
@@ -204,7 +206,7 @@ def write(sprites, out):
 def main():
     parser = argparse.ArgumentParser(description="Build the sprite pack in media/sprites.")
     parser.add_argument("folder", nargs="?", type=pathlib.Path, help="the folder with the unpacked packages")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("media/sprites"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
     parser.add_argument("--list", action="store_true", help="print the commands that fetch the packages")
     args = parser.parse_args()
     if args.list:
@@ -220,11 +222,11 @@ def main():
                     f"iconify-json-{name}-{source.version}.tgz -C {name} --strip-components=1"
                 )
     elif args.folder is None:
-        parser.error("name the folder with the unpacked packages")
+        parser.error("give the folder with the unpacked packages")
     elif resvg_py is None:
         parser.error("rebuilding the sprite pack needs: pip install resvg-py pillow")
     else:
-        write(collect(args.folder, args.out), args.out)
+        write_pack(collect(args.folder, args.out), args.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Which drawings are in the sprite pack: their sources, and what each class is called there.
+"""The drawings of the sprite pack: their sources, and what each class is called there. Tables of build.py.
 
-The tables of sprite_pack.py. An emoji stands as its hex code points, an icon as source:name.
+An emoji is given by its code points in hexadecimal, an icon by source:name.
 """
 
 import collections
 
-# source | version | licence | author | project | form (icon: one colour, tinted later) | use
+# source | version | licence | author | project | form (icon: one colour, tinted in scenes) | use
 SOURCES = """
 noto | 1.2.9 | Apache-2.0 | Google | googlefonts/noto-emoji | emoji | training
 noto-v1 | 1.2.5 | Apache-2.0 | Google | googlefonts/noto-emoji | emoji | training
@@ -30,7 +30,7 @@ fa6-solid | 1.2.4 | CC-BY-4.0 | Fonticons, Inc. (Dave Gandy) | FortAwesome/Font-
 openclipart | 0.18 | public domain | ganson, davek, Benji Park and others | openclipart.org | png | held out
 """
 
-# COCO's 80 classes in its order: the emoji of each (hex code points), then source:icon
+# COCO's 80 classes in their order, as model/config.py has them: the emoji of each, then its icons
 CLASSES = """
 person: 1f9cd 1f6b6 1f3c3 1f483 1f57a 1f468 1f469 1f466 1f467 1f46e 1f477 1f474 1f475 1f482
 bicycle: 1f6b2
@@ -118,7 +118,7 @@ hair drier: mdi:hair-dryer icon-park:hair-dryer icon-park:hair-dryer-one ph:hair
 toothbrush: 1faa5 mdi:toothbrush
 """
 
-# Things of none of the 80 classes
+# Emoji of things outside the 80 classes
 DISTRACTORS = """
 2764 2b50 1f352 1f344 1f337 1f33b 1f339 1f3e0 1f3f0 1f333 1f334 1f384 1f319 1f381 1f388 1f3b8 1f3ba 1f3bb
 1f3b7 1f941 1f347 1f349 1f353 1f34d 1f41a 1f451 1f525 2744 1f308 2601 1f30d 1f680 2693 1f511 1f512 1f514
@@ -127,7 +127,7 @@ DISTRACTORS = """
 26c4 26fa
 """
 
-# What a source calls an emoji, where it is not the name that the others use (several: a space between)
+# What a source calls an emoji if the others use another name (of several drawings: separated by spaces)
 NAMES = {
     "fxemoji": """
 1f6b6 walking, 1f3c3 running, 1f483 dancer, 1f468 man, 1f469 woman, 1f466 boy, 1f467 girl, 1f46e cop, 1f474
@@ -151,12 +151,12 @@ police-officer-2, 1f6b6 man-walking-1 woman-walking-2, 1f3c3 man-running-2 woman
 """,
 }
 
-# Drawings with a scene around them, or of something else than their class
+# Left out: drawings with a scene around them, or of something other than their class
 DROP = """
 noto-v1:1f3c0 emojione:1f3c0 fxemoji:1f6a2 fxemoji:26f5 streamline-emojis:1f6a2 fxemoji:1f424 fxemoji:26f1
 fxemoji:1f3bf emojione:26b1 emojione:26fa emojione:1f3cd fxemoji:1f5a5 fxemoji:1f4bb noto-v1:1f4bb
 """
-# The tennis emoji is a racket for some and a ball for others
+# Sources whose tennis emoji is a racket, for the others it is a ball
 RACKETS = """
 noto:1f3be noto-v1:1f3be fluent-emoji:1f3be fluent-emoji-flat:1f3be emojione:1f3be streamline-emojis:1f3be.2
 """

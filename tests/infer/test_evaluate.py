@@ -6,14 +6,12 @@ A detector that answers from a list stands in for the model, except where severa
 import argparse
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ENVIRONMENT, LISTED_IMAGES, ROOT, FromAList, call, edit_json, torchrun
+from helpers import LISTED_IMAGES, ROOT, FromAList, call, edit_json, python, torchrun
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -279,15 +277,10 @@ def test_two_processes(model, tmp_path):
     """torchrun with two, on a practice set: the figures of one, printed once; the scenes drawn once."""
     program = [ROOT / "infer" / "evaluate.py", "--model", model, "--count", "5", "--device", "cpu"]
     program += ["--sets", "same", "--batch-size", "1"]
-    shared = [sys.executable, *torchrun(2)]
-    printed = []
-    for command, out in (([sys.executable], "one"), (shared, "two")):
-        done = subprocess.run(
-            [*map(str, [*command, *program]), "--out", tmp_path / out],
-            env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        printed.append(done.stdout)
+    printed = [
+        python(*launcher, *program, "--out", tmp_path / out)
+        for launcher, out in (((), "one"), (torchrun(2), "two"))
+    ]
     assert printed[0] == printed[1] and re.match(r"mAP \d\.\d{3} \(same drawings\)\n", printed[1])
     one, two = (tmp_path / name / "same" for name in ("one", "two"))
     assert files_of(one) == files_of(two) and len(json.loads((one / "results.json").read_text())) > 5

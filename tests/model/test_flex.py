@@ -1,10 +1,13 @@
 """FlexAttention against the readable attention: both forms of it, PyTorch's own and the compiled one."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
+from reference import pad_right, random_inputs, save, tiny_paligemma
 from torch.nn.attention.flex_attention import flex_attention
 
-from model import flex
+from model import PaliGemma, flex, paligemma
 from model.attention import attend, prefix_lm_mask, window_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,6 +30,27 @@ def test_flex(heads, kv_heads, cap, window, compiled, monkeypatch):
         found = attend(q, k, v, flex.block_mask(mask), 0.2, cap)
         expected = attend(q, k, v, mask, 0.2, cap)
     assert torch.allclose(found[valid], expected[valid], atol=1e-5)
+
+
+@torch.inference_mode()
+def test_long_prefill(monkeypatch, tmp_path):
+    """The whole prefill and forward, where both take the fused form: as on a GPU from 448 px."""
+    hf = tiny_paligemma(layers=4, window=10)
+    ours = PaliGemma.from_pretrained(save(hf, tmp_path), dtype=torch.float32)
+    images, tokens = random_inputs(hf, batch=2, length=9)
+    tokens = pad_right(tokens, [9, 5])
+
+    def answers():
+        cache = ours.new_cache(2, 12)
+        hidden = ours.prefill(ours.encode(images), tokens, cache)
+        return hidden, ours.step(tokens[:, 1], cache), ours(images, tokens, 4)[tokens != 0]
+
+    plain, fused = answers(), Mock(wraps=flex_attention)
+    monkeypatch.setattr(flex, "fused", fused)
+    monkeypatch.setattr(paligemma, "_fused", lambda masks, _: tuple(map(flex.block_mask, masks)))
+    for found, expected in zip(answers(), plain, strict=True):
+        assert torch.allclose(found, expected, atol=1e-4)
+    assert fused.call_count == 3 + 4  # the prefill's last block reads with one position, in the plain form
 
 
 def test_fused_without_mask():

@@ -1,13 +1,10 @@
 """The restricted head: the Triton kernel against the plain form, in Triton's interpreter or on a GPU."""
 
-import os
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import python
 
 from model.config import TextConfig
 from model.decoding.closed_set import Head, choose
@@ -49,18 +46,17 @@ def check(plain, fused):
 
 @pytest.mark.parametrize("cap", [30.0, None])
 @pytest.mark.parametrize("noise_feedback", [True, False])
-@pytest.mark.parametrize(
-    ("batch", "width", "classes"), [(1, 16, 80), (3, 130, 1), (17, 64, 97), (256, 33, 5)]
-)
+@pytest.mark.parametrize(("batch", "width", "classes"), [(1, 16, 80), (3, 130, 1), (17, 64, 97), (33, 33, 5)])
 def test_kernel_greedy(batch, width, classes, noise_feedback, cap):
-    """Sizes that fill no block, one row and many, each slot of the group; the buffers serve every call."""
+    """Sizes that fill no block, one row and many, a coordinate and a class; the buffers serve every call."""
     plain, fused = heads(width, classes, cap=cap, noise_feedback=noise_feedback)
-    for slot in (0, 3, 4):
+    for slot in (3, 4):
         hidden, uniform = inputs(batch, width, seed=slot)
         check(plain(hidden, slot, uniform), fused(hidden, slot, uniform))
 
 
 def test_kernel_largest_batch():
+    """Of classes only: 1,024 coordinates for this many rows take the interpreter half a minute."""
     plain, fused = heads(33, classes=5)
     hidden, uniform = inputs(256, 33)
     check(plain(hidden, 4, uniform), fused(hidden, 4, uniform))
@@ -72,7 +68,7 @@ def test_kernel_samples(temperature, top_p):
     sampling = Sampling(temperature, top_p)
     plain, fused = heads(48, classes=20, sampling=sampling)
     for slot in (2, 4):
-        hidden, uniform = inputs(40, 48, seed=slot)
+        hidden, uniform = inputs(20, 48, seed=slot)
         check(plain(hidden, slot, uniform), fused(hidden, slot, uniform))
 
 
@@ -160,32 +156,27 @@ def test_sampling_refuses(options):
 # For GPUs that are not here ---------------------------------------------------------------------------------
 
 COMPILE = """
+from itertools import product
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from model.decoding.head_kernel import BLOCKS, restricted_head
-weight, sample, target = {weight!r}, {sample}, {target}
-pointers = dict(hidden=weight, embed=weight, position="*i64", uniform="*fp32", scratch="*fp32")
-pointers |= dict(arrived="*i32", fed="*i64", best_id="*i64", score="*fp32", noise="*fp32")
 numbers = dict.fromkeys(["B", "D", "loc0", "class0", "classes"], "i32")
 numbers |= dict.fromkeys(["cap", "temperature", "top_p"], "fp32")
-constants = dict(GROUP=5, NOISE_FEEDBACK=True, SAMPLE=sample, WIDEN=False) | BLOCKS
-signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
-source = ASTSource(restricted_head, signature, constants)
-compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
-assert len(compiled.asm["cubin"]) > 1000
-assert ("mma" in compiled.asm["ptx"]) == (weight == "*bf16")
-print("shared bytes", compiled.metadata.shared)
+for (weight, sample), target in product([("*bf16", False), ("*fp32", True)], [80, 90]):
+    print(weight, sample, target)
+    pointers = dict(hidden=weight, embed=weight, position="*i64", uniform="*fp32", scratch="*fp32")
+    pointers |= dict(arrived="*i32", fed="*i64", best_id="*i64", score="*fp32", noise="*fp32")
+    constants = dict(GROUP=5, NOISE_FEEDBACK=True, SAMPLE=sample, WIDEN=False) | BLOCKS
+    signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(restricted_head, signature, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
+    assert len(compiled.asm["cubin"]) > 1000
+    assert ("mma" in compiled.asm["ptx"]) == (weight == "*bf16")
 """
 
 
-@pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize(("weight", "sample"), [("*bf16", False), ("*fp32", True)])
-def test_compiles_without_a_gpu(weight, sample, target, tmp_path):
+def test_compiles_without_a_gpu(tmp_path):
     """For sm_80 and sm_90; bfloat16 products run on the tensor cores."""
-    environment = os.environ | dict(
-        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(Path(__file__).parents[2])
-    )
-    code = COMPILE.format(weight=weight, sample=sample, target=target)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    python("-c", COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import language_of, run, weights
+from helpers import call, language_of, run, weights
 
 from model import PaliGemma
 from model.config import COCO_CLASSES
@@ -25,7 +25,6 @@ from train.practice.dataset import (
     PracticeScenes,
 )
 from train.practice.tasks import TASK_SHARES
-from train.run.program import run as run_program
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +147,10 @@ def test_a_nano_that_detects_learns_to_speak(tmp_path):
         (codec_program, ("--channels", "12"), "codec.py: --channels 12: must be a multiple of 8"),
     ],
 )
-def test_programs_complain(program, options, words, tmp_path, capsys):
+def test_programs_complain(program, options, words, tmp_path, monkeypatch, capsys):
     """One line that names the program, and nothing is written."""
-    with pytest.raises(SystemExit) as stop:
-        run_program(lambda: program.main(["--out", str(tmp_path / "out"), *options]), program.__file__)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.startswith(words) and error.count("\n") == 1
+    code, _, error = call(monkeypatch, capsys, program, "--out", tmp_path / "out", *options)
+    assert code == 1 and error.startswith(words) and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

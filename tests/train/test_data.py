@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import write_jsonl
+from helpers import call, write_jsonl
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
@@ -23,14 +23,14 @@ from model.decoding.boxes import (
 from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
+from train import fit
 from train.data import convert
 from train.data.augment import FILL, MIN_KEPT, augment, flip, jitter, rescale
-from train.data.coco import CocoDetections, CocoIndex
+from train.data.coco import CocoDetections, CocoIndex, read_records
 from train.data.jsonl import JsonlPairs, is_jsonl, read_lines
 from train.data.samples import answer_sample
 from train.data.targets import closed_set_target
 from train.measures import read_coco
-from train.run.program import run
 
 CLASSES = ("cat", "dog", "traffic light", "bird")
 LANGUAGE = ClosedSet((2, 500, 600, 108), 1000, 7, 1, CLASSES, groups=6)
@@ -199,6 +199,33 @@ def test_bad_instances(tmp_path, read, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read(file)
     assert "bad.json" in str(error.value)
+
+
+def test_records(folder):
+    """What other readers take besides: segmentations and areas as they are, annotations without boxes."""
+    file = folder / "instances.json"
+    categories, images, annotations = read_records(file, outlines=True)
+    assert (
+        list(categories) == [90, 2, 13] and list(images) == [70, 5, 9] and list(annotations) == [*range(1, 9)]
+    )
+    assert images[9]["height"] == 80 and type(images[9]["height"]) is int
+    assert annotations[1]["segmentation"] == [[1, 2, 3]] and annotations[4]["iscrowd"] == 1
+    assert "segmentation" not in read_records(file)[2][1]
+    file.write_text(json.dumps(broken("annotations", 3, bbox=None)))  # a crowd
+    with pytest.raises(ValueError, match="annotation 4 has the bbox None"):
+        read_records(file)
+    assert "bbox" not in read_records(file, boxes=False)[2][4]
+
+
+@pytest.mark.parametrize("what", ["--dry-run", "--steps 1 --batch-size 2 --workers 0 --no-amp --device cpu"])
+def test_training_reads_the_file_once(folder, monkeypatch, what):
+    """For the classes of the model, and for the samples: it may have gigabytes."""
+    read, calls = CocoIndex.read, []
+    monkeypatch.setattr(
+        CocoIndex, "read", lambda *args, **options: calls.append(args) or read(*args, **options)
+    )
+    data = ["--model", "nano", "--data", str(folder / "instances.json"), "--out", str(folder / "run")]
+    assert fit.train(fit.arguments([*data, *what.split()])) == 0 and len(calls) == 1
 
 
 def detections(folder, **options):
@@ -386,6 +413,8 @@ def test_is_jsonl(folder):
         (json.dumps(CAT) + "\n" + json.dumps(CAT), True),
         ("\n\n" + json.dumps(dict(id=3) | CAT), True),
         ('{"image": "a.png", prefix: "x"}\n', True),
+        (json.dumps(dict(label="cat", mask="m.png", image="a.png")), True),  # a line of masks
+        (json.dumps(dict(label="cat", mask="m.png")), True),
         (json.dumps(instances()), False),
         (json.dumps(instances(), indent=2), False),
         (json.dumps([CAT]), False),
@@ -524,7 +553,7 @@ def test_lines_to_coco(folder, capsys):
     assert data["annotations"][2]["bbox"] == [0, 0, WIDTH, HEIGHT]
 
 
-def test_converter_errors(folder, capsys):
+def test_converter_errors(folder, monkeypatch, capsys):
     """One line, exit code 1, nothing written and nothing overwritten."""
     source, out = str(folder / "instances.json"), folder / "out.jsonl"
     semicolon = folder / "semicolon.json"
@@ -547,13 +576,10 @@ def test_converter_errors(folder, capsys):
             "x.png: no such file",
         ),
     ):
-        with pytest.raises(SystemExit) as stop:
-            run(lambda command=command: convert.main(command), convert.__file__)
-        printed, complaint = capsys.readouterr()
+        code, printed, complaint = call(monkeypatch, capsys, convert, *command)
         assert message in complaint and not printed and not out.exists() and not list(folder.glob(".out*"))
-        usage = "usage: " in complaint  # argparse's own
-        assert usage or (stop.value.code == 1 and complaint.startswith("convert.py: "))
-        assert usage or complaint.count("\n") == 1
+        if "usage: " not in complaint:  # argparse's own
+            assert code == 1 and complaint.startswith("convert.py: ") and complaint.count("\n") == 1
     assert json.loads(Path(source).read_text())["images"]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_jsonl
+from helpers import call, write_jsonl
 from PIL import Image
 from pycocotools.mask import decode
 
@@ -13,7 +13,6 @@ from model.decoding.boxes import parse_answer
 from model.decoding.masks import from_rle, to_rle
 from model.io.hub import CODEC, NANO
 from train.data import convert
-from train.run import program
 
 WIDTH, HEIGHT = 100, 60
 
@@ -55,19 +54,21 @@ def coco_file(folder, *segmentations, crowd=0, width=WIDTH) -> Path:
 
 
 @pytest.fixture
-def run(folder, capsys):
+def run(folder, monkeypatch, capsys):
     """masks-to-jsonl on a file: the lines that were written, and the complaint."""
 
     def run(data, *options) -> tuple[list[dict], str]:
         out = folder / "out.jsonl"
         argv = ["masks-to-jsonl", "--data", data, "--images", folder / "images", "--out", out, "--force"]
-        with pytest.raises(SystemExit) as stop:
-            program.run(lambda: convert.main([str(x) for x in (*argv, *options)]), convert.__file__)
-        run.printed, complaint = capsys.readouterr()
-        assert (stop.value.code, complaint == "") in ((0, True), (1, False))
+        code, run.printed, complaint = call(monkeypatch, capsys, convert, *argv, *options)
+        assert code == (1 if complaint else 0)
         return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else [], complaint
 
     return run
+
+
+def masks_file(folder, **record) -> Path:
+    return write_jsonl(folder / "masks.jsonl", record)
 
 
 FORMS = {
@@ -96,7 +97,7 @@ def test_pictures(folder, run, mode):
         Image.fromarray(mask.astype(np.uint16) * 65535).save(folder / "m.png")
     else:
         Image.fromarray(mask).convert(mode).save(folder / "m.png")
-    (line,), said = run(write_jsonl(folder / "masks.jsonl", dict(image="b.png", label="cat", mask="m.png")))
+    (line,), said = run(masks_file(folder, image="b.png", label="cat", mask="m.png"))
     assert not said and line["prefix"] == "segment cat"
     assert np.array_equal(from_rle(line["mask"]), rectangle())
 
@@ -199,7 +200,7 @@ def picture(folder, pixels, name="m.png"):
 )
 def test_faults_of_pictures(folder, run, pixels, words):
     picture(folder, pixels)
-    lines, said = run(write_jsonl(folder / "masks.jsonl", dict(image="a.png", label="cat", mask="m.png")))
+    lines, said = run(masks_file(folder, image="a.png", label="cat", mask="m.png"))
     assert lines == [] and words in said and "masks.jsonl:1" in said and said.count("\n") == 1
 
 
@@ -216,7 +217,7 @@ def test_faults_of_pictures(folder, run, pixels, words):
 )
 def test_faults_of_lines(folder, run, record, words):
     picture(folder, rectangle().astype(np.uint8))
-    lines, said = run(write_jsonl(folder / "masks.jsonl", record))
+    lines, said = run(masks_file(folder, **record))
     assert lines == [] and said.startswith("convert.py: ") and words in said and said.count("\n") == 1
 
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    ENVIRONMENT,
     ROOT,
-    command,
     language_of,
+    launch,
     metrics,
     run,
     run_complaint,
@@ -308,9 +307,7 @@ def test_loss_mean_in_two_processes(tiny, pairs, tmp_path):
     """Two processes and micro-batches of one text each, of other lengths, do what one process does."""
     options = f"--patch-weight 0 --data {pairs} --loss-mean example --steps 3 --save-every 3"
     run(tiny, tmp_path / "one", options)
-    two = command(tiny, tmp_path / "two", f"{options} --accumulate 2", torchrun("2"))
-    done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(tiny, tmp_path / "two", f"{options} --accumulate 2", torchrun(2))
     assert weights_apart(*(weights(tmp_path / name / "step-0000003") for name in ("one", "two"))) <= 1e-4
     one, two = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=2e-4)

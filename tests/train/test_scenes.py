@@ -1,12 +1,15 @@
 """The practice scenes: same seed, same bytes; boxes that fit; held-out drawings kept out; COCO files."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
+from helpers import call
 from PIL import Image
 from pycocotools.coco import COCO
 
+from model.config import COCO_CLASSES
 from model.decoding.masks import MaskCodec
 from model.io.hub import CODEC, NANO
 from train.data.jsonl import read_lines
@@ -15,13 +18,13 @@ from train.practice.scenes import (
     DISTRACTOR,
     MIN_VISIBLE,
     SPLITS,
+    SPRITES,
     Stack,
     load_sprites,
     make_scene,
     paste,
 )
 from train.practice.write import COCO_IDS, answer_lines, main
-from train.run.program import run
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -65,6 +68,13 @@ def test_held_out_sources_are_disjoint():
 
     assert sources(True) and sources(False) and not sources(True) & sources(False)
     assert set(range(80)) <= set(load_sprites(False)), "every class must have a training sprite"
+
+
+def test_classes_are_cocos():
+    """Labels of scenes are positions in the pack's list; everything else takes them for COCO's."""
+    assert json.loads((SPRITES / "sprites.json").read_text())["classes"] == list(COCO_CLASSES)
+    tables = runpy.run_path(str(SPRITES / "sources.py"))
+    assert list(tables["classes"]()) == list(COCO_CLASSES)
 
 
 def test_crowded_is_crowded():
@@ -150,13 +160,9 @@ def test_answers_are_of_their_pictures(tmp_path):
         (("--answers", "--codec", "none.safetensors"), "none.safetensors: no such file"),
     ],
 )
-def test_faults(tmp_path, capsys, options, words):
+def test_faults(tmp_path, monkeypatch, capsys, options, words):
     """One line that names the program; what was there stays as it was, and nothing is added."""
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: main(["--out", str(tmp_path), "--count", "1", *options]), write.__file__)
-    error = capsys.readouterr().err
-    assert (
-        stop.value.code == 1 and error.startswith("write.py: ") and words in error and error.count("\n") == 1
-    )
+    code, _, error = call(monkeypatch, capsys, write, "--out", tmp_path, "--count", 1, *options)
+    assert code == 1 and error.startswith("write.py: ") and words in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -178,7 +178,7 @@ def test_colours(rgb, name, rng):
     assert colour_of(np.concatenate((pixels, np.tile(other, (100, 1))))) is None
 
 
-def test_shares_cover_the_make_tasks(codec):
+def test_shares_cover_the_tasks(codec):
     assert set(TASK_SHARES) == set(make_tasks(codec)) and abs(sum(TASK_SHARES.values()) - 1) < 1e-9
 
 

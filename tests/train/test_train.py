@@ -4,7 +4,6 @@ The loop runs on a checkpoint of nano's form that is much smaller; a step takes 
 """
 
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -12,12 +11,13 @@ import pytest
 import reference
 import torch
 from helpers import (
-    ENVIRONMENT,
-    ROOT,
     USUAL,
+    Killed,
     language_of,
+    launch,
     metrics,
     run,
+    run_until_killed,
     same,
     torchrun,
     weights,
@@ -33,7 +33,6 @@ from model import PaliGemma
 from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 from train import fit as train
-from train import loss as objective
 from train.data.samples import StepSampler, collate
 from train.nano import untrained as nano
 from train.nano.patch_head import PatchHead, _giou
@@ -283,22 +282,6 @@ def test_what_a_run_leaves(tiny, tmp_path, capsys):
     assert str(out / "final") in capsys.readouterr().out
 
 
-class Killed(Exception):
-    """Stands for a lost machine: nothing in the program expects it."""
-
-
-def kill_at(monkeypatch, step):
-    """Let the run end in the middle of step number `step`, as seen from where it starts."""
-    steps = iter(range(1, step + 1))
-
-    def to_network_or_death(image):
-        if next(steps) == step:
-            raise Killed
-        return to_network(image)
-
-    monkeypatch.setattr(objective, "to_network", to_network_or_death)
-
-
 @pytest.mark.parametrize(
     "options", ["", "--muon-lr 2e-3 --weight-decay 0.01", "--patch-steps 5"], ids=["AdamW", "Muon", "warm-up"]
 )
@@ -306,9 +289,7 @@ def test_killed_and_resumed(options, tiny, tmp_path, monkeypatch):
     """A run that goes on from a checkpoint ends with the weights of one that never stopped, bit for bit."""
     start = shutil.copytree(tiny, tmp_path / "start")
     run(tiny, tmp_path / "straight", options)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 6)
-        run(start, tmp_path / "killed", f"--save-every 3 {options}")
+    run_until_killed(monkeypatch, 6, start, tmp_path / "killed", f"--save-every 3 {options}")
     assert sorted(path.name for path in (tmp_path / "killed").glob("step*")) == ["step-0000003"]
     shutil.rmtree(start)  # the checkpoint has all that is needed
     run(start, tmp_path / "killed", f"--save-every 3 {options}", "--resume")
@@ -320,9 +301,7 @@ def test_killed_and_resumed(options, tiny, tmp_path, monkeypatch):
 
 def test_resume_in_the_middle_of_a_log_line(tiny, tmp_path, monkeypatch):
     """The first loss after going on is a mean over the steps since then, not over all of the line's."""
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 4)
-        run(tiny, tmp_path / "run", "--log-every 4 --save-every 3")
+    run_until_killed(monkeypatch, 4, tiny, tmp_path / "run", "--log-every 4 --save-every 3")
     run(tiny, tmp_path / "run", "--log-every 4 --save-every 3", "--resume")
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 2 and losses[0] > 0.7 * losses[1]
@@ -374,20 +353,10 @@ def test_bad_model(model, tmp_path, monkeypatch, capsys):
 
 
 def test_two_processes(tiny, tmp_path):
-    """Two processes with half of each batch do what one does with all of it.
-
-    The keys' biases are left out: they only add a constant to the scores, their gradient is rounding noise,
-    and AdamW takes steps of full length whatever a gradient's size.
-    """
+    """Two processes with half of each batch do what one does with all of it."""
     options = "--steps 4 --warmup 1"
     run(tiny, tmp_path / "one", options)
-    command = [sys.executable, *torchrun(2), ROOT / "train" / "fit.py"]
-    command += ["--model", tiny, "--out", tmp_path / "two", "--device", "cpu"]
-    done = subprocess.run(
-        [*map(str, command), *f"--workers 0 {USUAL} {options}".split()],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(tiny, tmp_path / "two", f"{USUAL} {options}", torchrun(2))
     one, two = (weights(tmp_path / name / "step-0000004") for name in ("one", "two"))
     assert weights_apart(one, two) <= 1e-4
     moved = [(one[name] - tensor).abs().max() for name, tensor in weights(tiny).items()]

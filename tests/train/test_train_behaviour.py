@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PLAIN, language_of, metrics, run, same, weights, weights_apart
+from helpers import PLAIN, language_of, launch, metrics, run, same, torchrun, weights, weights_apart
 from safetensors.torch import load_file
-from test_train_mends import two_processes
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from model import PaliGemma, gemma
@@ -67,7 +66,7 @@ def test_micro_batches_in_two_processes(option, tiny, pairs, tmp_path):
     have different lengths, so no part has a loss of the same weight."""
     options = f"--data {pairs} --steps 3"
     run(tiny, tmp_path / "one", f"{PLAIN} {options}")
-    two_processes(tiny, tmp_path / "two", f"{options} --save-every 3 --accumulate 2 {option}")
+    launch(tiny, tmp_path / "two", f"{options} --save-every 3 --accumulate 2 {option}", torchrun(2))
     one, two = (weights(tmp_path / name / "step-0000003") for name in ("one", "two"))
     assert weights_apart(one, two) < 1e-4 and weights_apart(one, weights(tiny)) > 1e-3
     one, two = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two"))

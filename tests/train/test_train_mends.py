@@ -1,26 +1,24 @@
 """Faults of the training loop that were found by review: each test failed before its fault was mended."""
 
 import json
-import subprocess
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import (
-    ENVIRONMENT,
+    FIT,
     PLAIN,
-    ROOT,
-    command,
     language_of,
+    launch,
     metrics,
     run,
+    run_until_killed,
     same,
     torchrun,
     weights,
     weights_apart,
 )
-from test_train import Killed, kill_at
 from torch.distributed import HashStore
 from torch.overrides import TorchFunctionMode
 
@@ -129,23 +127,12 @@ def test_helper_head_on_an_adapters_base(tiny, tmp_path):
 # Validation in several processes ----------------------------------------------------------------------------
 
 
-def two_processes(model, out, options, program=ROOT / "train" / "fit.py") -> str:
-    """What fit.py, or another program with its options, prints under torchrun."""
-    own = command(model, out, options, torchrun(2))
-    done = subprocess.run(
-        [program if part == str(ROOT / "train" / "fit.py") else part for part in own],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize("option", ["", "--shard"], ids=["DDP", "FSDP"])
 def test_validation_in_two_processes(option, tiny, scenes, tmp_path):
     """Before a checkpoint is written and steps follow. Five pictures: the processes' shares differ."""
     options = f"--data {scenes} --val {scenes} --val-every 2 --val-count 5 --save-every 2 --steps 4"
     run(tiny, tmp_path / "one", f"{PLAIN} {options}")
-    printed = two_processes(tiny, tmp_path / "two", f"{options} {option}")
+    printed = launch(tiny, tmp_path / "two", f"{options} {option}", torchrun(2))
     one, two = ([x for x in metrics(tmp_path / name) if "val_loss" in x] for name in ("one", "two"))
     assert [x["step"] for x in two] == [2, 4]
     assert [x["val_loss"] for x in one] == pytest.approx([x["val_loss"] for x in two], abs=2e-4)
@@ -173,10 +160,10 @@ def test_the_first_process_decides_what_is_best(tiny, scenes, tmp_path):
         "    print(trainer['step'], file=open(run.out / f'saves-{rank}', 'a'))\n"
         "    save(run, trainer, *rest)\n"
         "validate.Validation.run, checkpoint.save_checkpoint = differing, recorded\n"
-        f"runpy.run_path({str(ROOT / 'train' / 'fit.py')!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(FIT)!r}, run_name='__main__')\n"
     )
     options = f"--data {scenes} --val {scenes} --val-every 1 --save-every 4 --steps 4"
-    two_processes(tiny, tmp_path / "run", options, program)
+    launch(tiny, tmp_path / "run", options, torchrun(2), program)
     saves = [(tmp_path / "run" / f"saves-{rank}").read_text().split() for rank in (0, 1)]
     assert saves == [["1", "4"], ["1", "4"]]  # the first process saw the loss rise
     assert [line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [5, 6, 7, 8]
@@ -293,9 +280,7 @@ def begun(tiny, scenes, tmp_path_factory):
 
 def test_the_machine_and_the_watching_may_change(tiny, scenes, tmp_path, monkeypatch):
     out, options = tmp_path / "run", f"{PLAIN} --data {scenes} --steps 4 --save-every 2"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 4)
-        run(tiny, out, options)
+    run_until_killed(monkeypatch, 4, tiny, out, options)
     more = f"--accumulate 2 --recompute --val {scenes} --val-every 1 --val-count 2 --keep 1 --log-every 2"
     run(tiny, out, f"{options} {more}", "--resume")
     assert [line["step"] for line in metrics(out) if "loss" in line] == [1, 2, 4]
@@ -317,9 +302,7 @@ def test_the_best_is_of_one_measure(tiny, scenes, tmp_path, monkeypatch):
     out, options = tmp_path / "run", f"{PLAIN} --data {scenes} --val {scenes} --val-every 1 --save-every 1"
     scores = iter((0.9, 0.8, 0.3, 0.4, 0.2))
     monkeypatch.setattr(Validation, "run", lambda self: dict(val_loss=1.0, val_mAP=next(scores)))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 3)
-        run(tiny, out, f"{options} --steps 5")
+    run_until_killed(monkeypatch, 3, tiny, out, f"{options} --steps 5")
     run(tiny, out, f"{options} --steps 5 --val-count 2", "--resume")
     best = json.loads((out / "step-0000005" / "trainer.json").read_text())["best"]
     assert best == dict(step=4, score=0.4)

@@ -115,13 +115,13 @@ class CocoIndex:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def name(self, item: int) -> str:
+    def name(self, row: int) -> str:
         """File name of an image, relative to the image folder."""
-        return bytes(self.names[self.name_offsets[item] : self.name_offsets[item + 1]].numpy()).decode()
+        return bytes(self.names[self.name_offsets[row] : self.name_offsets[row + 1]].numpy()).decode()
 
-    def objects(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+    def objects(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes float64 [n, 4] and labels int64 [n] of an image."""
-        span = slice(self.offsets[item], self.offsets[item + 1])
+        span = slice(self.offsets[row], self.offsets[row + 1])
         return self.boxes[span].numpy(), self.labels[span].numpy()
 
     @classmethod
@@ -148,11 +148,11 @@ class CocoIndex:
             boxes.append(record["bbox"])
 
         owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
-        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)  # empty: left out below
-        boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)  # degenerate, whatever it was
+        boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)  # x0, y0, x1, y1
         boxes = boxes.clip(0, np.tile(np.array(sizes), 2)[owners])
-        order = np.argsort(owners, kind="stable")
-        order = order[(boxes[:, 2:] > boxes[:, :2]).all(1)[order]]
+        order = np.argsort(owners, kind="stable")  # by image, and within it as in the file
+        order = order[(boxes[:, 2:] > boxes[:, :2]).all(1)[order]]  # without degenerate ones
         arrays = dict(
             image_ids=np.array(list(pictures), np.int64),
             sizes=np.array(sizes, np.int64),
@@ -195,9 +195,7 @@ class CocoDetections(Dataset):
             )
         for name, label in zip(index.classes, self.label_of, strict=True):
             if not 0 <= label < len(language.classes):
-                raise ValueError(
-                    f"class {name!r} of the file is given the model's class {label}, not one of it"
-                )
+                raise ValueError(f"class {name!r} of the file: the model has no class number {label}")
         self.index, self.images, self.language = index, images, language
         self.size, self.seed, self.augment, self.noise = size, seed, augment, noise
         rows = torch.arange(len(index))

@@ -8,7 +8,7 @@ A sample is a dict of tensors. Axes: S image side, T text positions.
     prefix_len  int64 []        length of the prompt; its last position predicts the answer's first token
 
 A data set is asked for a sample by its key (draw, item): the sample's number in the run, and its number in
-the data. All randomness is derived from the key, so a sample is the same in every worker and process. Data
+the data. All randomness is derived from the seed and the key, so a sample is the same in every process. Data
 sets have `closed_set` (whether all answers are in the closed-set language) and `name(item)` for messages;
 those of files also have `len` and `text_tokens`, the largest T of their samples.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from train.data.targets import Target
 
-ROUND = 16  # with several tasks, texts are padded to a multiple of this: few shapes to compile for
+TEXT_MULTIPLE = 16  # with several tasks, texts are padded to a multiple of it: few shapes to compile for
 
 
 def answer_sample(image: np.ndarray, prompt: Sequence[int], target: Target) -> dict[str, Tensor]:

@@ -61,6 +61,8 @@ SPLITS = {
 
 @dataclass
 class Scene:
+    """A picture, and the truth about it."""
+
     image: np.ndarray  # uint8 [H, W, 3]
     boxes: np.ndarray  # float32 [n, 4]: x0, y0, x1, y1 in pixels, tight around the visible pixels
     labels: np.ndarray  # int64 [n], 0..79
@@ -165,7 +167,7 @@ def visible_slices(canvas, piece, x, y):
 
 def paste(canvas, piece, x, y):
     on, of = visible_slices(canvas, piece, x, y)
-    canvas[on] *= 1 - piece[of][..., 3:] / 255
+    canvas[on] *= 1 - piece[of][..., 3:] / 255  # the "over" operator for premultiplied colours
     canvas[on] += piece[of][..., :3]
 
 
@@ -197,6 +199,7 @@ class Stack:
         whole, inside = np.count_nonzero(piece[..., 3] > 127), np.count_nonzero(mask)
         if inside < max(MIN_PIXELS, MIN_INSIDE * whole):
             return False
+        # What would be left visible of the objects below. owner is -1 for none, hence + 1 and [1:].
         left = self.visible[:k] - np.bincount(self.owner[on][mask] + 1, minlength=k + 1)[1:]
         if (left < np.maximum(MIN_PIXELS, MIN_VISIBLE * self.whole[:k])).any():
             return False

@@ -62,14 +62,17 @@ def answer_lines(rng: np.random.Generator, scene: Scene, codec: MaskCodec) -> It
 
 
 def write_coco(
-    out: Path, count: int, split="same", size: int = 128, seed: int = 0, codec: MaskCodec | None = None
+    out: Path,
+    count: int,
+    split: str = "same",
+    size: int = 128,
+    seed: int = 0,
+    codec: MaskCodec | None = None,
 ) -> None:
     """Write OUT/images and OUT/instances.json, and with a codec OUT/answers.jsonl. Nothing is left behind if
     it fails. size: pixels a side; seed: the number of the first scene. OUT must be new or empty."""
     if count < 1 or size < MIN_SIZE:
-        raise ValueError(
-            f"--count {count} --size {size}: must be at least 1 scene of {MIN_SIZE} pixels a side"
-        )
+        raise ValueError(f"--count {count} --size {size}: need at least 1 scene of {MIN_SIZE} pixels a side")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out or remove it")
     images, annotations, lines = [], [], []
@@ -84,7 +87,7 @@ def write_coco(
             for record in object_records(scene):  # ids from 1: pycocotools takes 0 for "no match"
                 annotations.append(dict(id=len(annotations) + 1, image_id=i) | record)
             if codec:
-                rng = np.random.default_rng([seed + i, 2])  # a stream of its own, as the scene's has
+                rng = np.random.default_rng([seed + i, 2])  # not the stream that drew the scene
                 lines += [dict(image=name) | line for line in answer_lines(rng, scene, codec)]
         info = dict(description="PaliGemma practice scenes", split=split, size=size, seed=seed)
         categories = [dict(id=i, name=name) for i, name in zip(COCO_IDS, COCO_CLASSES, strict=True)]
