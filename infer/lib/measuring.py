@@ -30,15 +30,23 @@ def random_checkpoint(variant: str, folder: Path | None) -> Iterator[Path]:
 
 
 def build_checkpoint(variant: str, folder: Path) -> None:
-    """Write random weights in bfloat16 that give activations of about 1 and norms near the identity."""
+    """Write random weights in bfloat16: activations of about 1, attention scores and logits of about +-4."""
     with torch.device("meta"):
         model = PaliGemma(VARIANTS[variant]).to(torch.bfloat16)
     generator, state = torch.Generator().manual_seed(0), {}
     for name, weight in model.state_dict().items():
         noise = torch.empty(weight.shape, dtype=torch.bfloat16).normal_(generator=generator)
-        # SigLIP's norms multiply by their weight, Gemma's by 1 + weight.
-        centre = 1.0 if "norm" in name and name.startswith("vision") and name.endswith("weight") else 0.0
-        size = 0.1 if "norm" in name or name.endswith("bias") else weight[0].numel() ** -0.5
+        centre, size = 0.0, weight[0].numel() ** -0.5
+        if "norm" in name or name.endswith("bias"):
+            # SigLIP's norms multiply by their weight, Gemma's by 1 + weight.
+            scales = "norm" in name and name.startswith("vision") and name.endswith("weight")
+            centre, size = float(scales), 0.1
+        if name == "decoder.norm.weight":
+            centre, size = 7.0, 0.3
+        elif "q_proj.weight" in name or "k_proj.weight" in name:
+            size *= 2
+        elif name == "decoder.embed.weight":
+            size /= 2  # with more, the tied head would only repeat its input
         state[name] = noise.mul_(size).add_(centre)
     save_weights(model, folder, torch.bfloat16, state=state)
 
