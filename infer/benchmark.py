@@ -4,7 +4,7 @@
     python infer/benchmark.py --model paligemma2-3b-224 --batch-size 1       # a random 3B: 7 GB of disk
     python infer/benchmark.py --model paligemma2-3b-448 --device cuda --batch-size 1 8 32 --compile
 
-Official sizes get random weights in bfloat16, as no hub is asked. All sides read the same files and images,
+Official sizes get random weights in bfloat16, without a hub. All sides read the same files and images,
 take turns in one process, and decode the same number of tokens under the same grammar (transformers by a
 LogitsProcessor); in float32 their tokens are compared. Peak memory is that of a process of its own. The floor
 of a token is the time to read the decoder's weights once, at the speed at which this machine copies memory.
@@ -153,13 +153,13 @@ def random_images(folder: Path, batch: int, device: str) -> Tensor:
 
 
 def time_sides(sides: dict, batch: int, folder: Path, args: argparse.Namespace) -> list[dict]:
-    """A row for each side: the medians of args.rounds timings."""
+    """A row for each side: medians of args.rounds timings."""
     images, groups = random_images(folder, batch, args.device), args.groups
     tokens = {name: side.decode(images, groups) for name, side in sides.items()}  # warms up, too
     times = {name: [] for name in sides}
     for turn in range(args.rounds):
-        # The sides take turns, as the machine's speed drifts, in alternating order, as each finds the caches
-        # as the one before left them.
+        # The sides take turns because the machine's speed drifts, and in alternating order because each finds
+        # the processor's caches as the side before it left them.
         for name in reversed(sides) if turn % 2 else sides:
             prefill = seconds(partial(sides[name].prefill, images), args.device)
             whole = seconds(partial(sides[name].decode, images, groups), args.device)
@@ -188,8 +188,8 @@ def child(args: argparse.Namespace) -> None:
 def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Print all figures of a checkpoint; the same for --json."""
     on_gpu = args.device.startswith("cuda")
-    asked = {"ours": True, "ours, int8": args.int8, "ours, compiled": args.compile, "transformers": args.peer}
-    asked["ours, plain head"] = on_gpu
+    asked = {"ours, int8": args.int8, "ours, compiled": args.compile, "transformers": args.peer}
+    asked |= {"ours": True, "ours, plain head": on_gpu}
     names = [name for name in SIDES if asked[name]]
     size, bandwidth = weight_bytes(folder, args), copy_bandwidth(args.device)
     floor = size / bandwidth

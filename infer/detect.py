@@ -29,14 +29,7 @@ from train.run.program import complain, parser, run
 def add_file_arguments(options: argparse.ArgumentParser) -> None:
     """The options of what is read and written."""
     add = options.add_argument
-    add(
-        "--image",
-        nargs="+",
-        required=True,
-        type=Path,
-        metavar="FILE_OR_DIR",
-        help="pictures, or folders of them",
-    )
+    add("--image", nargs="+", required=True, type=Path, metavar="FILE_OR_DIR", help="pictures or folders")
     add("--json", type=Path, metavar="FILE", help="write all boxes there")
     add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")

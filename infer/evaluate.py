@@ -5,10 +5,10 @@
     torchrun --nproc_per_node=8 infer/evaluate.py ...    # the images are shared out
 
 Prints pycocotools' own figures (AP and AR over IoU 0.50 to 0.95, 100 boxes an image), over all images, those
-without objects too; besides, AP when the class is ignored, and how far a score is from the share of right
-boxes (expected calibration error, ten bins).
+without objects too; then AP when the class is ignored, and how far scores are from the share of right boxes
+(expected calibration error, ten bins).
 
---out keeps the predictions for report.py; a run that was stopped goes on from them.
+--out keeps the predictions: report.py draws them, and a run that was stopped goes on with them.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def print_figures(name: str, figures: dict) -> None:
 
 
 def join_torchrun(args: argparse.Namespace) -> None:
-    """Under torchrun: meet the other processes, and take this one's GPU."""
+    """Under torchrun: meet the other processes, and choose this one's GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         join("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
         if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
@@ -54,8 +54,7 @@ def join_torchrun(args: argparse.Namespace) -> None:
 
 
 def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
-    """{folder of results: what the predictions in it depend on} of each set. Predictions of other settings
-    are not taken for this run's."""
+    """{folder of results: all that the predictions in it depend on}, for each set."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_PREDICTIONS}
     settings |= {f"{name} files": file_stamps(settings.get(name)) for name in ("model", "adapter")}
     if args.data:

@@ -63,7 +63,7 @@ def read_prompts(data: Path, images: Path) -> list[dict]:
     return records
 
 
-def ask_all(ask: Prompter, records: list[dict], images: Path, title: str) -> list[str]:
+def ask_all(prompter: Prompter, records: list[dict], images: Path, title: str) -> list[str]:
     """The model's answer to each line."""
     answers, by_image = [], [list(lines) for _, lines in groupby(records, key=lambda r: r["image"])]
     with tqdm(total=len(records), desc=title, unit="answer", leave=False) as bar:
@@ -73,7 +73,8 @@ def ask_all(ask: Prompter, records: list[dict], images: Path, title: str) -> lis
             for picture, lines in zip(pictures, of_call):
                 check_mask_sizes(picture.size, lines, images)
             prompts = [(i, line["prefix"]) for i, lines in enumerate(of_call) for line in lines]
-            answers += [ask.tokenizer.decode(tokens).strip() for tokens, _ in ask(pictures, prompts)]
+            said = prompter(pictures, prompts)
+            answers += [prompter.tokenizer.decode(tokens).strip() for tokens, _ in said]
             bar.update(len(prompts))
     return answers
 
@@ -110,15 +111,15 @@ def main() -> None:
     check_json(args.answers, "--answers")
     sampling = sampling_options(args)
     codec = None if args.data else load_codec(args)
-    model, tokenizer = load_model(args)
-    ask = Prompter(model, tokenizer, args.max_tokens, sampling, args.seed)
+    model = load_model(args)
+    prompter = Prompter(model, model.tokenizer, args.max_tokens, sampling, args.seed)
     figures, answered = {}, []
     with tempfile.TemporaryDirectory() as temporary:
         for name, data, images, _ in evaluation_sets(args, Path(temporary), model, codec):
             records = read_prompts(data, images)
             if codec is None and any("mask" in record for record in records):
                 codec = load_codec(args)
-            answers = ask_all(ask, records, images, name)
+            answers = ask_all(prompter, records, images, name)
             figures[name] = judge_answers(records, answers, codec, args.bins)
             print_figures(name, figures[name])
             answered += [record | dict(answer=text) for record, text in zip(records, answers, strict=True)]

@@ -28,7 +28,6 @@ from model.decoding.closed_set import PROMPT
 from model.decoding.generate import generate
 from model.decoding.open_set import class_names
 from model.io.image import load_image, square, to_network
-from model.io.tokenizer import Tokenizer
 from train.run.program import complain, parser, positive, run
 
 HELP = "ask about the image, or: /image FILE (look at another), /help, Ctrl-D (end)"
@@ -37,8 +36,8 @@ HELP = "ask about the image, or: /image FILE (look at another), /help, Ctrl-D (e
 class Speaker:
     """A model, how it chooses its words, and the image that it looks at."""
 
-    def __init__(self, model: PaliGemma, tokenizer: Tokenizer, args: argparse.Namespace):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: PaliGemma, args: argparse.Namespace):
+        self.model, self.tokenizer = model, model.tokenizer
         self.samples, self.max_tokens = args.samples, args.max_tokens
         self.sampling = sampling_options(args)
         self.generator = torch.Generator().manual_seed(args.seed)
@@ -65,6 +64,7 @@ class Speaker:
         answers: list[list[int]] = [[] for _ in prompts]
         for tokens, _ in steps:
             count += 1
+            # tolist() waits for the GPU at every token: that is the price of printing answers as they come.
             for answer, token in zip(answers, tokens.tolist(), strict=True):
                 if self.tokenizer.eos not in answer:
                     answer.append(token)
@@ -117,7 +117,7 @@ def main() -> None:
         raise ValueError('--prompt is empty; write --prompt "caption en", or leave it out for a conversation')
     if args.samples > 1 and args.temperature == 0:
         raise ValueError("--samples are all alike at temperature 0; give --temperature 1, for example")
-    speaker = Speaker(*load_model(args), args)
+    speaker = Speaker(load_model(args), args)
     if args.prompt is None:
         converse(speaker)
     else:

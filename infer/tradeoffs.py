@@ -4,10 +4,11 @@
     python infer/tradeoffs.py growth --out media/growth.png    # time against groups, batch, image tokens
     python infer/tradeoffs.py head    # a choice among the ids that a position allows, three ways
 
-The growth runs on random weights of nano's form, for images of several sizes. The head's three ways, on
-random hidden states: full, the logits of the whole vocabulary, those not allowed masked; slice, the allowed
-rows alone, in plain PyTorch (model/decoding/closed_set.py); kernel, the same fused in one launch, on a GPU
-only (model/decoding/head_kernel.py). On a GPU each is timed inside a CUDA graph, as in the decode loop.
+growth uses random weights of nano's form where images are of another size than nano's. The three ways of
+head, on random hidden states: "full", the logits of the whole vocabulary with those not allowed masked;
+"slice", the allowed rows alone, in plain PyTorch (model/decoding/closed_set.py); "kernel", the same fused in
+one launch, on a GPU only (model/decoding/head_kernel.py). On a GPU each is timed inside a CUDA graph, as in
+the decode loop.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
 from model.io.hub import NANO
 from model.io.image import load_image, square, to_network
-from model.io.tokenizer import Tokenizer
+from model.io.tokenizer import LOCS, Tokenizer
 from model.io.weights import DTYPES
 from train.practice.write import write_coco
 from train.run.program import parser, positive, run
@@ -47,7 +48,7 @@ BATCHES = 1, 2, 4, 8, 16, 32
 SIDES = 128, 224, 320, 448, 640  # pixels; nano has 128
 # head
 LOC0, CLASS0, CLASSES, CAP = 256_000, 7, 80, 30.0  # official
-ALLOWED = [(LOC0, LOC0 + 1024)] * 4 + [(CLASS0, CLASS0 + CLASSES + 1)]
+ALLOWED = [(LOC0, LOC0 + LOCS)] * 4 + [(CLASS0, CLASS0 + CLASSES + 1)]
 WIDTHS = {"nano": (160, 257_216), "3B": (2304, 257_216)}
 REPEATS = 50
 
@@ -168,7 +169,7 @@ def three_ways(decoder: TiedHead, hidden: Tensor, slot: int) -> dict:
 
 @torch.inference_mode()
 def head(args: argparse.Namespace) -> None:
-    """Microseconds of a choice, the median of REPEATS."""
+    """Microseconds of choosing an id, median, for coordinates and classes."""
     device = usable_device(args.device)
     print(f"microseconds, {args.dtype}, {device}, torch {torch.__version__}")
     rows = []
@@ -186,22 +187,18 @@ def head(args: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    commands = options.add_subparsers(required=True, metavar="early-stop | growth | head")
-
-    def command(name: str, function) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
-        added.set_defaults(function=function)
-        return added
-
-    plotted = command("early-stop", early_stop), command("growth", growth)
-    plotted[0].add_argument("--count", type=positive, default=1000, help="held-out scenes")
-    for added in plotted:
-        added.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plot, a PNG file")
-        added.add_argument("--repeats", type=positive, default=5, help="of each timing; the fastest counts")
-    added = command("head", head)
-    add_device_argument(added)
-    added.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    added.add_argument("--batch-size", nargs="+", type=positive, default=[1, 32])
+    commands, of = options.add_subparsers(required=True, metavar="early-stop | growth | head"), {}
+    for name, function in {"early-stop": early_stop, "growth": growth, "head": head}.items():
+        of[name] = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
+        of[name].set_defaults(function=function)
+    for name in ("early-stop", "growth"):
+        add = of[name].add_argument
+        add("--out", type=Path, required=True, metavar="FILE", help="the plot, a PNG file")
+        add("--repeats", type=positive, default=5, help="of each timing; the fastest counts")
+    of["early-stop"].add_argument("--count", type=positive, default=1000, help="held-out scenes")
+    add_device_argument(of["head"])
+    of["head"].add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    of["head"].add_argument("--batch-size", nargs="+", type=positive, default=[1, 32])
     args = options.parse_args()
     torch.manual_seed(0)
     args.function(args)

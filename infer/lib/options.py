@@ -1,4 +1,4 @@
-"""From options to a model or a detector: what the programs share."""
+"""The options that the programs share, and the model or detector that they ask for."""
 
 import argparse
 from pathlib import Path
@@ -13,12 +13,13 @@ from model.decoding.generate import Prompter, Sampling
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
-from model.io.hub import OFFICIAL_CODEC, codec_file, resolve
-from model.io.tokenizer import Tokenizer
+from model.io.hub import OFFICIAL_CODEC, codec_file
 from model.io.weights import DTYPES
+from model.io.writing import explain
 from train.run.program import positive
 
-OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")  # options
+# Options that have no effect in the other mode, and are refused there.
+OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")
 CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop")
 
 
@@ -61,7 +62,7 @@ def add_codec_arguments(options: argparse.ArgumentParser) -> None:
 
 
 def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = False) -> None:
-    """All options that load_detector reads, except --score-threshold; masks: of a detector that segments."""
+    """All options that load_detector reads, except --score-threshold. masks: those of a segmenter."""
     add_model_arguments(options)
     add_sampling_arguments(options)
     add = options.add_argument
@@ -74,11 +75,7 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
         add_codec_arguments(options)
         return
     add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
-    add(
-        "--classes-per-call",
-        type=positive,
-        help=f"most of an open-set prompt (default: {CLASSES_PER_PROMPT})",
-    )
+    add("--classes-per-call", type=positive, help=f"asked for in one prompt (default: {CLASSES_PER_PROMPT})")
     add("--groups", type=positive, help="boxes decoded for an image instead of the checkpoint's number")
     feedback = dict(action=argparse.BooleanOptionalAction, default=False)
     add("--noise-feedback", **feedback, help="feed the noise token back where it is likeliest")
@@ -104,25 +101,21 @@ def usable_device(name: str) -> str:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with explain(f"--device {name} cannot be used here, try --device cpu", RuntimeError, AssertionError):
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return name
 
 
-def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
+def load_model(args: argparse.Namespace) -> PaliGemma:
     """The model that the options ask for, ready to decode."""
     torch.manual_seed(args.seed)
     device = usable_device(args.device)
-    folder = resolve(args.model)
     caps = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
     model = load_for_decoding(
-        folder,
+        args.model,
         dtype=DTYPES.get(args.dtype),
         device=device,
         adapter=args.adapter,
@@ -132,7 +125,7 @@ def load_model(args: argparse.Namespace) -> tuple[PaliGemma, Tokenizer]:
     )
     if args.compile:
         model.decoder.compile()
-    return model, Tokenizer(folder)
+    return model
 
 
 def load_codec(args: argparse.Namespace) -> MaskCodec:
@@ -144,22 +137,22 @@ def sampling_options(args: argparse.Namespace) -> Sampling:
 
 
 def load_detector(args: argparse.Namespace) -> ClosedSetDetector | OpenSetDetector:
-    """The detector that the options ask for: closed-set, open-set with --classes, or one that segments."""
+    """The detector that the options ask for: closed-set, open-set if there are --classes, or a segmenter."""
     sampling = sampling_options(args)
     selection = Selection(args.score_threshold, args.nms_iou, args.min_size)
-    segments = "codec" in args  # the options are segment.py's
+    segments = "codec" in args  # the options are those of segment.py
     if not segments:
         check_mode(args)
     codec = load_codec(args) if segments else None
-    model, tokenizer = load_model(args)
+    model = load_model(args)
     if args.classes is None:
         stop = EarlyStop(*args.early_stop) if args.early_stop else None
-        language = ClosedSet.of(model.config, tokenizer)
+        language = ClosedSet.of(model.config, model.tokenizer)
         decode = GroupDecoder(
             model, language, args.groups, args.noise_feedback, sampling, early_stop=stop, head=head_for(model)
         )
         return ClosedSetDetector(decode, selection)
-    prompter = Prompter(model, tokenizer, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
+    prompter = Prompter(model, model.tokenizer, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
     # Checkpoints are trained to segment one class at a time.
     per_prompt = 1 if segments else args.classes_per_call or CLASSES_PER_PROMPT
@@ -167,7 +160,7 @@ def load_detector(args: argparse.Namespace) -> ClosedSetDetector | OpenSetDetect
 
 
 def check_mode(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect with --classes, or without it."""
+    """Refuse options of the mode that --classes, or its absence, does not choose."""
     open_set = args.classes is not None
     for name in CLOSED_SET_ONLY if open_set else OPEN_SET_ONLY:
         if getattr(args, name):

@@ -1,11 +1,11 @@
-"""Predictions of a data set and their figures, in a folder from which a run that was stopped goes on:
+"""Predictions of a data set and their figures, in a folder with which a run that was stopped can go on:
 
     settings.json           what the predictions were made from
     predictions-RANK.jsonl  {"image_id", "results"}, a line as soon as an image is done
     results.json            all of them, as COCO's server takes them
     figures.json            what is printed, and the table of the calibration error
 
-Without --data, each practice set has such a folder in it, with the drawn scenes in scenes/.
+Without --data, it holds such a folder for each practice set, with the drawn scenes in scenes/.
 """
 
 import argparse
@@ -20,19 +20,14 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from model import PaliGemma
+from model.decoding.detections import Detections
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve
 from model.io.image import check_size, read_ahead
 from model.io.writing import explain, read_json, write_json
-from train.measures import (
-    FIGURES,
-    calibration_error,
-    category_ids,
-    read_coco,
-    run_cocoeval,
-)
+from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval
 from train.practice.write import HELD_OUT_SETS, write_coco
 from train.run.processes import gathered, process
 from train.run.program import positive
@@ -138,16 +133,20 @@ def predict(
                 if "width" in record and "height" in record:  # COCO's own evaluation needs neither
                     check_size(picture, file, record["width"], record["height"])
             for found, record in zip(detector(pictures), of_batch, strict=True):
-                rows = zip(*(column.tolist() for column in (found.boxes, found.scores, found.class_ids)))
-                results = known[record["id"]] = []
-                for (x0, y0, x1, y1), score, class_id in rows:
-                    box = [x0, y0, x1 - x0, y1 - y0]
-                    result = dict(image_id=record["id"], category_id=ids[class_id], bbox=box, score=score)
-                    results.append(result)
+                results = known[record["id"]] = to_results(found, record["id"], ids)
                 if lines:
                     print(json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True)
             bar.update(len(batch))
     return [result for record in share for result in known[record["id"]]]
+
+
+def to_results(found: Detections, image_id: int, ids: list[int]) -> list[dict]:
+    """An image's boxes in COCO's format."""
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True)
+    return [
+        dict(image_id=image_id, category_id=ids[class_id], bbox=[x0, y0, x1 - x0, y1 - y0], score=score)
+        for (x0, y0, x1, y1), score, class_id in rows
+    ]
 
 
 def read_predictions(out: Path) -> dict[int, list[dict]]:
@@ -156,12 +155,8 @@ def read_predictions(out: Path) -> dict[int, list[dict]]:
     for file in sorted(out.glob("predictions-*.jsonl")):
         *lines, _ = file.read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(lines, start=1):
-            with explain(
-                f"{file}, line {number}, is not a prediction: remove the file",
-                ValueError,
-                KeyError,
-                TypeError,
-            ):
+            fault = f"{file}, line {number}, is not a prediction: remove the file"
+            with explain(fault, ValueError, KeyError, TypeError):
                 row = json.loads(line)
                 known[row["image_id"]] = row["results"]
     return known
@@ -178,8 +173,8 @@ def open_log(file: Path) -> TextIO:
 
 
 def check_settings(out: Path, settings: dict) -> None:
-    """Write out/settings.json; ValueError if the folder holds predictions or scenes of other settings, which
-    would be taken for this run's."""
+    """Write out/settings.json; ValueError if the folder holds predictions or scenes that were made with other
+    settings: this run would take them for its own."""
     file, settings = out / "settings.json", json.loads(json.dumps(settings, default=str))
     old = read_json(file) if file.exists() else {}
     changed = sorted(key for key in old | settings if old.get(key) != settings.get(key))
@@ -194,7 +189,7 @@ def check_settings(out: Path, settings: dict) -> None:
 
 
 def file_stamps(source: str | None) -> dict | None:
-    """Size and time of the weights: they differ if a checkpoint was written over with another."""
+    """Size and time of the weights' files: they change when a checkpoint is overwritten by another."""
     if source is None:
         return None
     files = [file.resolve() for file in sorted(resolve(source).glob("*.safetensors"))]
