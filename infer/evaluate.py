@@ -30,7 +30,7 @@ from infer.lib.predictions import (
 )
 from model.io.writing import write_json
 from train.practice.write import HELD_OUT_SETS
-from train.run.processes import gathered, join
+from train.run.processes import all_gather, join_processes
 from train.run.program import parser, run
 
 # Options that do not change the boxes of an image.
@@ -48,7 +48,7 @@ def print_figures(name: str, figures: dict) -> None:
 def join_torchrun(args: argparse.Namespace) -> None:
     """Under torchrun: meet the other processes, and choose this one's GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        join("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
+        join_processes("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
         if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
 
@@ -81,10 +81,10 @@ def main() -> None:
     join_torchrun(args)
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.out or Path(gathered(temporary)[0])  # the first process's, for all of them
+        folder = args.out or Path(all_gather(temporary)[0])  # the first process's, for all of them
         for out, settings in settings_of(args, folder).items():
             check_settings(out, settings)
-        gathered(None)  # no process predicts before all have looked
+        all_gather(None)  # no process predicts before all have looked
         detector = load_detector(args)
         for name, data, images, out in evaluation_sets(args, folder, detector.model):
             if of_set := evaluate(detector, data, images, args.batch_size, name, out):

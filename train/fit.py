@@ -42,7 +42,7 @@ from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
 from train.run.options import arguments, as_json, caps_of, changed_options, noise_of
 from train.run.plan import print_plan
-from train.run.processes import gathered, join
+from train.run.processes import all_gather, join_processes
 from train.run.program import run as run_program
 from train.validate import Validation
 
@@ -66,13 +66,13 @@ def start(args: argparse.Namespace, device: torch.device, world: int) -> None:
             raise ValueError(f"--device {args.device}: no {device} on this machine, which has {there} GPUs")
         torch.cuda.set_device(device)
     if world > 1 or args.shard:
-        join("nccl" if device.type == "cuda" else "gloo")
+        join_processes("nccl" if device.type == "cuda" else "gloo")
 
 
 def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
     """The newest checkpoint in --out, or None for a new run, and the options that it ran with. Refuses to go
     on with others."""
-    restarted = max(gathered(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0  # nodes may differ
+    restarted = max(all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0  # nodes may differ
     found = newest(args.out)
     if found and not (args.resume or restarted):
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, or choose another --out")
@@ -287,7 +287,8 @@ def train(args: argparse.Namespace) -> int:
                 log.line(done, loss_sum.item() / world, lr=optimizers[-1].param_groups[0]["lr"])
             loss_sum.zero_()
         if validation and (done % args.val_every == 0 or done == args.steps):
-            figures = gathered(validation.run())[0]  # one process decides for all: sums may differ in a digit
+            # One process decides for all: sums may differ in a digit, and then only some would save.
+            figures = all_gather(validation.run())[0]
             score = figures.get("val_mAP", -figures["val_loss"])
             if score > trainer.get("best", {}).get("score", -math.inf):
                 trainer["best"] = dict(step=done, score=score)

@@ -26,7 +26,7 @@ from train.data.samples import collate
 from train.measures import make_coco, run_cocoeval
 from train.practice.write import write_coco
 from train.run.options import noise_of
-from train.run.processes import gathered, process
+from train.run.processes import all_gather, rank_and_world
 
 BATCH = 16
 
@@ -44,7 +44,7 @@ class Validation:
     ):
         self.objective, self.device = objective, device
         # Under FSDP all processes must run the same layers equally often: each of them does all of it.
-        rank, self.world = (0, 1) if args.shard else process()
+        rank, self.world = (0, 1) if args.shard else rank_and_world()
         self.amp = args.amp and args.dtype == "float32"
         file, images = args.val, args.val_images
         if file is None:
@@ -62,7 +62,7 @@ class Validation:
             collate_fn=partial(collate, pad=model.config.pad, per_example=args.loss_mean == "example"),
         )
         self.detector = None
-        if self.data.closed_set and args.shard and process()[0] == 0:
+        if self.data.closed_set and args.shard and rank_and_world()[0] == 0:
             print("--shard: validation computes val_loss only; for val_mAP, evaluate a checkpoint")
         if self.data.closed_set and not args.shard:
             decoder = GroupDecoder(model, ClosedSet.of(model.config, tokenizer))
@@ -90,7 +90,7 @@ class Validation:
             dist.all_reduce(sums)
         figures = {"val_loss": round((sums[0] / sums[1]).item(), 4)}
         if self.detector:
-            results = [result for share in gathered(results) for result in share]
+            results = [result for share in all_gather(results) for result in share]
             figures["val_mAP"] = round(max(0.0, float(run_cocoeval(self.truth, results).stats[0])), 4)
         if isinstance(self.objective, FSDPModule):  # without a backward pass its root stays unsharded
             self.objective.reshard()

@@ -29,7 +29,7 @@ from model.io.image import check_size, read_ahead
 from model.io.writing import explain, read_json, write_json
 from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval
 from train.practice.write import HELD_OUT_SETS, write_coco
-from train.run.processes import gathered, process
+from train.run.processes import all_gather, rank_and_world
 from train.run.program import positive
 
 SCENES = "scenes"  # folder of the drawn scenes
@@ -62,9 +62,9 @@ def evaluation_sets(
     for split in args.sets:
         out, size = folder / split, model.config.vision.image_size
         scenes = out / SCENES
-        if process()[0] == 0 and not scenes.exists():
+        if rank_and_world()[0] == 0 and not scenes.exists():
             write_coco(scenes, args.count, split, size, codec=codec)
-        gathered(None)  # the other processes wait for the scenes
+        all_gather(None)  # the other processes wait for the scenes
         name = "answers.jsonl" if codec else "instances.json"
         yield HELD_OUT_SETS[split], scenes / name, scenes / "images", out
 
@@ -86,8 +86,8 @@ def evaluate(
     """
     coco = read_coco(data)
     ids = category_ids(coco, detector.classes, data)
-    shares = gathered(predict(detector, coco, images, ids, batch_size, title, out, *process()))
-    if process()[0] > 0:
+    shares = all_gather(predict(detector, coco, images, ids, batch_size, title, out, *rank_and_world()))
+    if rank_and_world()[0] > 0:
         return {}
     results = sorted((result for share in shares for result in share), key=lambda r: r["image_id"])
     # Boxes of a class that the set does not have count only where classes are ignored.

@@ -23,8 +23,7 @@ from model.decoding.boxes import (
 from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
-from train import fit
-from train.data import convert
+from train import convert, fit
 from train.data.augment import FILL, MIN_KEPT, augment, flip, jitter, rescale
 from train.data.coco import CocoDetections, CocoIndex, read_records
 from train.data.jsonl import JsonlPairs, is_jsonl, read_lines

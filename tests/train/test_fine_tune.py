@@ -224,7 +224,7 @@ def test_recipes(name, tiny, scenes, pairs, tmp_path):
 # What can go wrong ------------------------------------------------------------------------------------------
 
 
-def test_refusals(tiny, scenes, pairs, tmp_path):
+def test_refusals(tiny, scenes, pairs, tmp_path, capsys):
     """Before anything is trained, in one line that names the option or the file."""
     out = tmp_path / "run"
     empty, long = tmp_path / "empty.json", tmp_path / "long.jsonl"
@@ -235,7 +235,9 @@ def test_refusals(tiny, scenes, pairs, tmp_path):
     assert "positions" in run_complaint(tiny, out, f"--data {long} --images {images}")
     assert "float16" in run_complaint(tiny, out, "--dtype float16")
     assert "--batch-size 4" in run_complaint(tiny, out, "--accumulate 3")
-    assert "--steps 0" in run_complaint(tiny, out, "--steps 0")
+    with pytest.raises(SystemExit):  # argparse's own complaint
+        run(tiny, out, "--steps 0")
+    assert "--steps: 0" in capsys.readouterr().err
     assert "--val" in run_complaint(tiny, out, f"--data {scenes} --val-every 2")
     assert "practice scenes" in run_complaint(tiny, out, f"--data {scenes} --patch-weight 1")
     assert "practice scenes" in run_complaint(tiny, out, f"--data {scenes} --tasks all")

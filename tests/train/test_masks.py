@@ -12,7 +12,7 @@ from pycocotools.mask import decode
 from model.decoding.boxes import parse_answer
 from model.decoding.masks import from_rle, to_rle
 from model.io.hub import CODEC, NANO
-from train.data import convert
+from train import convert
 
 WIDTH, HEIGHT = 100, 60
 

@@ -111,7 +111,8 @@ def test_autocast(tiny, scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(gemma, "attend", watched)
     options = f"{PLAIN} --data {scenes} --val {scenes} --val-every 1 --steps 1"
     run(tiny, tmp_path / "with", f"{options} --amp")
-    assert seen == {(True, True, torch.bfloat16), (False, True, torch.bfloat16)}
+    decoded = (False, False, torch.float32)  # for val_mAP, as evaluate.py would
+    assert seen == {(True, True, torch.bfloat16), (False, True, torch.bfloat16), decoded}
     seen.clear()
     run(tiny, tmp_path / "without", options)
     assert seen == {(True, False, torch.float32), (False, False, torch.float32)}
@@ -179,12 +180,12 @@ def test_validation_map_is_of_all_pictures(tiny, scenes, monkeypatch):
         ]
 
     monkeypatch.setattr(Validation, "_detect", perfect)
-    monkeypatch.setattr(validate, "gathered", lambda mine: shares.append(mine) or shares)
+    monkeypatch.setattr(validate, "all_gather", lambda mine: shares.append(mine) or shares)
     monkeypatch.setattr(validate.dist, "all_reduce", lambda sums: None)
     model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
     figures = []
     for rank in (0, 1):
-        monkeypatch.setattr(validate, "process", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(validate, "rank_and_world", lambda rank=rank: (rank, 2))
         figures.append(validation_of(Objective(model, None), tiny, scenes, count=6).run()["val_mAP"])
     assert 0 < figures[0] < 0.9 and figures[1] == pytest.approx(1)
     pictures = [{result["image_id"] for result in share} for share in shares]

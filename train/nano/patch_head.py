@@ -39,7 +39,8 @@ class PatchHead(nn.Module):
         similarity = torch.cat((similarity, self.background.expand(*labels.shape, 1)), dim=-1)  # [B, P, C+1]
         logits = similarity * self.log_scale.exp()
         class_loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        image_tokens = image_tokens.to(self.box[1].weight.dtype)  # an adapter's base may be in bfloat16
+        if not torch.is_autocast_enabled(image_tokens.device.type):
+            image_tokens = image_tokens.to(self.box[1].weight.dtype)  # an adapter's base may be in bfloat16
         predicted = self.box(image_tokens).float() * 0.25 + self.centres  # starts at the patch
         is_object = (labels != len(self.starts)).float()
         box_loss = 5 * (predicted - boxes).abs().sum(-1) + 1 - _giou(predicted, boxes)  # [B, P]

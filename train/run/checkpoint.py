@@ -1,4 +1,4 @@
-"""Training state on disk: safetensors and JSON only, complete or not there at all.
+"""Training state on disk: safetensors and JSON only, complete or not there.
 
 A checkpoint is a folder OUT/step-0000500 that holds a PaliGemma checkpoint as every program loads it (or, of
 a LoRA run, the adapter), and beside it `optimizer.safetensors` and `trainer.json`. There is no state of
@@ -54,9 +54,7 @@ class Run:
 
     out: Path
     base: str  # what an adapter belongs to, a folder or a hub id
-    companions: dict[
-        str, bytes
-    ]  # tokenizer and codec; their folder may be an old checkpoint, deleted meanwhile
+    companions: dict[str, bytes]  # tokenizer and codec: read early, their folder may be deleted meanwhile
     keep: int  # checkpoints, besides the best
 
     @classmethod
@@ -87,8 +85,8 @@ def save_checkpoint(
 ) -> None:
     """Write OUT/step-..., then delete all but the newest checkpoints and the best.
 
-    trainer: "step", and "best" {"step", ...} once something was validated; trained: all that is optimized.
-    Raises OSError, with the older checkpoints intact, if the disk is full.
+    trainer: "step", and "best" {"step", ...} once something was validated; trained: all that is optimized. A
+    full disk is an OSError that leaves the older checkpoints intact.
     """
     first = int(os.environ.get("RANK", 0)) == 0
     final = run.out / f"step-{trainer['step']:07d}"
@@ -104,7 +102,7 @@ def save_checkpoint(
         if first:
             save_tensors(state, partial / "optimizer.safetensors")
             write_json(trainer, partial / "trainer.json")
-            for file in partial.iterdir():
+            for file in partial.iterdir():  # on the disk before the name says that it is complete
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             shutil.rmtree(final, ignore_errors=True)

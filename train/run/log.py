@@ -1,4 +1,4 @@
-"""What fit.py tells while it runs, and what it is told: progress, metrics.jsonl, signals."""
+"""Progress bar, metrics.jsonl and signals of a run."""
 
 import argparse
 import contextlib
@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 
 def stop_on_signals() -> dict[str, bool]:
-    """SIGTERM and SIGINT are heard at the end of a step; a second SIGINT ends the program at once."""
+    """A flag, "now", that SIGTERM and SIGINT set: the loop looks at it once a step. A second SIGINT ends the
+    program at once."""
     stopping = {"now": False}
 
     def handler(number, _frame):
@@ -30,6 +31,7 @@ class Log:
 
     def __init__(self, args: argparse.Namespace, first_step: int, world: int, device: torch.device):
         path = args.out / "metrics.jsonl"
+        # Lines of steps that are trained again after a resume go, also a half-written last one.
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
         self.file = path.open("a")
@@ -42,7 +44,7 @@ class Log:
             self.board = SummaryWriter(args.out)
 
     def line(self, step: int, loss_sum: float, lr: float) -> None:
-        """loss_sum: over the steps since the last line."""
+        """Log the means since the last line. loss_sum: over those steps."""
         now, count = time.monotonic(), step - self.step
         rate = count * self.batch / (now - self.time)
         figures = dict(step=step, loss=round(loss_sum / count, 4), lr=lr, samples_per_s=round(rate, 1))
@@ -54,6 +56,7 @@ class Log:
         self.write(figures)
 
     def write(self, figures: dict) -> None:
+        """Append a line to metrics.jsonl, and to TensorBoard's curves."""
         self.file.write(json.dumps(figures) + "\n")
         self.file.flush()
         if self.board:

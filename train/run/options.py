@@ -1,4 +1,4 @@
-"""The options of fit.py."""
+"""The options of fit.py, and which of them make a run what it is."""
 
 import argparse
 import re
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from model.io.writing import explain
 from model.lora import TARGETS
 from train.data.targets import Noise
+from train.run.program import parser, positive
 
 # The machine, and watching: a run may go on with other values of these. All else changes where it ends.
 MAY_CHANGE = set(
@@ -17,55 +19,48 @@ MAY_CHANGE = set(
 
 
 def arguments(argv=None) -> argparse.Namespace:
-    """Parse them. Raises SystemExit with a usage line, or ValueError, for what makes no sense."""
-    parser = argparse.ArgumentParser(description="Train a PaliGemma.", allow_abbrev=False)
+    """Parse the options, and refuse those that make no sense together."""
+    options = parser("Train a PaliGemma; the head of train/fit.py shows how.")
     switch = argparse.BooleanOptionalAction
 
-    add = parser.add_argument_group("what").add_argument
+    add = options.add_argument_group("what").add_argument
     add("--model", required=True, help="what to start from: a folder, a hub id, or nano")
     add("--out", type=Path, required=True, help="folder of this run: checkpoints, metrics, result")
-    add("--data", type=Path, help="COCO instances or JSONL, told by its content (default: practice scenes)")
+    add("--data", type=Path, help="COCO instances or JSONL, seen by its content (default: practice scenes)")
     add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
     add("--allow-outside", action=switch, default=False, help="pictures of JSONL may lie outside --images")
     add("--augment", action=switch, default=False, help="flip, scale, shift, colours (train/data/augment.py)")
-    add("--tasks", choices=["closed-set", "all"], default="closed-set",
-        help="of practice scenes: all adds captions, questions, open-set detection and masks")  # fmt: skip
+    tasks = ["closed-set", "all"]
+    add("--tasks", choices=tasks, default=tasks[0], help="of practice scenes: all adds words and masks")
     add("--first-scene", type=int, default=0, help="number of the first practice scene")
-    add("--steps", type=int, default=10_000)
-    add("--batch-size", type=int, default=32, help="of all processes and micro-batches together")
-    add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result")
+    add("--steps", type=positive, default=10_000)
+    add("--batch-size", type=positive, default=32, help="of all processes and micro-batches together")
+    add("--accumulate", type=positive, default=1, help="micro-batches a step: less memory, the same result")
     add("--seed", type=int, default=0)
 
-    add = parser.add_argument_group("which weights").add_argument
+    add = options.add_argument_group("which weights").add_argument
     add("--lora", action=switch, default=False, help="train an adapter instead of the weights")
     add("--lora-targets", default="published", help=f"{', '.join(TARGETS)}, or a regex of full module paths")
-    add("--lora-rank", type=int, default=16)
+    add("--lora-rank", type=positive, default=16)
     add("--lora-alpha", type=float, default=16)
     add("--lora-dropout", type=float, default=0.05)
     add("--rslora", action=switch, default=False, help="scale by alpha / sqrt(rank)")
     add("--freeze-vision", action=switch, default=False, help="leave the vision tower as it is")
 
-    add = parser.add_argument_group("closed-set targets (defaults: nano's)").add_argument
+    add = options.add_argument_group("closed-set targets (defaults: nano's)").add_argument
     add("--noise-weight", type=float, default=Noise.weight, help="of a noise box's class in the loss")
     add("--noise-disguise", type=float, default=Noise.disguise,
         help="share of the noise boxes whose class, as an input, is a random real one")  # fmt: skip
-    add(
-        "--noise-near",
-        type=float,
-        default=Noise.near,
-        help="share of the noise boxes that are near real ones",
-    )
+    add("--noise-near", type=float, default=Noise.near, help="share of the noise boxes near real ones")
     add("--noise-apart", action=switch, default=False, help="noise boxes keep away from each other as well")
     add("--skip-empty", action=switch, default=False, help="leave out pictures of --data without objects")
 
-    add = parser.add_argument_group("how").add_argument
+    add = options.add_argument_group("how").add_argument
     add("--lr", type=float, default=1e-5)
     add("--min-lr", type=float, help="where the cosine ends (default: 1e-6, or --lr if that is less)")
     add("--muon-lr", type=float, default=0, help="Muon at this rate for the layers' matrices; 0: AdamW")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
-    add(
-        "--weight-decay", type=float, default=0.0, help="of matrices; a step takes it times the learning rate"
-    )
+    add("--weight-decay", type=float, default=0.0, help="of matrices; a step applies it times the rate")
     add("--beta2", type=float, default=0.98, help="AdamW's decay of squared gradients")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--loss", choices=["allowed", "vocabulary"], default="allowed",
@@ -77,7 +72,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--patch-weight", type=float, default=0.0, help="of the helper loss (train/nano/patch_head.py)")
     add("--patch-steps", type=int, default=0, help="steps at the start with the helper loss alone")
 
-    add = parser.add_argument_group("machine").add_argument
+    add = options.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of the weights; auto: bfloat16 below an adapter, else float32")  # fmt: skip
@@ -88,20 +83,17 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="processes that prepare samples, for each training process")
     add("--dry-run", action=switch, default=False, help="print sizes, memory and steps; load nothing")
 
-    add = parser.add_argument_group("watching and going on").add_argument
+    add = options.add_argument_group("watching and going on").add_argument
     add("--resume", action=switch, default=False, help="go on from the newest checkpoint in --out, if any")
-    add("--save-every", type=int, default=500)
-    add("--keep", type=int, default=2, help="checkpoints kept, besides the best")
-    add("--log-every", type=int, default=20)
+    add("--save-every", type=positive, default=500)
+    add("--keep", type=positive, default=2, help="checkpoints kept, besides the best")
+    add("--log-every", type=positive, default=20)
     add("--val", type=Path, help="validation data (default, of practice scenes: held-out ones)")
     add("--val-images", type=Path, help="folder of its pictures (default: images/ beside the file)")
     add("--val-every", type=int, default=0, help="steps between validations; 0: none")
-    add("--val-count", type=int, default=200, help="pictures of the validation data that are used")
-    args = parser.parse_args(argv)
+    add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
+    args = options.parse_args(argv)
 
-    for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every", "val_count"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not args.lr > 0:
         raise ValueError(f"--lr {args.lr:g}: must be above 0")
     if args.min_lr is None:
@@ -132,18 +124,20 @@ def arguments(argv=None) -> argparse.Namespace:
     args.lora_targets = TARGETS.get(args.lora_targets, args.lora_targets)
     if args.lora and args.freeze_vision:
         args.lora_targets = rf"(?!vision\.)({args.lora_targets})"
-    try:
+    with explain(f"--lora-targets {args.lora_targets!r}: not a regular expression", re.error):
         re.compile(args.lora_targets)
-    except re.error as error:
-        raise ValueError(
-            f"--lora-targets {args.lora_targets!r}: not a regular expression ({error})"
-        ) from error
     return args
 
 
 def noise_of(args: argparse.Namespace) -> Noise:
-    """The noise that the options ask for. Raises ValueError for values out of range."""
-    return Noise(args.noise_weight, args.noise_disguise, args.noise_near, args.noise_apart, args.skip_empty)
+    """The noise that the options ask for."""
+    return Noise(
+        weight=args.noise_weight,
+        disguise=args.noise_disguise,
+        near=args.noise_near,
+        apart=args.noise_apart,
+        skip_empty=args.skip_empty,
+    )
 
 
 def caps_of(args: argparse.Namespace) -> dict[str, float]:
@@ -163,4 +157,5 @@ def changed_options(before: dict, args: argparse.Namespace) -> list[str]:
 
 
 def as_json(args: argparse.Namespace) -> dict:
+    """The options as run.json holds them."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from model import PaliGemma, lora
+from model.decoding.closed_set import GROUP
 from model.io.hub import resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
@@ -33,11 +34,17 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
     print(f"trained     {trainable:,} parameters" + (f" in {len(matrices)} adapters" if args.lora else ""))
 
     tokenizer = folder / "tokenizer.model"
-    groups = config.groups
-    text = 8 + 5 * groups  # of the closed-set language
+    text = 8 + GROUP * config.groups  # of the closed-set language; its prompt has five tokens or a few more
     if args.data and tokenizer.exists():
-        options = args.seed, args.augment, args.allow_outside, noise_of(args), index
-        data = open_data(args.data, args.images, model, Tokenizer(folder), *options)
+        data = open_data(
+            args.data,
+            args.images,
+            model,
+            Tokenizer(folder),
+            allow_outside=args.allow_outside,
+            noise=noise_of(args),
+            index=index,
+        )
         epochs = args.steps * args.batch_size / len(data)
         print(f"data        {args.data}: {len(data):,} samples, {epochs:.2f} epochs")
         text = data.text_tokens
@@ -71,15 +78,9 @@ def activation_bytes(model: PaliGemma, positions: int, recompute: bool) -> float
     def block(tokens, width, mlp, heads):
         return 2 * tokens * (14 * width + 4 * mlp) + 2 * 3 * heads * tokens**2
 
-    towers = (
-        (
-            vision.layers,
-            vision.tokens,
-            vision.width,
-            block(vision.tokens, vision.width, vision.mlp, vision.heads),
-        ),
-        (text.layers, positions, text.width, block(positions, text.width, text.mlp, text.heads)),
-    )
-    if recompute:
-        return sum(2 * n * t * w for n, t, w, _ in towers) + max(full for *_, full in towers)
-    return sum(n * full for n, _, _, full in towers)
+    encoder = block(vision.tokens, vision.width, vision.mlp, vision.heads)
+    decoder = block(positions, text.width, text.mlp, text.heads)
+    if not recompute:
+        return vision.layers * encoder + text.layers * decoder
+    inputs = 2 * (vision.layers * vision.tokens * vision.width + text.layers * positions * text.width)
+    return inputs + max(encoder, decoder)

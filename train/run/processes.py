@@ -12,7 +12,7 @@ import torch.distributed as dist
 POLL = 0.05  # seconds
 
 
-def join(backend: str, timeout: timedelta | None = None) -> None:
+def join_processes(backend: str, timeout: timedelta | None = None) -> None:
     """Meet the other processes that torchrun started."""
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(_name_of_this_start(store, rank, world), store)
@@ -41,7 +41,7 @@ def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:
         time.sleep(POLL)
 
 
-def leave(status: int | str) -> None:
+def exit_program(status: int | str) -> None:
     """End the program like sys.exit. One of several processes ends itself at once: threads of PyTorch abort
     now and then ("terminate called without an active exception") when the interpreter ends them."""
     if dist.is_initialized():
@@ -53,14 +53,14 @@ def leave(status: int | str) -> None:
     sys.exit(status)
 
 
-def process() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """Number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gathered(value) -> list:
+def all_gather(value) -> list:
     """This value of every process, by rank; waits for all of them."""
-    values = [value] * process()[1]
+    values = [value] * rank_and_world()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values

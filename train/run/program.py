@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from train.run.processes import leave
+from train.run.processes import exit_program
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -43,4 +43,4 @@ def run(main: Callable[[], int | None], file: str) -> None:
         status = 1
     except KeyboardInterrupt:
         status = 130
-    leave(status)
+    exit_program(status)

@@ -1,8 +1,8 @@
 """COCO instances <-> JSON lines for open-set detection, and masks -> JSON lines for segmentation.
 
-    python train/data/convert.py coco-to-jsonl --data instances.json --out train.jsonl --absent 2
-    python train/data/convert.py jsonl-to-coco --data train.jsonl --images photos/ --out instances.json
-    python train/data/convert.py masks-to-jsonl --data instances.json --images photos/ --out train.jsonl
+    python train/convert.py coco-to-jsonl --data instances.json --out train.jsonl --absent 2
+    python train/convert.py jsonl-to-coco --data train.jsonl --images photos/ --out instances.json
+    python train/convert.py masks-to-jsonl --data instances.json --images photos/ --out train.jsonl
 
 A line asks for classes, {"image": "a.jpg", "prefix": "detect cat ; dog", "suffix": "<loc...> cat"}, and its
 answer is empty if the image shows none of them. The way back reads the sizes of the images. Boxes come back
