@@ -196,10 +196,10 @@ def slow_iou(a, b) -> float:
 
 
 def random_objects(rng, n: int, width: int, height: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole-pixel boxes [n, 4] with sides of 5 to 40 pixels, and labels [n]."""
-    sides = rng.integers(5, 41, (n, 2))
-    low = (rng.random((n, 2)) * (np.array([width, height]) - sides)).astype(int)
-    return np.concatenate((low, low + sides), axis=1).astype(float), rng.integers(0, classes, n)
+    """Whole-pixel boxes [n, 4] with sides of 4 to 40 pixels, and labels [n]."""
+    sides = rng.integers(4, 41, (n, 2))
+    low = (rng.random((n, 2)) * (np.array([width, height]) - sides + 1)).astype(int)
+    return np.concatenate((low, low + sides), axis=1).astype(np.float32), rng.integers(0, classes, n)
 
 
 def disc(width, height, x, y, r) -> np.ndarray:

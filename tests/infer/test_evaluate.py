@@ -263,7 +263,7 @@ def test_shares(data, tmp_path, world, straight):
 ])  # fmt: skip
 def test_every_process_has_its_gpu(asked, gpus, device, monkeypatch):
     started = []
-    monkeypatch.setattr(evaluate, "join", lambda *args, **_: started.append(args))
+    monkeypatch.setattr(evaluate, "join_processes", lambda *args, **_: started.append(args))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     args = argparse.Namespace(device=asked)
     evaluate.join_torchrun(args)

@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import language_of, tiny_config
 from PIL import Image
 
 from model import PaliGemma
 from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
 from train.nano.untrained import initialise
+from train.practice.dataset import PracticeScenes
 from train.practice.write import write_coco
 
 
@@ -72,3 +73,9 @@ def with_empty(tmp_path):
     data = dict(images=images, annotations=annotations, categories=[dict(id=1, name="cat")])
     (tmp_path / "instances.json").write_text(json.dumps(data))
     return tmp_path / "instances.json"
+
+
+@pytest.fixture(scope="session")
+def all_tasks(tiny, codec):
+    """Practice scenes with every kind of prompt."""
+    return PracticeScenes(language_of(tiny), 64, 16, tokenizer=Tokenizer(tiny), codec=codec)

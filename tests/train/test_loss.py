@@ -224,11 +224,11 @@ def test_helper_head_on_an_adapters_base(tiny, tmp_path):
 # Several prompts an image -----------------------------------------------------------------------------------
 
 
-def test_an_image_is_encoded_once(scenes, with_codec):
+def test_an_image_is_encoded_once(all_tasks, with_codec):
     """The loss of a batch with several prompts an image is that of all pairs of image and prompt."""
     model = PaliGemma.from_pretrained(str(with_codec), dtype=torch.float32)
     objective = train.Objective(model, None)
-    batch = collate([scenes[i, i] for i in range(2)]) | {"total": torch.ones(())}
+    batch = collate([all_tasks[i, i] for i in range(2)]) | {"total": torch.ones(())}
     pairs = batch | {"image": batch["image"].repeat_interleave(PROMPTS_PER_SCENE, 0)}
     with torch.no_grad():
         assert torch.allclose(objective(batch)[0], objective(pairs)[0], rtol=1e-5)

@@ -14,7 +14,7 @@ from model.config import VARIANTS
 from model.io.config_json import config_to_json
 from train import fit as train
 
-RECIPES = {  # what the dry run must tell
+DRY_RUNS = {  # what the dry run must tell
     "coco_closed_set_lora_10b": ("paligemma2-10b-448", ["402 adapters", "1024 image tokens + 26", "21,987"]),
     "coco_closed_set_full_3b": ("paligemma2-3b-448", ["92,412", "64 samples"]),
     "captions_3b": ("paligemma2-3b-224", ["256 samples", "2,213"]),
@@ -22,10 +22,10 @@ RECIPES = {  # what the dry run must tell
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", DRY_RUNS)
 def test_recipes(name, tiny, scenes, pairs, tmp_path):
     """Each command for the official weights, dry: their config, a tokenizer, and no weights at all."""
-    variant, words = RECIPES[name]
+    variant, words = DRY_RUNS[name]
     model, coco = tmp_path / "model", tmp_path / "coco"
     (coco / "annotations").mkdir(parents=True), (coco / "train2017").mkdir(), model.mkdir()
     shutil.copy(scenes, coco / "annotations" / "instances_train2017.json")

@@ -7,8 +7,6 @@ from helpers import language_of, same
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from model.decoding.masks import MaskCodec
-from model.io.hub import CODEC, NANO
 from model.io.image import square, to_network
 from model.io.tokenizer import Tokenizer
 from train.data.samples import StepSampler, collate
@@ -119,13 +117,6 @@ def test_patch_targets_by_hand():
 # All tasks --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def scenes(tiny):
-    return PracticeScenes(
-        language_of(tiny), 64, 16, tokenizer=Tokenizer(tiny), codec=MaskCodec.load(NANO / CODEC)
-    )
-
-
 def texts(sample, tokenizer) -> tuple[str, str, torch.Tensor]:
     """Prompt, answer, and the answer's weights of a sample."""
     length = sample["prefix_len"].item()
@@ -136,11 +127,11 @@ def texts(sample, tokenizer) -> tuple[str, str, torch.Tensor]:
     return prompt, tokenizer.decode(answer[:-1]), sample["weights"][length - 1 :]
 
 
-def test_samples_of_all_tasks(scenes, tiny):
+def test_samples_of_all_tasks(all_tasks, tiny):
     """Each prompt with its kind of answer; short answers in words weigh as much as longer ones."""
     tokenizer, starts = Tokenizer(tiny), {}
     drawn = [
-        {name: x[k] for name, x in scenes[i, i].items() if isinstance(x, list)}
+        {name: x[k] for name, x in all_tasks[i, i].items() if isinstance(x, list)}
         for i in range(30)
         for k in range(PROMPTS_PER_SCENE)
     ]
@@ -157,8 +148,8 @@ def test_samples_of_all_tasks(scenes, tiny):
     assert len(starts) == len(TASK_SHARES) + 1 and min(starts.values()) > 2
 
 
-def test_texts_of_a_batch_have_few_lengths(scenes):
-    batch = collate([scenes[i, i] for i in range(3)], multiple=16)
+def test_texts_of_a_batch_have_few_lengths(all_tasks):
+    batch = collate([all_tasks[i, i] for i in range(3)], multiple=16)
     assert batch["text"].shape[1] % 16 == 0
     assert batch["text"].shape == batch["labels"].shape == batch["weights"].shape
     assert not batch["weights"][:, -1].any() or batch["text"].shape[1] == 64
