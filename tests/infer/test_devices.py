@@ -16,7 +16,7 @@ from infer.lib import measuring
 from infer.lib import options as loading
 from model import PaliGemma
 from model.io.hub import NANO
-from train.run.log import peak_memory
+from train.run.processes import peak_memory
 
 
 class Stop(Exception):
