@@ -25,9 +25,11 @@ def positive(text: str) -> int:
 
 
 def complain(error: BaseException | str, file: str) -> None:
-    """Print the first line of an error on stderr, after the name of the program. file: its __file__."""
-    lines = str(error).splitlines() or [type(error).__name__]  # some errors of Python's have no text
-    print(f"{Path(file).name}: {lines[0]}", file=sys.stderr)
+    """Print an error in one line on stderr, after the name of the program. file: its __file__."""
+    line, *more = str(error).splitlines() or [type(error).__name__]  # some of Python's errors have no text
+    if more and "in DataLoader worker process" in line:  # the worker's traceback, which ends in its error
+        line = more[-1].partition(": ")[2]
+    print(f"{Path(file).name}: {line}", file=sys.stderr)
 
 
 def run(main: Callable[[], int | None], file: str) -> None:
