@@ -260,7 +260,7 @@ def test_recomputation_is_for_gradients_only(tiny, scenes, monkeypatch):
         ("--steps 9", "--steps"), ("--warmup 3", "--warmup"), ("--weight-decay 0.1", "--weight-decay"),
         ("--clip 2", "--clip"), ("--loss vocabulary", "--loss"), ("--augment", "--augment"),
         ("--amp", "--amp"), ("--freeze-vision", "--freeze-vision"), ("--lora", "--dtype"),
-        ("--patch-steps 1", "--patch-steps"), ("--seed 1", "--seed"),
+        ("--patch-steps 1 --patch-weight 1", "--patch-steps"), ("--seed 1", "--seed"),
     ],
     ids=lambda value: value.split()[0],
 )  # fmt: skip

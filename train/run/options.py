@@ -116,6 +116,8 @@ def arguments(argv=None) -> argparse.Namespace:
         raise ValueError("--tasks all is of practice scenes: leave --data out; what lines ask for is in them")
     if args.val_every and args.data and not args.val:
         raise ValueError("--val-every needs --val FILE")
+    if args.patch_steps and not args.patch_weight:
+        raise ValueError("--patch-steps trains the helper head alone, which needs a --patch-weight above 0")
     if args.skip_empty and not args.data:
         raise ValueError("--skip-empty is for --data: every practice scene has objects")
     if not 0 <= args.beta2 < 1:
