@@ -163,10 +163,9 @@ class EarlyStop:
     patience: int
 
     def __post_init__(self):
-        if not (0 <= self.noise < 1 and self.patience >= 1 and self.patience == int(self.patience)):
-            raise ValueError(
-                f"early stop {self.noise} {self.patience}: must be a probability and a number of groups"
-            )
+        if not (0 <= self.noise < 1 and self.patience >= 1 and self.patience % 1 == 0):  # inf % 1 is nan
+            what = f"early stop {self.noise} {self.patience}"
+            raise ValueError(f"{what}: must be a probability and a number of groups")
 
 
 class GroupDecoder:

@@ -88,6 +88,8 @@ def generate(
     sampling leaves out. generator: of the random numbers, on the CPU.
     """
     config, device = model.config, image_tokens.device
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
     prompt_length = max(map(len, prompts))
     length, room = prompt_length + max_new_tokens, config.text.max_positions - config.vision.tokens
     if length > room:
