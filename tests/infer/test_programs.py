@@ -94,7 +94,9 @@ def test_every_program_stands_in_the_frame(name, monkeypatch):
 
 
 def test_positive():
-    assert program.positive("1") == 1 and program.positive("250") == 250
+    assert program.positive("1") == 1 and program.positive("250") == 250 and program.not_negative("0") == 0
+    with pytest.raises(argparse.ArgumentTypeError, match="-1 is too small: must be at least 0"):
+        program.not_negative("-1")
     for text in ("0", "-1"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is too small: must be at least 1"):
             program.positive(text)

@@ -24,7 +24,7 @@ from model.decoding.masks import CODES, SIDE, MaskCodec, crop, mask_iou
 from model.io.hub import CODEC
 from train.practice.scenes import make_scene
 from train.practice.write import HELD_OUT_SETS
-from train.run.program import parser, positive, run
+from train.run.program import not_negative, parser, positive, run
 
 DECAY = 0.99  # of the codebook's moving sums
 COMMITMENT = 0.25  # weight of the loss that pulls features towards their codes
@@ -108,8 +108,8 @@ def main(argv=None) -> None:
     add("--channels", type=positive, default=64, help="a multiple of 8; the official codec has 128")
     add("--width", type=positive, default=128, help="of a code; the official codec has 512")
     add("--lr", type=float, default=1e-3)
-    add("--workers", type=int, default=1)
-    add("--seed", type=int, default=0)
+    add("--workers", type=not_negative, default=1)
+    add("--seed", type=not_negative, default=0)
     args = options.parse_args(argv)
     if args.channels % 8:
         raise ValueError(f"--channels {args.channels}: must be a multiple of 8")

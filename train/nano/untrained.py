@@ -29,7 +29,7 @@ from model.io.hub import CODEC
 from model.io.tokenizer import LOCS, SEGS, Tokenizer
 from model.io.weights import load_config
 from train.practice.sentences import plural, random_sentences
-from train.run.program import parser, run
+from train.run.program import not_negative, parser, run
 
 MAX_TEXT_PIECES = 900  # the trainer may find fewer worth having
 _TAGS = (
@@ -155,7 +155,7 @@ def main(argv=None) -> None:
     add("--out", type=Path, required=True)
     add("--start", type=Path, help="checkpoint of a nano that detects, whose weights are copied")
     add("--codec", type=Path, help="file of train/nano/codec.py, for --tasks all")
-    add("--seed", type=int, default=0)
+    add("--seed", type=not_negative, default=0)
     args = options.parse_args(argv)
     if args.codec:
         MaskCodec.load(args.codec)  # both are checked before anything is written

@@ -9,7 +9,7 @@ import torch
 from model.io.writing import explain
 from model.lora import TARGETS
 from train.data.targets import Noise
-from train.run.program import parser, positive
+from train.run.program import not_negative, parser, positive
 
 # The machine, and watching: a run may go on with other values of these. All else changes where it ends.
 MAY_CHANGE = set(
@@ -32,11 +32,11 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--augment", action=switch, default=False, help="flip, scale, shift, colours (train/data/augment.py)")
     tasks = ["closed-set", "all"]
     add("--tasks", choices=tasks, default=tasks[0], help="of practice scenes: all adds words and masks")
-    add("--first-scene", type=int, default=0, help="number of the first practice scene")
+    add("--first-scene", type=not_negative, default=0, help="number of the first practice scene")
     add("--steps", type=positive, default=10_000)
     add("--batch-size", type=positive, default=32, help="of all processes and micro-batches together")
     add("--accumulate", type=positive, default=1, help="micro-batches a step: less memory, the same result")
-    add("--seed", type=int, default=0)
+    add("--seed", type=not_negative, default=0)
 
     add = options.add_argument_group("which weights").add_argument
     add("--lora", action=switch, default=False, help="train an adapter instead of the weights")
@@ -59,7 +59,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-5)
     add("--min-lr", type=float, help="where the cosine ends (default: 1e-6, or --lr if that is less)")
     add("--muon-lr", type=float, default=0, help="Muon at this rate for the layers' matrices; 0: AdamW")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up")
+    add("--warmup", type=not_negative, default=100, help="steps of linear warm-up")
     add("--weight-decay", type=float, default=0.0, help="of matrices; a step applies it times the rate")
     add("--beta2", type=float, default=0.98, help="AdamW's decay of squared gradients")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
@@ -70,7 +70,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")
     add("--final-cap", type=float, help="soft cap of the logits instead of the checkpoint's; 0: off")
     add("--patch-weight", type=float, default=0.0, help="of the helper loss (train/nano/patch_head.py)")
-    add("--patch-steps", type=int, default=0, help="steps at the start with the helper loss alone")
+    add("--patch-steps", type=not_negative, default=0, help="steps at the start with the helper loss alone")
 
     add = options.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +80,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--recompute", action=switch, default=False, help="activation checkpointing: less memory, slower")
     add("--shard", action=switch, default=False, help="split the weights over the processes (FSDP2)")
     add("--compile", action=switch, default=False, help="torch.compile (needs a C++ compiler)")
-    add("--workers", type=int, default=2, help="processes that prepare samples, for each training process")
+    add("--workers", type=not_negative, default=2, help="data-loading processes of each training process")
     add("--dry-run", action=switch, default=False, help="print sizes, memory and steps; load nothing")
 
     add = options.add_argument_group("watching and going on").add_argument
@@ -90,7 +90,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--log-every", type=positive, default=20)
     add("--val", type=Path, help="validation data (default, of practice scenes: held-out ones)")
     add("--val-images", type=Path, help="folder of its pictures (default: images/ beside the file)")
-    add("--val-every", type=int, default=0, help="steps between validations; 0: none")
+    add("--val-every", type=not_negative, default=0, help="steps between validations; 0: none")
     add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
     args = options.parse_args(argv)
 

@@ -18,9 +18,17 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small: must be at least 1")
+    return _at_least(1, int(text))
+
+
+def not_negative(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    return _at_least(0, int(text))
+
+
+def _at_least(minimum: int, value: int) -> int:
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{value} is too small: must be at least {minimum}")
     return value
 
 
