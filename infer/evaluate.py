@@ -21,7 +21,7 @@ import torch
 
 from infer.lib.options import add_detection_arguments, check_json, load_detector
 from infer.lib.predictions import (
-    SCENES,
+    SCENES_FOLDER,
     add_set_arguments,
     check_settings,
     evaluate,
@@ -62,7 +62,7 @@ def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
         changed = dict(name=args.data.stem, data_changed=args.data.stat().st_mtime_ns)
         return {folder: settings | changed | places}
     # Relative to the folder, which may move.
-    places = dict(data=f"{SCENES}/instances.json", images=f"{SCENES}/images")
+    places = dict(data=f"{SCENES_FOLDER}/instances.json", images=f"{SCENES_FOLDER}/images")
     return {
         folder / split: settings | dict(name=HELD_OUT_SETS[split], data_changed=None) | places
         for split in args.sets

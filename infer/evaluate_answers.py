@@ -31,10 +31,10 @@ from infer.lib.options import (
     sampling_options,
 )
 from infer.lib.predictions import add_set_arguments, evaluation_sets
-from model.decoding.boxes import BINS
 from model.decoding.generate import Prompter
 from model.decoding.masks import from_rle
 from model.io.image import load_image
+from model.io.tokenizer import LOCS
 from model.io.writing import write_json, write_lines
 from train.data.jsonl import read_lines
 from train.measures import TASKS, judge_answers, task_of
@@ -101,7 +101,7 @@ def main() -> None:
     add = options.add_argument
     add_set_arguments(options, "JSONL", SETS)
     add("--max-tokens", type=positive, default=100, help="longest answer")
-    add("--bins", type=int, choices=(1023, 1024), default=BINS, help="1023: locations of RefCOCO checkpoints")
+    add("--bins", type=int, choices=(1023, 1024), default=LOCS, help="1023: locations of RefCOCO checkpoints")
     add("--answers", type=Path, metavar="FILE", help="write the lines there, with what the model said")
     add_codec_arguments(options)
     add_model_arguments(options)

@@ -26,7 +26,8 @@ from infer.lib.options import add_device_argument, usable_device
 from infer.lib.plots import new_figure, require_matplotlib
 from infer.lib.predictions import evaluate
 from model import PaliGemma
-from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
+from model.config import COCO_CLASSES
+from model.decoding.closed_set import GROUP, ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
@@ -45,10 +46,10 @@ NOISE = 0.5, 0.8, 0.95, 0.99
 # growth
 GROUPS = 1, 3, 6, 12, 24, 51
 BATCHES = 1, 2, 4, 8, 16, 32
-SIDES = 128, 224, 320, 448, 640  # pixels; nano has 128
+IMAGE_SIDES = 128, 224, 320, 448, 640  # pixels; nano has 128
 # head
-LOC0, CLASS0, CLASSES, CAP = 256_000, 7, 80, 30.0  # official
-ALLOWED = [(LOC0, LOC0 + LOCS)] * 4 + [(CLASS0, CLASS0 + CLASSES + 1)]
+LOC0, CLASS0, CAP = 256_000, 7, 30.0  # official
+ALLOWED = [(LOC0, LOC0 + LOCS)] * (GROUP - 1) + [(CLASS0, CLASS0 + len(COCO_CLASSES) + 1)]
 WIDTHS = {"nano": (160, 257_216), "3B": (2304, 257_216)}
 REPEATS = 50
 
@@ -123,7 +124,7 @@ def growth(args: argparse.Namespace) -> None:
     curves = {
         "groups": {groups: measure(model, groups=groups) for groups in GROUPS},
         "images a batch": {batch: measure(model, batch=batch) for batch in BATCHES},
-        "image tokens": {(side // patch) ** 2: measure(resized(side)) for side in SIDES},
+        "image tokens": {(side // patch) ** 2: measure(resized(side)) for side in IMAGE_SIDES},
     }
     with new_figure(args.out, 11, 3.2) as figure:
         for axes, (name, curve) in zip(figure.subplots(1, 3), curves.items(), strict=True):

@@ -16,8 +16,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from model.decoding.boxes import BINS, locs_to_boxes, parse_answer
+from model.decoding.boxes import locs_to_boxes, parse_answer
 from model.decoding.masks import MaskCodec, from_rle, mask_iou, paste_mask
+from model.io.tokenizer import LOCS
 from train.data.coco import read_records
 from train.data.jsonl import right_answers
 
@@ -117,7 +118,7 @@ def task_of(record: dict) -> str | None:
 
 
 def judge_answers(
-    records: list[dict], answers: list[str], codec: MaskCodec | None, bins: int = BINS
+    records: list[dict], answers: list[str], codec: MaskCodec | None, bins: int = LOCS
 ) -> dict[str, dict]:
     """{task: figures} of the answers to lines of JSONL. Upper and lower case does not count.
 
@@ -150,7 +151,7 @@ def judge_answers(
     return figures
 
 
-def first_mask_iou(answer: str, mask: np.ndarray, codec: MaskCodec, bins: int = BINS) -> float:
+def first_mask_iou(answer: str, mask: np.ndarray, codec: MaskCodec, bins: int = LOCS) -> float:
     """IoU of an answer's first mask with the right one, bool [H, W]; 0 if it has none. bins: see
     locs_to_boxes."""
     objects = parse_answer(answer)

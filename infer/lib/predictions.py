@@ -32,7 +32,7 @@ from train.practice.write import HELD_OUT_SETS, write_coco
 from train.run.processes import all_gather, rank_and_world
 from train.run.program import positive
 
-SCENES = "scenes"  # folder of the drawn scenes
+SCENES_FOLDER = "scenes"  # folder of the drawn scenes
 
 
 # ---- the sets ----------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def evaluation_sets(
         return
     for split in args.sets:
         out, size = folder / split, model.config.vision.image_size
-        scenes = out / SCENES
+        scenes = out / SCENES_FOLDER
         if rank_and_world()[0] == 0 and not scenes.exists():
             write_coco(scenes, args.count, split, size, codec=codec)
         all_gather(None)  # the other processes wait for the scenes
@@ -178,8 +178,8 @@ def check_settings(out: Path, settings: dict) -> None:
     file, settings = out / "settings.json", json.loads(json.dumps(settings, default=str))
     old = read_json(file) if file.exists() else {}
     changed = sorted(key for key in old | settings if old.get(key) != settings.get(key))
-    begun = [path for path in (*out.glob("predictions-*.jsonl"), *out.glob(SCENES)) if path.stat().st_size]
-    if changed and begun:
+    begun = *out.glob("predictions-*.jsonl"), *out.glob(SCENES_FOLDER)
+    if changed and any(path.stat().st_size for path in begun):
         raise ValueError(
             f"{out} holds predictions of other settings ({', '.join(changed)}): "
             "choose another --out, or remove the folder"

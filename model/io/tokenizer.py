@@ -12,10 +12,10 @@ import sentencepiece
 
 from model.io.writing import explain
 
-LOCS, SEGS = 1024, 128
+LOCS, SEGS = 1024, 128  # locations along a side of an image; codes of masks
 # Exactly the pieces that exist: any other <loc...> is text, and cutting it out would change its tokens.
-LOC = "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>"
-_SPECIAL = re.compile(f"({LOC}|<seg0[0-9]{{2}}>|<seg1[01][0-9]>|<seg12[0-7]>)")
+LOC_PATTERN = "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>"
+_SPECIAL = re.compile(f"({LOC_PATTERN}|<seg0[0-9]{{2}}>|<seg1[01][0-9]>|<seg12[0-7]>)")
 
 
 class Tokenizer:

@@ -100,7 +100,7 @@ def test_early_stop(run, here, monkeypatch):
 
 
 def test_growth(run, here, monkeypatch):
-    for name, values in dict(GROUPS=(1, 2), BATCHES=(1, 2), SIDES=(32, 64)).items():
+    for name, values in dict(GROUPS=(1, 2), BATCHES=(1, 2), IMAGE_SIDES=(32, 64)).items():
         monkeypatch.setattr(tradeoffs, name, values)
     out = run(tradeoffs, *"growth --repeats 1 --out plot.png".split())
     names = [re.sub(r"\d+ ms", "ms", line) for line in out.splitlines()]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from helpers import slow_iou
 
-from model.decoding.boxes import BINS, areas, boxes_to_locs, iou, locs_to_boxes, nms
+from model.decoding.boxes import areas, boxes_to_locs, iou, locs_to_boxes, nms
+from model.io.tokenizer import LOCS
 
 SIZES = [(1024, 1024), (128, 128), (640, 480), (333, 517), (1, 1), (5000, 3), (0.5, 2000.5)]
 
@@ -34,9 +35,9 @@ def test_pixels_and_back(size):
     boxes[8:16] = [*size, *size]
     locs = boxes_to_locs(boxes, *size)
     assert locs.dtype == np.int64 and locs.shape == boxes.shape
-    bin_size = np.array([*size, *size]) / BINS
+    bin_size = np.array([*size, *size]) / LOCS
     error = np.abs(locs_to_boxes(locs, *size) - boxes) / bin_size
-    last = (locs == BINS - 1)[:, [1, 0, 3, 2]]
+    last = (locs == LOCS - 1)[:, [1, 0, 3, 2]]
     assert last.any() and (error[~last] <= 0.5 + 1e-9).all() and (error[last] <= 1.5 + 1e-9).all()
     edge = boxes == [*size, *size]
     assert edge.any() and (error[edge] == 0).all()
@@ -45,7 +46,7 @@ def test_pixels_and_back(size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_tokens_and_back(size):
     """Every location comes back as itself."""
-    bins = np.arange(BINS)
+    bins = np.arange(LOCS)
     locs = np.stack((bins, bins[::-1], np.roll(bins, 1), np.roll(bins, -7)), axis=1)
     assert (boxes_to_locs(locs_to_boxes(locs, *size), *size) == locs).all()
 

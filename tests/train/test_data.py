@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 from model.decoding.boxes import (
-    BINS,
     ParsedBox,
     areas,
     boxes_to_locs,
@@ -22,7 +21,7 @@ from model.decoding.boxes import (
 )
 from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import square, to_network
-from model.io.tokenizer import Tokenizer
+from model.io.tokenizer import LOCS, Tokenizer
 from train import convert, fit
 from train.data.augment import FILL, MIN_KEPT, augment, flip, jitter, rescale
 from train.data.coco import CocoDetections, CocoIndex, read_records
@@ -502,7 +501,7 @@ def test_round_trip(folder, capsys):
         assert after.name(row) == before.name(old) and after.sizes[row].equal(before.sizes[old])
         (boxes, labels), (old_boxes, old_labels) = after.objects(row), before.objects(old)
         assert [after.classes[i] for i in labels] == [before.classes[i] for i in old_labels]
-        bins = before.sizes[old].repeat(2).numpy() / BINS
+        bins = before.sizes[old].repeat(2).numpy() / LOCS
         assert (np.abs(boxes - old_boxes) <= bins / 2 + 1e-9).all()
 
 

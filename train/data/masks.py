@@ -26,7 +26,7 @@ from train.data.coco import read_records
 from train.data.jsonl import MASK_KEYS, is_jsonl
 
 # The contact sheet: pixels of a cell's side, pairs of cells in a row, pairs at most.
-CELL, COLUMNS, MAX_PAIRS = 160, 4, 24
+CELL, PAIRS_PER_ROW, MAX_PAIRS = 160, 4, 24
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ class Sheet:
 
     def draw(self) -> Image.Image:
         width, height = 2 * CELL + 12, CELL + 24
-        columns, rows = min(COLUMNS, len(self.pairs)), -(-len(self.pairs) // COLUMNS)
+        columns, rows = min(PAIRS_PER_ROW, len(self.pairs)), -(-len(self.pairs) // PAIRS_PER_ROW)
         sheet = Image.new("RGB", (width * columns, height * rows), "white")
         for k, pair in enumerate(self.pairs):
-            sheet.paste(pair, (k % COLUMNS * width, k // COLUMNS * height))
+            sheet.paste(pair, (k % PAIRS_PER_ROW * width, k // PAIRS_PER_ROW * height))
         return sheet
 
 
