@@ -51,10 +51,8 @@ def language_of(folder: Path) -> ClosedSet:
 
 class Ours:
     def __init__(self, folder: Path, args: argparse.Namespace, int8=False, compiled=False, fused_head=True):
-        how = dict(dtype=DTYPES[args.dtype], device=args.device, int8=int8, packed=not compiled)
+        how = dict(dtype=DTYPES[args.dtype], device=args.device, int8=int8, compiled=compiled)
         self.model = load_for_decoding(folder, **how)
-        if compiled:
-            self.model.decoder.compile()
         self.language = language_of(folder)
         self.decoders = {}
         self.head = head_for(self.model) if fused_head else Head

@@ -80,8 +80,8 @@ def make_record(file: Path, image: Image.Image, found: Detections, tokens: bool)
     return record | (dict(tokens=found.tokens.flatten().tolist()) if tokens else {})
 
 
-def detect_files(args: argparse.Namespace) -> int:
-    """Detect or segment in all of --image; the exit code."""
+def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
+    """Detect, or with masks segment, in all of --image; returns the exit code."""
     program = sys.argv[0]  # detect.py or segment.py
     files, complaints = find_images(args.image)
     for message in complaints:
@@ -90,7 +90,7 @@ def detect_files(args: argparse.Namespace) -> int:
     records, taken = [], {file.resolve() for file in files}
     if args.json and args.json.resolve() in taken:
         raise ValueError(f"--json {args.json} is one of the pictures")
-    detector = load_detector(args)
+    detector = load_detector(args, masks)
     args.out.mkdir(parents=True, exist_ok=True)
     # None shows the bar on a terminal only.
     with tqdm(total=len(files), unit="image", disable=len(files) < 2 or None) as bar:

@@ -74,7 +74,7 @@ def ask_all(prompter: Prompter, records: list[dict], images: Path, title: str) -
                 check_mask_sizes(picture.size, lines, images)
             prompts = [(i, line["prefix"]) for i, lines in enumerate(of_call) for line in lines]
             said = prompter(pictures, prompts)
-            answers += [prompter.tokenizer.decode(tokens).strip() for tokens, _ in said]
+            answers += [prompter.model.tokenizer.decode(tokens).strip() for tokens, _ in said]
             bar.update(len(prompts))
     return answers
 
@@ -112,7 +112,7 @@ def main() -> None:
     sampling = sampling_options(args)
     codec = None if args.data else load_codec(args)
     model = load_model(args)
-    prompter = Prompter(model, model.tokenizer, args.max_tokens, sampling, args.seed)
+    prompter = Prompter(model, args.max_tokens, sampling, args.seed)
     figures, answered = {}, []
     with tempfile.TemporaryDirectory() as temporary:
         for name, data, images, _ in evaluation_sets(args, Path(temporary), model, codec):

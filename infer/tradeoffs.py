@@ -27,12 +27,13 @@ from infer.lib.plots import new_figure, require_matplotlib
 from infer.lib.predictions import evaluate
 from model import PaliGemma
 from model.config import COCO_CLASSES
+from model.decoding.batches import network_images
 from model.decoding.closed_set import GROUP, ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
 from model.io.hub import NANO
-from model.io.image import load_image, square, to_network
+from model.io.image import load_image
 from model.io.tokenizer import LOCS, Tokenizer
 from model.io.weights import DTYPES
 from train.practice.write import write_coco
@@ -66,14 +67,13 @@ def early_stop(args: argparse.Namespace) -> None:
     """mAP on held-out scenes, boxes decoded for an image, and images a second, one at a time."""
     require_matplotlib()
     model, language = load_nano()
-    size = model.config.vision.image_size
     stops = [None] + [EarlyStop(noise, patience) for patience in PATIENCE for noise in NOISE]
     decoders = [GroupDecoder(model, language, early_stop=stop) for stop in stops]
     with tempfile.TemporaryDirectory() as temporary:
         scenes = Path(temporary) / "scenes"
-        write_coco(scenes, args.count, "same", size)
+        write_coco(scenes, args.count, "same", model.config.vision.image_size)
         files = sorted((scenes / "images").iterdir())[:TIMED]
-        images = torch.stack([to_network(square(load_image(file), size)) for file in files])
+        images = network_images(model, [load_image(file) for file in files])
 
         def one_at_a_time(decoder: GroupDecoder) -> None:
             for image in images:

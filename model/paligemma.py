@@ -120,12 +120,12 @@ class PaliGemma(nn.Module):
         image: a file or a PIL image. sampling: a model.decoding.generate.Sampling, greedy if None; generator:
         of its random numbers, a torch.Generator on the CPU.
         """
+        from model.decoding.batches import network_images
         from model.decoding.generate import GREEDY, collect_answers, generate
-        from model.io.image import load_image, square, to_network
+        from model.io.image import load_image
 
-        pixels = to_network(square(load_image(image), self.config.vision.image_size))[None]  # [1, 3, S, S]
+        image_tokens = self.encode(network_images(self, [load_image(image)]))
         prompts = [self.tokenizer.encode_prompt(prompt)]
-        image_tokens = self.encode(pixels.to(self.projector.weight.device))
         steps = generate(self, image_tokens, prompts, max_new_tokens, sampling or GREEDY, generator)
         [(tokens, _)] = collect_answers(self, steps)
         return self.tokenizer.decode(tokens)

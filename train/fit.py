@@ -28,7 +28,7 @@ from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.hub import codec_file, resolve
 from model.io.tokenizer import Tokenizer
-from model.io.weights import load_config
+from model.io.weights import DTYPES, load_config
 from model.io.writing import explain, read_json, write_json
 from train.data.coco import CocoIndex
 from train.data.jsonl import is_jsonl
@@ -96,8 +96,9 @@ def load_model(
         overrides["classes"] = classes_for(index, load_config(str(base)).classes)
         if index is None:  # lines of text: any class can be asked for
             overrides["open_vocabulary"] = True
-    dtype = getattr(torch, args.dtype)
-    model = PaliGemma.from_pretrained(str(base), dtype=dtype, device=device, adapter=adapter, **overrides)
+    model = PaliGemma.from_pretrained(
+        str(base), dtype=DTYPES[args.dtype], device=device, adapter=adapter, **overrides
+    )
     if args.lora and not adapter:
         lora.add_lora(
             model,
@@ -248,7 +249,9 @@ def train(args: argparse.Namespace) -> int:
 
     steps = range(trainer["step"], max(trainer["step"], args.steps))
     items = len(data) if args.data else None  # practice scenes never end
-    sampler = StepSampler(items, steps, args.batch_size, rank, world, args.accumulate, args.seed)
+    sampler = StepSampler(
+        items, steps, args.batch_size, rank=rank, world=world, accumulate=args.accumulate, seed=args.seed
+    )
     batches = iter(make_loader(args, data, sampler, model.config.pad, device))
     validation = Validation(args, model, objective, tokenizer, device) if args.val_every else None
 

@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from model.decoding.boxes import locs_to_boxes, parse_answer
+from model.decoding.detections import Detections
 from model.decoding.masks import MaskCodec, from_rle, mask_iou, paste_mask
 from model.io.tokenizer import LOCS
 from train.data.coco import read_records
@@ -59,6 +61,15 @@ def category_ids(coco: COCO, classes: tuple[str, ...], file: Path) -> list[int]:
         shown = ", ".join(unknown[:5])
         raise ValueError(f"{file} has categories that are not among the {len(classes)} to detect: {shown}")
     return [by_name.get(name, -1) for name in classes]
+
+
+def to_results(found: Detections, image_id: int, ids: Sequence[int]) -> list[dict]:
+    """An image's boxes in COCO's format. ids: the category id of each class of the model."""
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True)
+    return [
+        dict(image_id=image_id, category_id=ids[class_id], bbox=[x0, y0, x1 - x0, y1 - y0], score=score)
+        for (x0, y0, x1, y1), score, class_id in rows
+    ]
 
 
 def run_cocoeval(coco: COCO, results: list[dict], use_classes: bool = True) -> COCOeval:

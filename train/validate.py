@@ -2,9 +2,10 @@
 
 import argparse
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
 from train.data.open import open_data
 from train.data.samples import collate
-from train.measures import make_coco, run_cocoeval
+from train.measures import make_coco, run_cocoeval, to_results
 from train.practice.write import write_coco
 from train.run.options import noise_of
 from train.run.processes import all_gather, rank_and_world
@@ -97,16 +98,14 @@ class Validation:
         self.objective.train()
         return figures
 
-    def _detect(self, images: Tensor, items: Iterable[int]) -> list[dict]:
+    def _detect(self, images: Tensor, items: Iterator[int]) -> list[dict]:
         """What is found in a batch of uint8 [B, S, S, 3], in COCO's format; the next B items are theirs."""
-        items = [item for _, item in zip(range(len(images)), items)]
+        items = list(islice(items, len(images)))
         sizes = [self.data.picture_size(item) for item in items]
-        results = []
-        for item, found in zip(items, self.detector.select(self.detector.decode(to_network(images)), sizes)):
-            for (x0, y0, x1, y1), score, label in zip(found.boxes.tolist(), found.scores, found.class_ids):
-                box = [x0, y0, x1 - x0, y1 - y0]
-                results.append(dict(image_id=item, category_id=int(label), bbox=box, score=float(score)))
-        return results
+        answer = self.detector.decode(to_network(images))
+        ids = range(len(self.detector.classes))  # those of truth_of
+        found = zip(items, self.detector.select(answer, sizes), strict=True)
+        return [result for item, of_image in found for result in to_results(of_image, item, ids)]
 
 
 def truth_of(data: CocoDetections, items: Iterable[int]) -> COCO:

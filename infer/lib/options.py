@@ -114,18 +114,15 @@ def load_model(args: argparse.Namespace) -> PaliGemma:
     torch.manual_seed(args.seed)
     device = usable_device(args.device)
     caps = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
-    model = load_for_decoding(
+    return load_for_decoding(
         args.model,
         dtype=DTYPES.get(args.dtype),
         device=device,
         adapter=args.adapter,
         int8=args.int8,
-        packed=not args.compile,
+        compiled=args.compile,
         **{name: cap for name, cap in caps.items() if cap is not None},
     )
-    if args.compile:
-        model.decoder.compile()
-    return model
 
 
 def load_codec(args: argparse.Namespace) -> MaskCodec:
@@ -136,14 +133,14 @@ def sampling_options(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_p, args.top_k, args.eos_offset)
 
 
-def load_detector(args: argparse.Namespace) -> ClosedSetDetector | OpenSetDetector:
-    """The detector that the options ask for: closed-set, open-set if there are --classes, or a segmenter."""
+def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDetector | OpenSetDetector:
+    """The detector that the options ask for: closed-set, or open-set if there are --classes. masks: a
+    segmenter."""
     sampling = sampling_options(args)
     selection = Selection(args.score_threshold, args.nms_iou, args.min_size)
-    segments = "codec" in args  # the options are those of segment.py
-    if not segments:
+    if not masks:
         check_mode(args)
-    codec = load_codec(args) if segments else None
+    codec = load_codec(args) if masks else None
     model = load_model(args)
     if args.classes is None:
         stop = EarlyStop(*args.early_stop) if args.early_stop else None
@@ -152,10 +149,10 @@ def load_detector(args: argparse.Namespace) -> ClosedSetDetector | OpenSetDetect
             model, language, args.groups, args.noise_feedback, sampling, early_stop=stop, head=head_for(model)
         )
         return ClosedSetDetector(decode, selection)
-    prompter = Prompter(model, model.tokenizer, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
+    prompter = Prompter(model, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
     # Checkpoints are trained to segment one class at a time.
-    per_prompt = 1 if segments else args.classes_per_call or CLASSES_PER_PROMPT
+    per_prompt = 1 if masks else args.classes_per_call or CLASSES_PER_PROMPT
     return OpenSetDetector(prompter, names, per_prompt, selection, codec)
 
 

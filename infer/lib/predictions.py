@@ -20,14 +20,13 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from model import PaliGemma
-from model.decoding.detections import Detections
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve
 from model.io.image import check_size, read_ahead
 from model.io.writing import explain, read_json, write_json
-from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval
+from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval, to_results
 from train.practice.write import HELD_OUT_SETS, write_coco
 from train.run.processes import all_gather, rank_and_world
 from train.run.program import positive
@@ -86,8 +85,9 @@ def evaluate(
     """
     coco = read_coco(data)
     ids = category_ids(coco, detector.classes, data)
-    shares = all_gather(predict(detector, coco, images, ids, batch_size, title, out, *rank_and_world()))
-    if rank_and_world()[0] > 0:
+    rank, world = rank_and_world()
+    shares = all_gather(predict(detector, coco, images, ids, batch_size, title, out, rank, world))
+    if rank > 0:
         return {}
     results = sorted((result for share in shares for result in share), key=lambda r: r["image_id"])
     # Boxes of a class that the set does not have count only where classes are ignored.
@@ -138,15 +138,6 @@ def predict(
                     print(json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True)
             bar.update(len(batch))
     return [result for record in share for result in known[record["id"]]]
-
-
-def to_results(found: Detections, image_id: int, ids: list[int]) -> list[dict]:
-    """An image's boxes in COCO's format."""
-    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True)
-    return [
-        dict(image_id=image_id, category_id=ids[class_id], bbox=[x0, y0, x1 - x0, y1 - y0], score=score)
-        for (x0, y0, x1, y1), score, class_id in rows
-    ]
 
 
 def read_predictions(out: Path) -> dict[int, list[dict]]:

@@ -78,7 +78,7 @@ class Detector:
         self.model, self.selection = model, selection
         language = ClosedSet.of(model.config, model.tokenizer)
         self.closed_set = ClosedSetDetector(GroupDecoder(model, language, head=head_for(model)), selection)
-        self.prompter = Prompter(model, model.tokenizer, MAX_ANSWER_TOKENS)
+        self.prompter = Prompter(model, MAX_ANSWER_TOKENS)
 
     @classmethod
     def from_pretrained(

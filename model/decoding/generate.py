@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from model.decoding.batches import fitting_batch, network_images
-from model.io.tokenizer import Tokenizer
 from model.paligemma import PaliGemma
 
 
@@ -126,20 +125,13 @@ def collect_answers(
 
 
 class Prompter:
-    """Answers prompts about images in batches; an image is encoded once, whatever it is asked.
+    """Answers prompts about images in batches. An image is encoded once, however many prompts are about it.
 
-    max_tokens: of an answer; seed: of the random numbers that sampling draws.
+    max_tokens: the longest answer; seed: of the random numbers that sampling draws.
     """
 
-    def __init__(
-        self,
-        model: PaliGemma,
-        tokenizer: Tokenizer,
-        max_tokens: int,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-    ):
-        self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
+    def __init__(self, model: PaliGemma, max_tokens: int, sampling: Sampling = GREEDY, seed: int = 0):
+        self.model, self.max_tokens, self.sampling = model, max_tokens, sampling
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(
@@ -149,7 +141,7 @@ class Prompter:
         answer."""
         with torch.inference_mode():
             image_tokens = self.model.encode(network_images(self.model, images))
-        ids = [self.tokenizer.encode_prompt(prompt) for _, prompt in prompts]
+        ids = [self.model.tokenizer.encode_prompt(prompt) for _, prompt in prompts]
         size, answers = fitting_batch(self.model, max(map(len, ids)), self.max_tokens), []
         for start in range(0, len(prompts), size):
             of_batch = [image for image, _ in prompts[start : start + size]]

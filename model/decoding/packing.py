@@ -33,13 +33,13 @@ def load_for_decoding(
     device: str = "cpu",
     adapter: str | Path | None = None,
     int8: bool = False,
-    packed: bool = True,
+    compiled: bool = False,
     **config_overrides,
 ) -> PaliGemma:
     """PaliGemma.from_pretrained, and then its matrices in the layout that decodes fastest.
 
     dtype: None for float32 if the model is small and runs on a CPU, else bfloat16. int8: quantize the decoder
-    (an adapter is folded in before). packed: False leaves the Linears as they are where `pack` would help.
+    (an adapter is folded in before). compiled: torch.compile the decoder, whose Linears are then not packed.
     """
     folder = resolve(source)
     if dtype is None:
@@ -51,8 +51,10 @@ def load_for_decoding(
     )
     if int8:
         quantize(fold(model))
-    elif packed and can_pack(model):
+    elif can_pack(model) and not compiled:
         pack(model)
+    if compiled:
+        model.decoder.compile()
     return model
 
 

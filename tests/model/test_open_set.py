@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,12 +86,12 @@ class Said:
     """Stands in for Prompter: canned answers by prompt; remembers what it was asked."""
 
     def __init__(self, tokenizer, by_prompt, p=0.9):
-        self.tokenizer, self.by_prompt, self.p = tokenizer, by_prompt, p
-        self.asked, self.max_tokens, self.model = [], 50, None
+        self.model, self.by_prompt, self.p = SimpleNamespace(tokenizer=tokenizer), by_prompt, p
+        self.asked, self.max_tokens = [], 50
 
     def __call__(self, images, asked):
         self.asked += asked
-        tokens = [self.tokenizer.encode(self.by_prompt.get(prompt, "")) for _, prompt in asked]
+        tokens = [self.model.tokenizer.encode(self.by_prompt.get(prompt, "")) for _, prompt in asked]
         return [(row, [math.log(self.p)] * len(row)) for row in tokens]
 
 
@@ -151,7 +152,7 @@ def test_prompter_answers_as_generate_does(model):
         (0, "answer en how many dogs are there?"),
         (1, "detect cat"),
     ]
-    said = Prompter(loaded, words, 12)(images, asked)
+    said = Prompter(loaded, 12)(images, asked)
     for (i, prompt), (tokens, log_p) in zip(asked, said, strict=True):
         image_tokens = loaded.encode(network_images(loaded, [images[i]]))
         ((alone, its_log_p),) = collect_answers(

@@ -46,11 +46,15 @@ def open_data(
         if changed := noise.changed():
             what = f"{', '.join(changed)}: only closed-set detection has noise"
             raise ValueError(f"{what}, and {file} holds lines of text, not COCO instances")
-        data = JsonlPairs(file, images, tokenizer, size, seed, augment, allow_outside)
+        data = JsonlPairs(
+            file, images, tokenizer, size, seed=seed, augment=augment, allow_outside=allow_outside
+        )
     else:
         language = ClosedSet.of(model.config, tokenizer)
         label_of = [language.classes.index(name) for name in index.classes]
-        data = CocoDetections(index, images, language, label_of, size, seed, augment, noise)
+        data = CocoDetections(
+            index, images, language, label_of, size, seed=seed, augment=augment, noise=noise
+        )
     if not len(data):
         raise ValueError(f"{file} has no samples with objects, and --skip-empty leaves out the others")
     check_length(data.text_tokens, model)
