@@ -27,9 +27,8 @@ from model import PaliGemma, lora
 from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.hub import codec_file, resolve
-from model.io.tokenizer import Tokenizer
 from model.io.weights import DTYPES, load_config
-from model.io.writing import explain, read_json, write_json
+from model.io.writing import read_json, write_json
 from train.data.coco import CocoIndex
 from train.data.jsonl import is_jsonl
 from train.data.open import classes_for, open_data, read_coco_index
@@ -42,31 +41,11 @@ from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
 from train.run.options import arguments, as_json, caps_of, changed_options, noise_of
 from train.run.plan import print_plan
-from train.run.processes import all_gather, join_processes
+from train.run.processes import all_gather, join_processes, own_device, use_gpu
 from train.run.program import run as run_program
 from train.validate import Validation
 
 # ---- set-up ------------------------------------------------------------------------------------------------
-
-
-def own_device(name: str, world: int) -> torch.device:
-    """The device of this process. Of several on a machine, each takes the GPU of its number there."""
-    with explain(f"--device {name}", RuntimeError):
-        device = torch.device(name)
-    if device.type == "cuda" and (world > 1 or device.index is None):  # set_device wants an index
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
-
-
-def start(args: argparse.Namespace, device: torch.device, world: int) -> None:
-    """Take this process's GPU and meet the other processes."""
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            there = torch.cuda.device_count()
-            raise ValueError(f"--device {args.device}: no {device} on this machine, which has {there} GPUs")
-        torch.cuda.set_device(device)
-    if world > 1 or args.shard:
-        join_processes("nccl" if device.type == "cuda" else "gloo")
 
 
 def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
@@ -84,13 +63,10 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
 
 
 def load_model(
-    args: argparse.Namespace,
-    base: Path,
-    adapter: Path | None,
-    index: CocoIndex | None,
-    device: torch.device,
+    args: argparse.Namespace, base: Path, adapter: Path | None, index: CocoIndex | None, device: torch.device
 ) -> PaliGemma:
-    """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one to go on with."""
+    """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
+    before, to be trained further; index: of --data, if it is a COCO file."""
     overrides = caps_of(args)
     if args.data:
         overrides["classes"] = classes_for(index, load_config(str(base)).classes)
@@ -114,23 +90,18 @@ def load_model(
 
 
 def load_data(
-    args: argparse.Namespace,
-    model: PaliGemma,
-    tokenizer: Tokenizer,
-    language: ClosedSet,
-    base: Path,
-    index: CocoIndex | None,
+    args: argparse.Namespace, model: PaliGemma, language: ClosedSet, index: CocoIndex | None
 ) -> Dataset:
-    """What is trained on: --data, or practice scenes. index: of --data, if it is a COCO file."""
+    """The training data: --data, or practice scenes. index: of --data, if it is a COCO file."""
     if not args.data:
-        codec = MaskCodec.load(codec_file(base)) if args.tasks == "all" else None
+        codec = MaskCodec.load(codec_file(model.folder)) if args.tasks == "all" else None
         vision = model.config.vision
         return PracticeScenes(
             language,
             vision.image_size,
             vision.patch_size,
             first=args.first_scene,
-            tokenizer=tokenizer,
+            tokenizer=model.tokenizer,
             codec=codec,
             noise=noise_of(args),
         )
@@ -140,7 +111,7 @@ def load_data(
         args.data,
         args.images,
         model,
-        tokenizer,
+        model.tokenizer,
         args.seed,
         args.augment,
         allow_outside=args.allow_outside,
@@ -218,7 +189,10 @@ def train(args: argparse.Namespace) -> int:
     device = own_device(args.device, world)
     if args.dry_run:
         return print_plan(args, world)
-    start(args, device, world)
+    if device.type == "cuda":
+        use_gpu(device)
+    if world > 1 or args.shard:
+        join_processes("nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_: None
     found, before = checkpoint_to_resume(args)
     torch.manual_seed(args.seed)  # of adapters and the helper head
@@ -226,12 +200,12 @@ def train(args: argparse.Namespace) -> int:
     run = Run.of(args.out, base=args.model, files=base, keep=args.keep)
     index = read_coco_index(args.data, args.images) if args.data else None
     model = load_model(args, base, found if args.lora else None, index, device)
-    tokenizer = Tokenizer(base)
+    tokenizer = model.tokenizer
     if tokenizer.size > model.config.text.vocab_size:
         size = model.config.text.vocab_size
         raise ValueError(f"the tokenizer has {tokenizer.size} ids, {args.model} {size}")
     language = ClosedSet.of(model.config, tokenizer)
-    data = load_data(args, model, tokenizer, language, base, index)
+    data = load_data(args, model, language, index)
     if args.val_every and args.val and args.tasks == "closed-set" and is_jsonl(args.val) == data.closed_set:
         kind = "lines of text" if data.closed_set else "COCO instances"
         raise ValueError(f"--val {args.val} holds {kind}, another kind of data than what is trained on")

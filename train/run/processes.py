@@ -7,7 +7,10 @@ import time
 import uuid
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+
+from model.io.writing import explain
 
 POLL = 0.05  # seconds
 
@@ -39,6 +42,23 @@ def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:
                 return name
             agreed.add(name)
         time.sleep(POLL)
+
+
+def own_device(name: str, world: int) -> torch.device:
+    """The device of this process; of several processes on a machine, each takes the GPU of its local rank."""
+    with explain(f"--device {name}", RuntimeError):
+        device = torch.device(name)
+    if device.type == "cuda" and (world > 1 or device.index is None):  # set_device wants an index
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def use_gpu(device: torch.device) -> None:
+    """Make a GPU the current one: for new streams, NCCL, and whatever else asks for no device of its own."""
+    there = torch.cuda.device_count()
+    if device.index >= there:
+        raise ValueError(f"--device {device}: this machine has {there} GPUs")
+    torch.cuda.set_device(device)
 
 
 def exit_program(status: int | str) -> None:
