@@ -73,7 +73,7 @@ def parse_answer(text: str) -> list[ParsedBox]:
 
     Answers are imperfect. Text around four locations is ignored, and so are fewer than four. A mask with
     fewer than 16 codes, or with one that does not exist, is dropped, as are codes after the sixteenth. A box
-    may end before it begins: whoever uses it must check its area.
+    may end before it begins: callers must check its area.
     """
     found = []
     for match in _OBJECT.finditer(text):

@@ -107,7 +107,7 @@ class Detector:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The checkpoint's own classes, which class_ids count unless others are named."""
+        """The checkpoint's own classes, which class_ids index unless others are named."""
         return self.closed_set.classes
 
     @cached_property

@@ -84,7 +84,7 @@ def generate(
     image_tokens [B, P, D] come from PaliGemma.encode; prompts, ids of any lengths with bos and newline, from
     Tokenizer.encode_prompt. The last token of an answer is eos; after it, while others go on, come padding
     tokens with log-probability 0. Log-probabilities are those of the model's own distribution, whatever
-    sampling leaves out. generator: of the random numbers, on the CPU.
+    sampling leaves out. generator: a torch.Generator on the CPU, from which sampling draws.
     """
     config, device = model.config, image_tokens.device
     if max_new_tokens < 1:
@@ -110,7 +110,7 @@ def generate(
         log_p = log_p.gather(-1, tokens[:, None])[:, 0]
         yield tokens.masked_fill(ended, config.pad), log_p.masked_fill(ended, 0)
         ended = ended | (tokens == config.eos)
-        if count == max_new_tokens or ended.all():  # waits for the GPU, once per token
+        if count == max_new_tokens or ended.all():  # a GPU sync at every token
             return
         hidden = model.step(tokens, cache)
 

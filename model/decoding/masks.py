@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -186,9 +187,7 @@ def mask_iou(a, b):
 
 def to_rle(mask: np.ndarray) -> dict:
     """A mask bool [H, W] in COCO's run-length encoding, ready for JSON."""
-    from pycocotools.mask import encode  # only those who write masks need it
-
-    rle = encode(np.asfortranarray(mask, np.uint8))
+    rle = pycocotools.mask.encode(np.asfortranarray(mask, np.uint8))
     return rle | dict(counts=rle["counts"].decode())
 
 
@@ -207,7 +206,7 @@ def from_rle(rle: dict) -> np.ndarray:
 
 def _runs(text: str) -> list[int]:
     """Run lengths from COCO's text: five bits a character, low ones first, and a sixth bit if more follow.
-    From the fourth run on, the difference to the last run but one is stored."""
+    From the fourth run on, what is stored is the difference from the run before the last."""
     runs, value, shift = [], 0, 0
     for byte in text.encode():
         byte -= 48

@@ -3,8 +3,8 @@
     save_adapter(model, "runs/mine/adapter")
     model = PaliGemma.from_pretrained("nano", adapter="runs/mine/adapter")
 
-PEFT loads what is written here, and the other way round, whatever generation of transformers named the
-modules. An adapter that computes more than the plain product is refused by name, never half applied.
+PEFT loads what is written here and vice versa, whatever generation of transformers named the modules. An
+adapter that computes more than the plain product is refused by name, never half applied.
 """
 
 import re

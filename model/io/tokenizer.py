@@ -41,7 +41,7 @@ class Tokenizer:
         return i
 
     def piece(self, i: int) -> str:
-        """The text of an id below loc0, as sentencepiece has it."""
+        """The text of an id below loc0, as sentencepiece spells it."""
         return self._sp.id_to_piece(i)
 
     def id_of(self, piece: str) -> int | None:
