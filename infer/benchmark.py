@@ -30,7 +30,7 @@ from model.io.hub import NANO
 from model.io.tokenizer import LOCS, Tokenizer
 from model.io.weights import DTYPES, load_config
 from model.io.writing import write_json
-from train.run.log import peak_memory
+from train.run.processes import peak_memory
 from train.run.program import parser, positive, run
 
 # "<bos>detect all classes\n" and the rest of the grammar in the official vocabulary: random checkpoints have

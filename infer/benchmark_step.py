@@ -25,7 +25,7 @@ from model.config import VARIANTS, PaliGemmaConfig
 from model.io.weights import load_config
 from model.io.writing import write_json
 from train.loss import vocabulary_loss
-from train.run.log import peak_memory
+from train.run.processes import peak_memory
 from train.run.program import complain, parser, positive, run
 
 PREFIX_LEN, SUFFIX_LEN = 8, 256  # tokens

@@ -16,6 +16,7 @@ from model.attention import prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
 from model.gemma import Gemma, at
+from model.lora import lora_layers
 from model.siglip import SigLIP
 
 FUSED_FROM = 1024  # image tokens (448 px) from which a GPU's prefill is worth compiling FlexAttention
@@ -175,7 +176,6 @@ class PaliGemma(nn.Module):
         """
         from model.io.hub import copy_companions
         from model.io.weights import save_weights
-        from model.lora import lora_layers
 
         if lora_layers(self):
             how = "lora.fold(model) merges it, adapter.save_adapter saves it"

@@ -8,12 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import picture, tiny_config
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests use no network
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from helpers import picture, tiny_config  # noqa: E402
 
 from model import PaliGemma  # noqa: E402
 from model.config import COCO_CLASSES  # noqa: E402
@@ -69,6 +69,12 @@ def model(tmp_path_factory, tokenizer_file):
     tiny.decoder.embed.weight.data[7 + len(COCO_CLASSES)] *= 3  # so that noise is an answer, at times
     tiny.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """nano's tokenizer."""
+    return Tokenizer(NANO)
 
 
 @pytest.fixture(scope="session")

@@ -4,24 +4,24 @@ Fixtures are in conftest.py, the models of transformers in reference.py.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from model import PaliGemma
 from model.config import PaliGemmaConfig
 from model.decoding.closed_set import ClosedSet
 from model.decoding.detections import Detections
 from model.io.tokenizer import Tokenizer
-from train import fit, loss
 from train.nano.untrained import nano_config
 from train.run import program as frame
 
@@ -73,62 +73,6 @@ def complaint_about(file: Path, function, **options) -> str:
     message = complaint(function, file, **options)
     assert file.name in message and "\n" not in message
     return message
-
-
-# Training runs ----------------------------------------------------------------------------------------------
-
-FIT = ROOT / "train" / "fit.py"
-USUAL = "--steps 8 --batch-size 4 --lr 1e-3 --warmup 2 --patch-weight 1 --log-every 1 --save-every 8 --no-amp"
-PLAIN = "--patch-weight 0"  # for data from files: only practice scenes have the helper head
-
-
-def run(model, out, options="", *more):
-    """fit.py in this process, without worker processes. Later options win."""
-    argv = f"--model {model} --out {out} --device cpu --workers 0 {USUAL} {options}".split()
-    fit.train(fit.arguments([*argv, *more]))
-
-
-def run_complaint(model, out, options) -> str:
-    """The message that ends such a run."""
-    return complaint(run, model, out, f"{PLAIN} {options}")
-
-
-class Killed(Exception):
-    """Stands for a lost machine: nothing in the program expects it."""
-
-
-def run_until_killed(monkeypatch, step: int, model, out, options="") -> None:
-    """Such a run that dies in the middle of step number `step`, counted from where it starts."""
-    steps, to_network = iter(range(1, step + 1)), loss.to_network
-
-    def to_network_or_death(image):
-        if next(steps) == step:
-            raise Killed
-        return to_network(image)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loss, "to_network", to_network_or_death)
-        run(model, out, options)
-
-
-def command(model, out, options, launcher=(), program=FIT) -> list[str]:
-    """The same program in processes of its own; program: another one with its options."""
-    usual = "--device cpu --workers 0 --batch-size 4 --lr 1e-3 --warmup 2 --log-every 1 --no-amp"
-    files = [sys.executable, *launcher, program, "--model", model, "--out", out]
-    return [*map(str, files), *f"{usual} {options}".split()]
-
-
-def launch(*args, **kwargs) -> str:
-    """Run such a command, which must succeed; returns what it prints."""
-    return python(*command(*args, **kwargs)[1:])
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------
@@ -252,6 +196,13 @@ def slow_iou(a, b) -> float:
     return width * height / union
 
 
+def random_objects(rng, n: int, width: int, height: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole-pixel boxes [n, 4] with sides of 4 to 40 pixels, and labels [n]."""
+    sides = rng.integers(4, 41, (n, 2))
+    low = (rng.random((n, 2)) * (np.array([width, height]) - sides + 1)).astype(int)
+    return np.concatenate((low, low + sides), axis=1).astype(np.float32), rng.integers(0, classes, n)
+
+
 def disc(width, height, x, y, r) -> np.ndarray:
     """The pixels whose middle is nearer than r to (x, y)."""
     rows, columns = np.mgrid[:height, :width]
@@ -276,8 +227,20 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def weights_apart(one: dict, two: dict) -> float:
-    """The largest difference of two checkpoints. The keys' biases only add a constant to the scores: their
-    gradient is rounding noise, and AdamW takes steps of full length whatever a gradient's size."""
-    assert one.keys() == two.keys()
-    return max(apart(one[name], two[name]) for name in one if "k_proj.bias" not in name)
+# Answers in words -------------------------------------------------------------------------------------------
+
+BOX, OTHER_BOX = "<loc0000><loc0128><loc0512><loc0640>", "<loc0256><loc0256><loc1023><loc1023>"
+CODES = "".join(f"<seg{code:03d}>" for code in range(16))
+
+
+class CannedAnswers:
+    """Stands in for Prompter: canned answers by prompt; remembers what it was asked."""
+
+    def __init__(self, tokenizer, by_prompt, p=0.9):
+        self.model, self.by_prompt, self.p = SimpleNamespace(tokenizer=tokenizer), by_prompt, p
+        self.asked, self.max_tokens = [], 50
+
+    def __call__(self, images, asked):
+        self.asked += asked
+        tokens = [self.model.tokenizer.encode(self.by_prompt.get(prompt, "")) for _, prompt in asked]
+        return [(row, [math.log(self.p)] * len(row)) for row in tokens]

@@ -33,6 +33,16 @@ LANGUAGE = ClosedSet(
 NOISE = UNUSED0 + len(CLASSES)
 
 
+ARCHITECTURES = {  # arguments of tiny_paligemma, for what decodes step by step
+    "gemma1": dict(family="gemma"),
+    "gemma2": dict(),
+    "window shorter than the image": dict(window=10, layers=4),
+    "window shorter than the answer": dict(window=3, layers=4),
+    "one kv head, no caps": dict(kv_heads=1, attn_cap=None, final_cap=None),
+    "window of one": dict(window=1),
+}
+
+
 def tiny_paligemma(
     seed: int = 0,
     *,

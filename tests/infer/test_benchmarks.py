@@ -15,7 +15,7 @@ from reference import save, tiny_paligemma
 from infer import benchmark, benchmark_step, tradeoffs
 from infer.lib import measuring
 from model.config import VARIANTS
-from train.run.log import peak_memory
+from train.run.processes import peak_memory
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_peak_memory():
     """That of this process alone: what its parent held when it started does not count."""
     held = bytearray(300 << 20)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # every page is there
-    code = "from train.run.log import peak_memory; print(peak_memory('cpu'))"
+    code = "from train.run.processes import peak_memory; print(peak_memory('cpu'))"
     child = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, check=True)
     assert int(child.stdout) < peak_memory("cpu")
     assert peak_memory("cpu") > len(held)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LISTED_IMAGES, ROOT, FromAList, call, edit_json, python, torchrun
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -262,7 +263,7 @@ def test_shares(data, tmp_path, world, straight):
 ])  # fmt: skip
 def test_every_process_has_its_gpu(asked, gpus, device, monkeypatch):
     started = []
-    monkeypatch.setattr(evaluate, "join", lambda *args, **_: started.append(args))
+    monkeypatch.setattr(evaluate, "join_processes", lambda *args, **_: started.append(args))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     args = argparse.Namespace(device=asked)
     evaluate.join_torchrun(args)
@@ -286,3 +287,53 @@ def test_two_processes(model, tmp_path):
     assert files_of(one) == files_of(two) and len(json.loads((one / "results.json").read_text())) > 5
     lines = [len((two / f"predictions-{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
     assert lines == [3, 2] and len(list((two / "scenes" / "images").iterdir())) == 5
+
+
+# Pictures of another size than their annotations ------------------------------------------------------------
+
+
+class FindsNothing:
+    """Stands in for a detector."""
+
+    classes = ("cat",)
+
+    def fitting_batch(self):
+        return 2
+
+    def __call__(self, images):
+        none = np.zeros(0, int)
+        return [Detections(np.zeros((0, 4)), none, none, [], tokens=none) for _ in images]
+
+
+def coco_set(folder: Path, sizes: list[tuple[int, int]], **said: int) -> Path:
+    """A file that says every picture has 40 x 30 pixels, or what `said` says, and pictures of these sizes."""
+    (folder / "images").mkdir(parents=True)
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (i, 0, 0)).save(folder / "images" / f"{i}.png")
+    record = said or dict(width=40, height=30)
+    data = dict(
+        images=[record | dict(id=i, file_name=f"{i}.png") for i in range(len(sizes))],
+        annotations=[dict(id=1, image_id=0, category_id=1, bbox=[2, 2, 9, 9], area=81, iscrowd=0)],
+        categories=[dict(id=1, name="cat")],
+    )
+    (folder / "instances.json").write_text(json.dumps(data))
+    return folder / "instances.json"
+
+
+def mean_ap(data: Path) -> float:
+    return predictions.evaluate(FindsNothing(), data, data.parent / "images", None, "test")["AP"]
+
+
+@pytest.mark.parametrize("other", [(80, 60), (30, 40), (40, 31)])
+def test_pictures_of_another_size(other, tmp_path):
+    """evaluate.py names the file and both sizes; boxes measured on other pixels would all be wrong."""
+    data = coco_set(tmp_path, [(40, 30), (40, 30), (40, 30), other])
+    fault = rf"3\.png has {other[0]}x{other[1]} pixels \(upright\), its annotations are for 40x30"
+    with pytest.raises(ValueError, match=fault):
+        mean_ap(data)
+
+
+def test_pictures_of_the_right_size(tmp_path):
+    """Also where the file gives no sizes: COCO's own evaluation does not need them."""
+    assert mean_ap(coco_set(tmp_path / "with", [(40, 30)] * 3)) == 0
+    assert mean_ap(coco_set(tmp_path / "without", [(40, 30), (80, 60)], license=1)) == 0

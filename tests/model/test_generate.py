@@ -1,16 +1,19 @@
-"""Free text: against transformers' generate, batches against single answers, and each way of choosing."""
+"""Answers in any words: against transformers, in batches, sampled, and never an id that is no text."""
 
-import io
+from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import call
-from PIL import Image
 from reference import EOS, PAD, random_inputs, reference_inputs, save, tiny_paligemma
 
-from infer import generate as program
 from model import PaliGemma
-from model.decoding.generate import Sampling, generate, sample
+from model.config import VARIANTS
+from model.decoding.generate import Sampling, generate, nucleus, sample
+from model.decoding.generate import generate as generate_ids
+from model.io.hub import resolve
+from model.io.tokenizer import LOCS, SEGS, Tokenizer
+from model.io.weights import load_config
 
 COUNT = 12
 
@@ -86,6 +89,9 @@ def test_eos_offset(both):
     assert lengths == sorted(lengths) and lengths[0] < lengths[2] == COUNT * len(prompts)
 
 
+# Sampling ---------------------------------------------------------------------------------------------------
+
+
 def test_seeds(both):
     hf, ours = both
     images, prompts = inputs(hf)
@@ -97,7 +103,7 @@ def test_seeds(both):
 
 
 def test_choosing():
-    """Greedy, top-k and top-p by hand; frequencies of what is left."""
+    """Greedy, top-k, top-p and temperature by hand; frequencies of what is left."""
     p = torch.tensor([0.4, 0.1, 0.3, 0.2])
     logits = p.log().expand(20_000, -1)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
@@ -109,11 +115,20 @@ def test_choosing():
         Sampling(1.0, top_k=3, top_p=0.75): [0, 2],
         Sampling(1.0): [0, 1, 2, 3],
         Sampling(1.0, top_k=9): [0, 1, 2, 3],
+        Sampling(2.0): [0, 1, 2, 3],
     }
     for sampling, ids in kept.items():
         found = sample(logits, sampling, uniform).bincount(minlength=4) / 20_000
-        expected = torch.zeros(4).index_copy(0, torch.tensor(ids), p[ids] / p[ids].sum())
+        likely = p[ids] ** (1 / (sampling.temperature or 1))
+        expected = torch.zeros(4).index_copy(0, torch.tensor(ids), likely / likely.sum())
         assert ((found - expected).abs() < 0.015).all() and (found[expected == 0] == 0).all()
+
+
+def test_nucleus():
+    p = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    kept = {0.4: [[0], [3]], 0.5: [[0], [2, 3]], 0.75: [[0, 2], [1, 2, 3]], 0.85: [[0, 1, 2, 3], [1, 2, 3]]}
+    for top_p, rows in kept.items():
+        assert [row.nonzero()[:, 0].tolist() for row in nucleus(p, top_p)] == rows
 
 
 def test_refused(both):
@@ -123,70 +138,47 @@ def test_refused(both):
         next(generate(ours, ours.encode(images), prompts, 100_000))
     with pytest.raises(ValueError, match="max_new_tokens 0"):
         next(generate(ours, ours.encode(images), prompts, 0))
-    for bad in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0)):
+    for bad in (
+        dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_k=-1), dict(top_k=3),
+        dict(temperature=1.0, top_p=0.0), dict(temperature=1.0, top_p=1.1),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="top-k"):
             Sampling(**bad)
 
 
-# The program ------------------------------------------------------------------------------------------------
+# Ids that are no text ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ask(model, tmp_path, monkeypatch, capsys):
-    """Run generate.py on a picture, in this process: exit code, standard output, lines of standard error."""
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
-    monkeypatch.chdir(tmp_path)
-
-    def ask(*options, lines=None):
-        """lines: of standard input, text or bytes."""
-        typed = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines or [])
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
-        argv = "--image", "a.png", "--model", model, *options
-        code, out, err = call(monkeypatch, capsys, program, *argv)
-        return code, out, err.splitlines()
-
-    return ask
+def config_and_ids(name):
+    """A config, and how many ids its tokenizer has."""
+    if name == "nano":
+        return load_config("nano"), Tokenizer(resolve("nano")).size
+    return VARIANTS[name], 256_000 + LOCS + SEGS  # Gemma's pieces, locations and segmentation codes
 
 
-def test_one_answer(ask):
-    """The tokens of the library, as text, and nothing else on standard output; a seed repeats."""
-    code, out, err = ask("--prompt", "detect all classes", "--max-tokens", "9")
-    assert code == 0 and len(out.splitlines()) >= 1 and "9 tokens" in err[-1]
-    assert ask("--prompt", "detect all classes", "--max-tokens", "9")[1] == out
-    hot = ["--prompt", "a", "--temperature", "2", "--max-tokens", "9"]
-    assert ask(*hot)[1] == ask(*hot)[1] != ask(*hot, "--seed", "1")[1]
-    assert len(ask(*hot, "--samples", "3", "--eos-offset", "99")[1].splitlines()) >= 3
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["nano", "paligemma-3b-224", "paligemma2-3b-224"])
+def test_ids_that_are_no_text_are_never_generated(name, temperature):
+    """<image>, and the rows that only fill the embedding up to a multiple of 64: likeliest, and not chosen.
+    The last id that the tokenizer has may be."""
+    config, size = config_and_ids(name)
+    assert config.image_token == size < config.text.vocab_size
+    wanted = [size, size + 1, config.text.vocab_size - 1, size - 1]
 
+    def logits(hidden):
+        scores = torch.zeros(1, config.text.vocab_size)
+        scores[:, 500], scores[:, size - 1] = 50, 60 * (wanted[hidden] == size - 1)
+        scores[:, wanted[hidden]] += 100
+        return scores
 
-def test_conversation(ask):
-    """Commands, mistakes and prompts in turn: each costs a line, and the end of input ends it."""
-    lines = ["a", "", "/help", "/image none.png", "/image a.png", "/nonsense"]
-    lines += ["word " * 2000, "detect zebras", b"\xff", "a"]
-    code, out, err = ask("--max-tokens", "5", lines=lines)
-    assert code == 0 and out.count("/image FILE") == 3
-    answers = [line for line in err if line.endswith("a second")]
-    mistakes = [line for line in err if line.startswith("generate.py: ")]
-    assert len(answers) == 2 and len(mistakes) == 4
-    for line, words in zip(mistakes, ("none.png: no such file", "positions", "zebra", "UTF-8"), strict=True):
-        assert words in line
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        (["--image", "none.png", "--prompt", "a"], "no such file"),
-        (["--prompt", "a", "--max-tokens", "0"], "--max-tokens"),
-        (["--prompt", "a", "--top-p", "2"], "top-p"),
-        (["--prompt", "word " * 2000], "positions"),
-        (["--prompt", "cat \udcff"], "UTF-8"),
-        (["--prompt", "detect zebras"], "did you mean 'zebra'"),
-        (["--prompt", "a", "--top-k", "3"], "temperature"),
-        (["--prompt", "a", "--samples", "3"], "temperature"),
-        (["--prompt", "  "], "--prompt is empty"),
-        (["--prompt", "a", "--model", "nowhere/"], "nowhere"),
-    ],
-)
-def test_a_mistake_is_one_line(ask, options, complaint):
-    code, _, err = ask(*options)
-    assert code and err[-1].startswith("generate.py: ") and complaint in err[-1]
-    assert len(err) == 1 or err[0].startswith("usage: ")
+    step = iter(range(len(wanted)))
+    model = SimpleNamespace(
+        config=config,
+        new_cache=lambda *args: None,
+        prefill=lambda *args: next(step),
+        step=lambda *args: next(step),
+        decoder=SimpleNamespace(logits=logits),
+    )
+    image_tokens = torch.zeros(1, config.vision.tokens, 1)
+    steps = generate_ids(model, image_tokens, [[config.bos]], len(wanted), Sampling(temperature))
+    assert [int(tokens) for tokens, _ in islice(steps, len(wanted))] == [500, 500, 500, size - 1]

@@ -1,6 +1,7 @@
 """Image files: pixel for pixel transformers' input, upright, RGB from every mode; broken files named."""
 
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from helpers import complaint_about
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from model.io.image import load_image, square, to_network
+from model.io.image import load_image, read_ahead, square, to_network
 
 SHAPES = [(640, 480), (333, 517), (56, 56), (57, 55), (1200, 31), (40, 900), (9, 7), (1, 1)]  # width, height
 ORIENTATION, DESCRIPTION, COMMENT = 0x0112, 0x010E, "a picture"
@@ -219,3 +220,33 @@ def test_random_damage(form, tmp_path):
             assert str(file) in str(error)
             outcomes.add("refused")
     assert "refused" in outcomes and ("RGB" in outcomes or form == "PNG")  # PNG has checksums
+
+
+# Reading ahead ----------------------------------------------------------------------------------------------
+
+
+def test_read_ahead(tmp_path):
+    """In order, in batches, errors where they belong, and not the whole folder at once."""
+    files = []
+    for i in range(11):
+        files.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(files[-1])
+    files[3].write_text("no picture")
+    taken = []
+
+    def told():
+        for file in files:
+            taken.append(file)
+            yield file
+
+    seen = []
+    for batch in read_ahead(told(), 2):
+        assert len(taken) <= len(seen) + 4
+        for file, reading in batch:
+            seen.append(file)
+            if file == files[3]:
+                with pytest.raises(ValueError, match="3.png"):
+                    reading.result()
+            else:
+                assert reading.result().getpixel((0, 0)) == (int(file.stem), 0, 0)
+    assert seen == files and threading.active_count() < 20

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import load
 from reference import difference, pad_right, random_inputs, reference_logits, save, tiny_paligemma
+from torch import nn
 from transformers import PaliGemmaForConditionalGeneration
 
 from model import PaliGemma
@@ -217,3 +218,26 @@ def kl(exact: torch.Tensor, rounded: torch.Tensor) -> float:
     """Mean KL(exact || rounded) of the next-token distributions of logits [B, T, vocab], in nats."""
     exact, rounded = exact.double().log_softmax(-1), rounded.double().log_softmax(-1)
     return (exact.exp() * (exact - rounded)).sum(-1).mean().item()
+
+
+# SigLIP's epsilon -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["full", "published"])
+@torch.no_grad()
+def test_epsilon_of_siglip(config, tmp_path):
+    """transformers' features where the variance that a LayerNorm divides by is about its epsilon, 1e-6, in
+    front of every norm. The hub's files do not give the epsilon."""
+    hf = tiny_paligemma(0)
+    for name, weight in hf.model.vision_tower.named_parameters():
+        if any(part in name for part in ("embedding", "out_proj", "fc2")):  # what is added to the stream
+            weight.mul_(1e-3)
+    ours = PaliGemma.from_pretrained(str(save(hf, tmp_path, config=config)), dtype=torch.float32)
+    images, _ = random_inputs(hf)
+    theirs = hf.model.vision_tower(images).last_hidden_state
+    assert torch.allclose(ours.vision(images), theirs, atol=1e-4) and theirs.abs().mean() > 0.1
+    variances = []
+    for norm in (module for module in ours.vision.modules() if isinstance(module, nn.LayerNorm)):
+        norm.register_forward_pre_hook(lambda norm, x: variances.append(x[0].var(-1).mean()))
+    ours.vision(images)
+    assert len(variances) == 5 and all(1e-7 < variance < 1e-5 for variance in variances)

@@ -1,34 +1,25 @@
-"""Open-set detection and segmentation: what is read off answers, how it is scored, and the two programs."""
+"""Open-set detection and segmentation: what is read off answers, and how it is scored."""
 
-import json
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import call, picture
+from helpers import BOX as A
+from helpers import CODES as SEGS
+from helpers import OTHER_BOX as B
+from helpers import CannedAnswers
 from PIL import Image
 
-from infer import detect, evaluate, segment
-from infer.lib import options as loading
 from model.config import COCO_CLASSES, PaliGemmaConfig, TextConfig, VisionConfig
 from model.decoding.batches import network_images
 from model.decoding.detections import KEEP_ALL, Selection
 from model.decoding.generate import Prompter, collect_answers, generate
-from model.decoding.masks import from_rle, paste_mask
+from model.decoding.masks import paste_mask
 from model.decoding.open_set import OpenSetDetector, class_names, score_objects
-from model.io.hub import CODEC, NANO
 from model.io.tokenizer import Tokenizer
 
-A, B = "<loc0000><loc0128><loc0512><loc0640>", "<loc0256><loc0256><loc1023><loc1023>"
-SEGS = "".join(f"<seg{code:03d}>" for code in range(16))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer(NANO)
+# Answers ----------------------------------------------------------------------------------------------------
 
 
 def read(tokenizer, text, asked, p=None):
@@ -40,9 +31,6 @@ def read(tokenizer, text, asked, p=None):
         (one.class_id, round(one.score, 4), one.box.locs[1])
         for one in score_objects(tokenizer, tokens, log_p, asked)
     ]
-
-
-# Answers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -82,21 +70,8 @@ def test_score_without_a_label_is_that_of_the_box(tokenizer):
 # Detectors --------------------------------------------------------------------------------------------------
 
 
-class Said:
-    """Stands in for Prompter: canned answers by prompt; remembers what it was asked."""
-
-    def __init__(self, tokenizer, by_prompt, p=0.9):
-        self.model, self.by_prompt, self.p = SimpleNamespace(tokenizer=tokenizer), by_prompt, p
-        self.asked, self.max_tokens = [], 50
-
-    def __call__(self, images, asked):
-        self.asked += asked
-        tokens = [self.model.tokenizer.encode(self.by_prompt.get(prompt, "")) for _, prompt in asked]
-        return [(row, [math.log(self.p)] * len(row)) for row in tokens]
-
-
 def detector(tokenizer, by_prompt, classes, per_call, selection=KEEP_ALL):
-    return OpenSetDetector(Said(tokenizer, by_prompt), classes, per_call, selection)
+    return OpenSetDetector(CannedAnswers(tokenizer, by_prompt), classes, per_call, selection)
 
 
 def test_classes_are_asked_for_a_few_at_a_time(tokenizer):
@@ -133,7 +108,7 @@ def test_suppression_is_over_all_calls(tokenizer):
 def test_masks(tokenizer, codec):
     """Codes become a mask inside their box, in pixels of the picture; an answer without codes is none."""
     said = {"segment cat": f"{A}{SEGS} cat ; {B} cat", "segment dog": f"{B}{SEGS[:-8]} dog"}
-    made = OpenSetDetector(Said(tokenizer, said), ["cat", "dog"], codec=codec)
+    made = OpenSetDetector(CannedAnswers(tokenizer, said), ["cat", "dog"], codec=codec)
     (found,) = made([Image.new("RGB", (200, 100))])
     assert found.labels == ["cat"] and found.boxes.tolist() == [[25, 0, 125, 50]]
     right = paste_mask(codec.decode(torch.arange(16)[None])[0].numpy(), found.boxes[0], 200, 100)
@@ -189,93 +164,3 @@ def test_class_names(config):
             class_names(text, config)
     with pytest.raises(ValueError, match="'zebras' is none of the 80 .* did you mean 'zebra'"):
         class_names("cat ; zebras", config.override(open_vocabulary=False))
-
-
-# The programs -----------------------------------------------------------------------------------------------
-
-
-def run(monkeypatch, capsys, program, *argv):
-    code, out, err = call(monkeypatch, capsys, program, *argv)
-    return code, out, err.splitlines()
-
-
-def test_detect_by_name(monkeypatch, capsys, model, here, tokenizer):
-    """Writes what closed-set detection writes; class_id counts the classes asked for."""
-    ask = Said(tokenizer, {"detect cat ; traffic light": f"{A} traffic light ; {B} cat ; {B} dog"})
-    monkeypatch.setattr(loading, "Prompter", lambda *_: ask)
-    monkeypatch.setattr("model.decoding.open_set.fitting_batch", lambda *_: 4)
-    argv = "--image", picture(here / "a.png"), "--model", model, "--classes", "cat ; traffic light"
-    code, out, err = run(monkeypatch, capsys, detect, *argv, "--json", "out.json", "--tokens")
-    assert (code, err) == (0, [])
-    (record,) = json.loads((here / "out.json").read_text())
-    assert set(record) == {"image", "width", "height", "detections", "tokens"}
-    found = {(d["label"], d["class_id"], d["score"]) for d in record["detections"]}
-    assert found == {("cat", 0, 0.9), ("traffic light", 1, 0.9)}
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (["--classes", "unicorn"], "unicorn"),
-        (["--classes", ";"], "names no class"),
-        (["--classes", "cat", "--groups", 3], "--groups"),
-        (["--classes", "cat", "--early-stop", 0.5, 1], "--early-stop"),
-        (["--classes", "cat", "--max-tokens", 100000], "positions"),
-        (["--eos-offset", 1], "--eos-offset"),
-        (["--temperature", -1], "temperature"),
-    ],
-)
-def test_detect_mistakes(monkeypatch, capsys, model, here, options, word):
-    argv = "--image", picture(here / "a.png"), "--model", model
-    code, _, err = run(monkeypatch, capsys, detect, *argv, *options)
-    assert code == 1 and len(err) == 1 and err[0].startswith("detect.py: ") and word in err[0]
-
-
-def test_evaluate_by_name(monkeypatch, capsys, model, coco):
-    """All classes, so many a call, through pycocotools."""
-    monkeypatch.chdir(coco.parent)
-    for i in range(3):
-        picture(coco.parent / "images" / f"{i}.png", 128, 128, seed=i)
-    argv = "--model", model, "--data", coco, "--json", "f.json"
-    code, out, _ = run(
-        monkeypatch, capsys, evaluate, *argv, "--classes", "all", "--classes-per-call", 40, "--max-tokens", 8
-    )
-    assert not code and "mAP 0.000" in out
-    assert json.loads(Path("f.json").read_text())["instances"]["images"] == 3
-
-
-def test_segment(monkeypatch, capsys, model, here, tokenizer):
-    """A drawing, a picture of each mask, and run-length encodings that are the same."""
-    said = {"segment cat": f"{A}{SEGS} cat", "segment hair drier": f"{B}{SEGS} hair drier"}
-    ask = Said(tokenizer, said)
-    monkeypatch.setattr(loading, "Prompter", lambda *_: ask)
-    monkeypatch.setattr("model.decoding.open_set.fitting_batch", lambda *_: 4)
-    argv = [
-        "--image",
-        picture(here / "a.png"),
-        "--model",
-        model,
-        "--codec",
-        NANO / CODEC,
-        "--json",
-        "out.json",
-    ]
-    argv += ["--classes", "cat ; hair drier"]
-    code, out, err = run(monkeypatch, capsys, segment, *argv)
-    assert (code, err) == (0, [])
-    (record,) = json.loads((here / "out.json").read_text())
-    names = {"a.png", "a.0-cat.png", "a.1-hair-drier.png"}
-    assert {file.name for file in (here / "detections").iterdir()} == names
-    for found in record["detections"]:
-        mask = np.asarray(Image.open(here / found["mask"])) > 0
-        assert mask.shape == (60, 90) and np.array_equal(from_rle(found["segmentation"]), mask)
-        rows, columns = np.nonzero(mask)
-        x0, y0, x1, y1 = found["box"]
-        assert x0 - 1 <= columns.min() and columns.max() < x1 and y0 - 1 <= rows.min() and rows.max() < y1
-
-
-def test_segment_needs_a_codec(monkeypatch, capsys, model, here):
-    argv = "--image", picture(here / "a.png"), "--model", model, "--classes", "cat"
-    for options, word in (([], "vae-oid.npz"), (["--codec", here / "a.png"], "a.png")):
-        code, _, err = run(monkeypatch, capsys, segment, *argv, *options)
-        assert code == 1 and len(err) == 1 and err[0].startswith("segment.py: ") and word in err[0]

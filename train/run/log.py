@@ -3,13 +3,13 @@
 import argparse
 import contextlib
 import json
-import resource
 import signal
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from train.run.processes import peak_memory
 
 
 def stop_on_signals() -> dict[str, bool]:
@@ -63,13 +63,3 @@ class Log:
         if self.board:
             for name, value in figures.items():
                 self.board.add_scalar(name, value, figures["step"])
-
-
-def peak_memory(device: torch.device | str) -> int:
-    """Most bytes that this process has held so far: of the GPU, or resident, mapped files included."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage would count what the parent held when it started this process
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes

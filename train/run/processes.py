@@ -1,11 +1,13 @@
-"""The processes of torchrun: how they meet, and what they tell each other."""
+"""The processes of torchrun: how they meet, what they send each other, and how much memory one has held."""
 
 import hashlib
 import os
+import resource
 import sys
 import time
 import uuid
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -84,3 +86,13 @@ def all_gather(value) -> list:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """Most bytes that this process has held so far: of the GPU, or resident, mapped files included."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: getrusage would count what the parent held when it started this process
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes

@@ -7,15 +7,17 @@ import torch
 from helpers import python
 
 from model.config import TextConfig
-from model.decoding.closed_set import Head, choose
-from model.decoding.generate import GREEDY, Sampling, nucleus
+from model.decoding.closed_set import Head
+from model.decoding.generate import GREEDY, Sampling
+from model.decoding.head_kernel import FusedHead
 from model.gemma import Gemma
 
-triton = pytest.importorskip("triton")
-from model.decoding.head_kernel import FusedHead  # noqa: E402 - needs Triton
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py asks for the interpreter on a CPU
+
+
 VOCAB, LOC0, CLASS0 = 1400, 150, 7
+
+
 NEAR = dict(rtol=1e-5, atol=1e-6)
 
 
@@ -116,44 +118,26 @@ def test_all_noise(noise_feedback):
     assert ((choice.fed == CLASS0 + 6) if noise_feedback else (choice.fed == choice.best)).all()
 
 
-# The plain form ---------------------------------------------------------------------------------------------
-
-
-def test_choose_by_hand():
-    """Three classes and noise: the score counts noise, the choice does not."""
-    p = torch.tensor([[0.1, 0.3, 0.2, 0.4], [0.2, 0.5, 0.1, 0.2]])
-    choice = choose(p.log(), 10, True, True, GREEDY, torch.zeros(2))
-    assert choice.best.tolist() == [11, 11] and choice.fed.tolist() == [13, 11]
-    assert torch.allclose(choice.score, torch.tensor([0.3, 0.5]))
-    assert torch.allclose(choice.noise, torch.tensor([0.4, 0.2]))
-    fed = choose(p.log(), 10, True, False, GREEDY, torch.zeros(2)).fed
-    assert fed.tolist() == [11, 11]
-
-
-def test_nucleus():
-    p = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]])
-    kept = {0.4: [[0], [3]], 0.5: [[0], [2, 3]], 0.75: [[0, 2], [1, 2, 3]], 0.85: [[0, 1, 2, 3], [1, 2, 3]]}
-    for top_p, rows in kept.items():
-        assert [row.nonzero()[:, 0].tolist() for row in nucleus(p, top_p)] == rows
-
-
-def test_sampling_has_the_right_frequencies():
-    """20,000 draws over four classes: within five standard errors of softmax(logits / temperature)."""
-    logits = torch.tensor([0.0, 1.0, -1.0, 0.5, 3.0]).expand(20_000, -1)  # the last is noise
-    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    choice = choose(logits, 0, True, True, Sampling(temperature=2.0), uniform)
-    expected = torch.softmax(logits[0, :4] / 2, dim=-1)
-    found = choice.best.bincount(minlength=4) / 20_000
-    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
-
-
-@pytest.mark.parametrize("options", [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1), (float("nan"), 1.0)])
-def test_sampling_refuses(options):
-    with pytest.raises(ValueError, match="temperature"):
-        Sampling(*options)
-
-
 # For GPUs that are not here ---------------------------------------------------------------------------------
+
+
+def test_the_kernel_is_launched_on_the_gpu_of_its_tensors(current, monkeypatch):
+    """Also for who calls FusedHead by itself."""
+    pytest.importorskip("triton")
+    from model.decoding import head_kernel
+
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda hidden, *args, **kwargs: launches.append(current[-1] is hidden if current else None)
+
+    monkeypatch.setattr(head_kernel, "restricted_head", Kernel())
+    plain, _ = heads(16, classes=3)
+    head = head_kernel.FusedHead(plain.decoder, plain.allowed, noise_feedback=False, sampling=GREEDY)
+    head(torch.zeros(2, 16, device=DEVICE), 0, torch.zeros(2, device=DEVICE))
+    assert launches == [True] and not current
+
 
 COMPILE = """
 from itertools import product
