@@ -12,7 +12,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pycocotools.mask
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -187,7 +186,9 @@ def mask_iou(a, b):
 
 def to_rle(mask: np.ndarray) -> dict:
     """A mask bool [H, W] in COCO's run-length encoding, ready for JSON."""
-    rle = pycocotools.mask.encode(np.asfortranarray(mask, np.uint8))
+    from pycocotools.mask import encode  # late, as only writing masks needs it
+
+    rle = encode(np.asfortranarray(mask, np.uint8))
     return rle | dict(counts=rle["counts"].decode())
 
 
