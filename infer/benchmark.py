@@ -138,7 +138,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def weight_bytes(folder: Path, args: argparse.Namespace) -> int:
-    """Of the decoder's layers, which every token reads."""
+    """The size of the decoder's layers, all of which every token reads."""
     with torch.device("meta"):
         layers = PaliGemma(load_config(folder)).decoder.layers
     return DTYPES[args.dtype].itemsize * sum(p.numel() for p in layers.parameters())

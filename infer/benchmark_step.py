@@ -113,8 +113,8 @@ def measure(side: str, folder: Path, args: argparse.Namespace) -> dict:
 
 
 def flops(config: PaliGemmaConfig, batch_size: int) -> float:
-    """Of a step, without recomputation: 2 per weight and token forward, as many backward through the frozen
-    weights to what is before them (adapters and attention scores are left out)."""
+    """Floating-point operations of a step without recomputation: 2 per weight and token forward, and as many
+    backward through the frozen weights (those of adapters and attention scores are left out)."""
     with torch.device("meta"):
         model = PaliGemma(config)
     text_tokens = config.vision.tokens + PREFIX_LEN + SUFFIX_LEN - 1
@@ -126,7 +126,7 @@ def flops(config: PaliGemmaConfig, batch_size: int) -> float:
 
 
 def take_turns(folder: Path, args: argparse.Namespace) -> list[dict]:
-    """The figures of every turn, each in a process of its own; of a side that fails, none."""
+    """The figures of every turn, each in a process of its own. A side that fails has none."""
     own = ["--variant", args.variant, "--batch-size", args.batch_size, "--steps", args.steps]
     own += ["--device", args.device, "--folder", folder]
     sides = [side for side in SIDES if args.peer or side.startswith("ours")]

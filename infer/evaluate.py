@@ -8,7 +8,7 @@ Prints pycocotools' own figures (AP and AR over IoU 0.50 to 0.95, 100 boxes an i
 without objects too; then AP when the class is ignored, and how far scores are from the share of right boxes
 (expected calibration error, ten bins).
 
---out keeps the predictions: report.py draws them, and a run that was stopped goes on with them.
+--out keeps the predictions: report.py draws them, and a stopped run continues from them.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main() -> None:
     options = parser(__doc__)
     add_set_arguments(options, "a COCO instances file", tuple(HELD_OUT_SETS))
     options.add_argument("--score-threshold", type=float, default=0.0)
-    note = "folder of predictions and figures; goes on with what is there"
+    note = "folder of predictions and figures; what is there already is used"
     options.add_argument("--out", type=Path, metavar="DIR", help=note)
     add_detection_arguments(options)
     args = options.parse_args()

@@ -45,7 +45,7 @@ IMAGES = 8  # whose prompts are put together
 
 
 def read_prompts(data: Path, images: Path) -> list[dict]:
-    """The lines of a file; ValueError for one on which nothing can be measured."""
+    """The lines of a file. One on which nothing can be measured is refused."""
     records = []
     for _, record in read_lines(data, images):
         try:
@@ -80,7 +80,7 @@ def ask_all(prompter: Prompter, records: list[dict], images: Path, title: str) -
 
 
 def check_mask_sizes(size: tuple[int, int], lines: list[dict], images: Path) -> None:
-    """ValueError if the mask of a line is of another size than its picture, (width, height)."""
+    """Refuse a mask of another size than its picture, (width, height)."""
     for height, width in (line["mask"]["size"] for line in lines if "mask" in line):
         if (width, height) != size:
             fault = f"has a mask of {width} x {height} pixels, but {size[0]} x {size[1]}"

@@ -46,7 +46,7 @@ class Speaker:
     def answer(self, prompt: str) -> None:
         """Print the answers to a prompt: one as it comes, several when all have ended.
 
-        Raises ValueError for a prompt that is too long, or asks for what the model cannot know.
+        A prompt that is too long, or asks for what the model cannot know, is refused.
         """
         verb, _, names = prompt.partition(" ")
         if verb in ("detect", "segment") and prompt != PROMPT:

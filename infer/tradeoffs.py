@@ -188,18 +188,18 @@ def head(args: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    commands, of = options.add_subparsers(required=True, metavar="early-stop | growth | head"), {}
+    commands, parsers = options.add_subparsers(required=True, metavar="early-stop | growth | head"), {}
     for name, function in {"early-stop": early_stop, "growth": growth, "head": head}.items():
-        of[name] = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
-        of[name].set_defaults(function=function)
+        parsers[name] = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
+        parsers[name].set_defaults(function=function)
     for name in ("early-stop", "growth"):
-        add = of[name].add_argument
+        add = parsers[name].add_argument
         add("--out", type=Path, required=True, metavar="FILE", help="the plot, a PNG file")
         add("--repeats", type=positive, default=5, help="of each timing; the fastest counts")
-    of["early-stop"].add_argument("--count", type=positive, default=1000, help="held-out scenes")
-    add_device_argument(of["head"])
-    of["head"].add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    of["head"].add_argument("--batch-size", nargs="+", type=positive, default=[1, 32])
+    parsers["early-stop"].add_argument("--count", type=positive, default=1000, help="held-out scenes")
+    add_device_argument(parsers["head"])
+    parsers["head"].add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parsers["head"].add_argument("--batch-size", nargs="+", type=positive, default=[1, 32])
     args = options.parse_args()
     torch.manual_seed(0)
     args.function(args)

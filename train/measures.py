@@ -131,7 +131,7 @@ def task_of(record: dict) -> str | None:
 def judge_answers(
     records: list[dict], answers: list[str], codec: MaskCodec | None, bins: int = LOCS
 ) -> dict[str, dict]:
-    """{task: figures} of the answers to lines of JSONL. Upper and lower case does not count.
+    """{task: figures} of the answers to lines of JSONL. Case is ignored.
 
     figures: "lines"; of masks, "mean IoU"; of words, "exact", by "kinds" too if the lines have several; of
     captions, "CIDEr-D". codec, bins: see first_mask_iou.

@@ -44,7 +44,7 @@ class Validation:
         device: torch.device,
     ):
         self.objective, self.device = objective, device
-        # Under FSDP all processes must run the same layers equally often: each of them does all of it.
+        # Under FSDP all processes must run every layer equally often, so each of them takes all samples.
         rank, self.world = (0, 1) if args.shard else rank_and_world()
         self.amp = args.amp and args.dtype == "float32"
         file, images = args.val, args.val_images
@@ -52,7 +52,7 @@ class Validation:
             self._scenes = tempfile.TemporaryDirectory()  # held until the program ends
             file = Path(self._scenes.name) / "same" / "instances.json"
             write_coco(file.parent, args.val_count, "same", model.config.vision.image_size)
-        # The noise of the training data, or val_loss would be of other answers; but every picture counts.
+        # Noise as in training, or val_loss would be about other answers; but no picture is left out.
         noise = replace(noise_of(args), skip_empty=False)
         self.data = open_data(file, images, model, tokenizer, args.seed, augment=False, noise=noise)
         items = range(min(args.val_count, len(self.data)))
@@ -72,10 +72,10 @@ class Validation:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """{"val_loss": ..., "val_mAP": ...} of all processes' shares. With --shard no mAP: the decoder
-        calls parts of the model by themselves, whose weights FSDP would not put together."""
+        """{"val_loss": ..., "val_mAP": ...} of all processes' shares. No mAP with --shard: the decoder calls
+        parts of the model directly, and FSDP gathers weights only when the whole objective is called."""
         self.objective.eval()
-        # Files do not know what each patch shows: the helper head has nothing to say here.
+        # Files do not say what each patch shows, so there is nothing to measure the helper head against.
         patch_head, self.objective.patch_head = self.objective.patch_head, None
         sums = torch.zeros(2, device=self.device)  # losses, weights
         results, items = [], iter(self.mine)

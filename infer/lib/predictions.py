@@ -1,9 +1,9 @@
-"""Predictions of a data set and their figures, in a folder with which a run that was stopped can go on:
+"""Predictions of a data set and their figures, in a folder from which a stopped run can continue:
 
     settings.json           what the predictions were made from
     predictions-RANK.jsonl  {"image_id", "results"}, a line as soon as an image is done
-    results.json            all of them, as COCO's server takes them
-    figures.json            what is printed, and the table of the calibration error
+    results.json            all of them, in the form that COCO's server accepts
+    figures.json            the figures that are printed, and the table of the calibration error
 
 Without --data, it holds such a folder for each practice set, with the drawn scenes in scenes/.
 """
@@ -164,8 +164,8 @@ def open_log(file: Path) -> TextIO:
 
 
 def check_settings(out: Path, settings: dict) -> None:
-    """Write out/settings.json; ValueError if the folder holds predictions or scenes that were made with other
-    settings: this run would take them for its own."""
+    """Write out/settings.json. A folder with predictions or scenes that were made with other settings is
+    refused: this run would take them for its own."""
     file, settings = out / "settings.json", json.loads(json.dumps(settings, default=str))
     old = read_json(file) if file.exists() else {}
     changed = sorted(key for key in old | settings if old.get(key) != settings.get(key))

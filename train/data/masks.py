@@ -31,7 +31,7 @@ CELL, PAIRS_PER_ROW, MAX_PAIRS = 160, 4, 24
 
 @dataclass(frozen=True)
 class Outline:
-    """An object's mask as a file has it."""
+    """An object's mask in the form that it has in a file."""
 
     image: str
     label: str
@@ -75,7 +75,7 @@ def to_mask(outline: Outline, width: int, height: int) -> np.ndarray:
             raise ValueError(
                 "the file gives the image {} x {} pixels, it has {} x {}".format(*outline.size, width, height)
             )
-        mask = np.ascontiguousarray(_read(outline.mask, width, height)).astype(bool)
+        mask = np.ascontiguousarray(_pixels(outline.mask, width, height)).astype(bool)
         if mask.shape != (height, width):
             raise ValueError(
                 f"the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}"
@@ -83,13 +83,13 @@ def to_mask(outline: Outline, width: int, height: int) -> np.ndarray:
         if not mask.any():
             raise ValueError("the mask is empty")
         if mask.all():
-            raise ValueError("the mask is the whole image; is it turned inside out, or of another file?")
+            raise ValueError("the mask is the whole image; is it inverted, or of another image?")
     except ValueError as error:
         raise ValueError(f"{outline.where}: {error}") from error
     return mask
 
 
-def _read(mask: dict | list | Path, width: int, height: int) -> np.ndarray:
+def _pixels(mask: dict | list | Path, width: int, height: int) -> np.ndarray:
     if isinstance(mask, Path):
         return _of_picture(mask)
     if isinstance(mask, list):
@@ -194,7 +194,7 @@ def segment_lines(
             line = dict(image=name, prefix=box_prompt([label], masks=True), suffix=suffix)
             if len(masks) == 1:  # infer/evaluate_answers.py compares the first mask of an answer with it
                 line["mask"] = to_rle(masks[0])
-            rounded = locs_to_boxes(boxes_to_locs(boxes, *size), *size)  # as the answer has them
+            rounded = locs_to_boxes(boxes_to_locs(boxes, *size), *size)  # as the answer gives them
             decoded = codec.decode(codes).numpy()
             after = [paste_mask(mask, box, *size) for mask, box in zip(decoded, rounded)]
             yield line, image, list(zip(boxes, [label] * len(masks), masks, after))

@@ -29,7 +29,7 @@ from train.run.program import not_negative, parser, positive, run
 
 DECAY = 0.99  # of the codebook's moving sums
 COMMITMENT = 0.25  # weight of the loss that pulls features towards their codes
-SCENES_PER_STEP = 24  # of a step
+SCENES_PER_STEP = 24
 SHAPES_PER_MASK = 1 / 3  # random shapes of a step, for each mask of its scenes
 MIN_USES = 0.05  # mean uses a step: a code with fewer is replaced by a feature of the batch
 HELD_OUT_SCENES = 300  # that the mean IoU is measured on

@@ -7,8 +7,9 @@
 Writes config.json, model.safetensors and tokenizer.model, ready for train/fit.py. The vocabulary has
 Gemma's special pieces in Gemma's order and a few hundred pieces of the practice set's own sentences.
 
---start copies the weights of a nano that detects, to teach it to speak (--tasks all): pieces that both know
-keep their embeddings, and the names of classes start with those of their class tokens, which mean the same.
+--start copies the weights of a nano that detects, to teach it to speak (--tasks all): pieces that are in both
+vocabularies keep their embeddings, and the names of classes start with the embeddings of their class tokens,
+which mean the same.
 """
 
 import io
@@ -139,7 +140,7 @@ def copy_weights(model: PaliGemma, tokenizer: Tokenizer, start: Path) -> None:
         if (j := old_tokenizer.id_of(tokenizer.piece(i))) is not None:
             rows[i] = old_rows[j]
     rows[tokenizer.loc0 : tokenizer.size] = old_rows[old_tokenizer.loc0 : old_tokenizer.size]
-    class_tokens = defaultdict(list)  # of each piece that a class name starts with, which several may
+    class_tokens = defaultdict(list)  # by the first piece of a class's name, which several may share
     for label, name in enumerate(model.config.classes):
         for word in (name, plural(name).removeprefix("pairs of ")):
             class_tokens[tokenizer.encode(f" {word}")[0]].append(tokenizer.unused0 + label)

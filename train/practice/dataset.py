@@ -16,7 +16,7 @@ from train.practice.tasks import TASK_SHARES, make_tasks
 PROMPTS_PER_SCENE = 3  # when there are several tasks: the scene is drawn and encoded once
 WORD_TASKS = ("caption", "answer")
 MIN_ANSWER_WEIGHT = 10  # in tokens: a "yes" that weighed one token would drown among boxes
-# Which object is meant is decided by its first location or two, which the 16 codes after them must not drown.
+# The first location or two decide which object is meant: the 16 codes after them must not drown them out.
 LOC_WEIGHT, SEG_WEIGHT = 3.0, 0.5
 MIN_COVER = 0.2  # share of a patch that an object must own to be its label
 

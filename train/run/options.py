@@ -11,7 +11,7 @@ from model.lora import TARGETS
 from train.data.targets import Noise
 from train.run.program import not_negative, parser, positive
 
-# The machine, and watching: a run may go on with other values of these. All else changes where it ends.
+# The machine and monitoring: a run may be resumed with other values of these. All others change the result.
 MAY_CHANGE = set(
     "out allow_outside device accumulate recompute shard compile workers dry_run resume save_every keep "
     "log_every val val_images val_every val_count".split()
@@ -26,7 +26,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add = options.add_argument_group("what").add_argument
     add("--model", required=True, help="what to start from: a folder, a hub id, or nano")
     add("--out", type=Path, required=True, help="folder of this run: checkpoints, metrics, result")
-    add("--data", type=Path, help="COCO instances or JSONL, seen by its content (default: practice scenes)")
+    add("--data", type=Path, help="COCO instances or JSONL, recognised by content (default: practice scenes)")
     add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
     add("--allow-outside", action=switch, default=False, help="pictures of JSONL may lie outside --images")
     add("--augment", action=switch, default=False, help="flip, scale, shift, colours (train/data/augment.py)")
@@ -83,8 +83,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--workers", type=not_negative, default=2, help="data-loading processes of each training process")
     add("--dry-run", action=switch, default=False, help="print sizes, memory and steps; load nothing")
 
-    add = options.add_argument_group("watching and going on").add_argument
-    add("--resume", action=switch, default=False, help="go on from the newest checkpoint in --out, if any")
+    add = options.add_argument_group("monitoring and resuming").add_argument
+    add("--resume", action=switch, default=False, help="continue from the newest checkpoint in --out, if any")
     add("--save-every", type=positive, default=500)
     add("--keep", type=positive, default=2, help="checkpoints kept, besides the best")
     add("--log-every", type=positive, default=20)
@@ -149,9 +149,9 @@ def caps_of(args: argparse.Namespace) -> dict[str, float]:
 
 
 def changed_options(before: dict, args: argparse.Namespace) -> list[str]:
-    """The options, with their values before, that a run cannot go on with other values of.
+    """The options that change the result of a run and differ from those it had; with their values then.
 
-    before: its run.json. An option that it does not have is younger than the run, which had its default.
+    before: its run.json. An option that it does not have is newer than the run, which had its default.
     """
     defaults, now = as_json(arguments(["--model", "", "--out", ""])), as_json(args)
     old = {name: before.get(name, defaults[name]) for name in sorted(now.keys() - MAY_CHANGE)}
