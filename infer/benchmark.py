@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from infer.lib.measuring import installed, print_table, random_checkpoint, run_child, seconds
-from infer.lib.options import add_device_argument, check_json, head_for, usable_device
+from infer.lib.options import add_device_argument, check_output, head_for, usable_device
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
@@ -238,7 +238,7 @@ def main() -> None:
     args = options.parse_args()
     args.dtype = args.dtype or ("float32" if args.model == "nano" else "bfloat16")
     args.device = usable_device(args.device)
-    check_json(args.json)
+    check_output(args.json)
     if args.child:
         return child(args)
     nano = contextlib.nullcontext(NANO)

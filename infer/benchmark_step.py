@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from infer.lib.measuring import installed, print_table, random_checkpoint, run_child, seconds
-from infer.lib.options import add_device_argument, check_json, usable_device
+from infer.lib.options import add_device_argument, check_output, usable_device
 from model import PaliGemma, lora
 from model.config import VARIANTS, PaliGemmaConfig
 from model.io.weights import load_config
@@ -45,7 +45,7 @@ def random_batch(config: PaliGemmaConfig, batch: int, device: str) -> tuple[Tens
 
 def our_step(folder: Path, args: argparse.Namespace, recompute: bool):
     """A function that does forward and backward and returns the loss; and what is trained."""
-    model = PaliGemma.from_pretrained(str(folder), device=args.device)
+    model = PaliGemma.from_pretrained(folder, device=args.device)
     lora.add_lora(model, lora.TARGETS["published"], rank=16, alpha=16)
     for block in (*model.vision.layers, *model.decoder.layers) if recompute else ():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -171,7 +171,7 @@ def main() -> int | None:
     add("--child", choices=SIDES, help=argparse.SUPPRESS)
     args = options.parse_args()
     args.device = usable_device(args.device)
-    check_json(args.json)
+    check_output(args.json)
     if args.child:
         print(json.dumps(measure(args.child, args.folder, args)))
         return None

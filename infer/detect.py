@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from infer.lib.draw import draw_boxes
-from infer.lib.options import add_detection_arguments, check_json, load_detector
+from infer.lib.options import add_detection_arguments, check_output, load_detector
 from model.decoding.detections import Detections
 from model.decoding.masks import to_rle
 from model.io.image import SUFFIXES, read_ahead
@@ -86,7 +86,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
     files, complaints = find_images(args.image)
     for message in complaints:
         complain(message, program)
-    check_json(args.json)
+    check_output(args.json)
     records, taken = [], {file.resolve() for file in files}
     if args.json and args.json.resolve() in taken:
         raise ValueError(f"--json {args.json} is one of the pictures")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from infer.lib.options import add_detection_arguments, check_json, load_detector
+from infer.lib.options import add_detection_arguments, check_output, load_detector
 from infer.lib.predictions import (
     SCENES_FOLDER,
     add_set_arguments,
@@ -77,7 +77,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, metavar="DIR", help=note)
     add_detection_arguments(options)
     args = options.parse_args()
-    check_json(args.json)
+    check_output(args.json)
     join_torchrun(args)
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -25,7 +25,7 @@ from infer.lib.options import (
     add_codec_arguments,
     add_model_arguments,
     add_sampling_arguments,
-    check_json,
+    check_output,
     load_codec,
     load_model,
     sampling_options,
@@ -35,7 +35,7 @@ from model.decoding.generate import Prompter
 from model.decoding.masks import from_rle
 from model.io.image import load_image
 from model.io.tokenizer import LOCS
-from model.io.writing import write_json, write_lines
+from model.io.writing import located, write_json, write_lines
 from train.data.jsonl import read_lines
 from train.measures import TASKS, judge_answers, task_of
 from train.run.program import parser, positive, run
@@ -48,15 +48,13 @@ def read_prompts(data: Path, images: Path) -> list[dict]:
     """The lines of a file. One on which nothing can be measured is refused."""
     records = []
     for _, record in read_lines(data, images):
-        try:
+        with located(f"{data}: {record['image']}, {record['prefix']!r}"):
             if task_of(record) is None:
                 raise ValueError(f"begins with none of {', '.join(TASKS)}, and has no mask")
             if "mask" in record:
                 from_rle(record["mask"])
             if not isinstance(record.get("kind", ""), str):
                 raise ValueError(f"'kind' must be text, not {record['kind']!r:.60}")
-        except ValueError as error:
-            raise ValueError(f"{data}: {record['image']}, {record['prefix']!r}: {error}") from error
         records.append(record)
     if not records:
         raise ValueError(f"{data} has no lines")
@@ -107,8 +105,8 @@ def main() -> None:
     add_model_arguments(options)
     add_sampling_arguments(options)
     args = options.parse_args()
-    check_json(args.json)
-    check_json(args.answers, "--answers")
+    check_output(args.json)
+    check_output(args.answers, "--answers")
     sampling = sampling_options(args)
     codec = None if args.data else load_codec(args)
     model = load_model(args)

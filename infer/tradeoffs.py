@@ -32,9 +32,8 @@ from model.decoding.closed_set import GROUP, ClosedSet, EarlyStop, GroupDecoder,
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
-from model.io.hub import NANO
 from model.io.image import load_image
-from model.io.tokenizer import LOCS, Tokenizer
+from model.io.tokenizer import LOCS
 from model.io.weights import DTYPES
 from train.practice.write import write_coco
 from train.run.program import parser, positive, run
@@ -56,8 +55,8 @@ REPEATS = 50
 
 
 def load_nano() -> tuple[PaliGemma, ClosedSet]:
-    model = PaliGemma.from_pretrained(str(NANO), dtype=torch.float32)
-    return model, ClosedSet.of(model.config, Tokenizer(NANO))
+    model = PaliGemma.from_pretrained("nano", dtype=torch.float32)
+    return model, ClosedSet.of(model.config, model.tokenizer)
 
 
 # ---- early stop --------------------------------------------------------------------------------------------

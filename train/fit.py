@@ -70,11 +70,11 @@ def load_model(
     before, to be trained further; index: of --data, if it is a COCO file."""
     overrides = caps_of(args)
     if args.data:
-        overrides["classes"] = classes_for(index, load_config(str(base)).classes)
+        overrides["classes"] = classes_for(index, load_config(base).classes)
         if index is None:  # lines of text: any class can be asked for
             overrides["open_vocabulary"] = True
     model = PaliGemma.from_pretrained(
-        str(base), dtype=DTYPES[args.dtype], device=device, adapter=adapter, **overrides
+        base, dtype=DTYPES[args.dtype], device=device, adapter=adapter, **overrides
     )
     if args.lora and not adapter:
         lora.add_lora(

@@ -83,8 +83,8 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
     add("--early-stop", nargs=2, type=float, metavar=("P", "K"), help=stop)
 
 
-def check_json(file: Path | None, option: str = "--json") -> None:
-    """Complain before the work if its result could not be written after it."""
+def check_output(file: Path | None, option: str = "--json") -> None:
+    """Complain before the work if its result could not be written afterwards. option: that names the file."""
     if file and (file.is_dir() or not file.parent.is_dir()):
         fault = "is a folder" if file.is_dir() else "its folder does not exist"
         raise ValueError(f"{option} {file}: {fault}")

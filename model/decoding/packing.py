@@ -46,9 +46,7 @@ def load_for_decoding(
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         small_on_cpu = torch.device(device).type == "cpu" and weights < SMALL_MODEL
         dtype = torch.float32 if small_on_cpu else torch.bfloat16
-    model = PaliGemma.from_pretrained(
-        str(folder), dtype=dtype, device=device, adapter=adapter, **config_overrides
-    )
+    model = PaliGemma.from_pretrained(folder, dtype=dtype, device=device, adapter=adapter, **config_overrides)
     if int8:
         quantize(fold(model))
     elif can_pack(model) and not compiled:

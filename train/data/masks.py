@@ -21,7 +21,7 @@ from pycocotools.mask import decode, frPyObjects, merge
 from model.decoding.boxes import box_prompt, boxes_to_locs, check_label, format_answer, locs_to_boxes
 from model.decoding.masks import MaskCodec, crop, from_rle, mask_iou, paste_mask, tight_box, to_rle
 from model.io.image import PILLOWS_ERRORS, load_image
-from model.io.writing import explain
+from model.io.writing import explain, located
 from train.data.coco import read_records
 from train.data.jsonl import MASK_KEYS, is_jsonl
 
@@ -69,7 +69,7 @@ def _of_line(line: str, file: Path, where: str) -> Outline:
 
 def to_mask(outline: Outline, width: int, height: int) -> np.ndarray:
     """The mask bool [H, W] of an object in an image of this size."""
-    try:
+    with located(outline.where):
         check_label(outline.label)
         if outline.size not in (None, (width, height)):
             raise ValueError(
@@ -84,8 +84,6 @@ def to_mask(outline: Outline, width: int, height: int) -> np.ndarray:
             raise ValueError("the mask is empty")
         if mask.all():
             raise ValueError("the mask is the whole image; is it inverted, or of another image?")
-    except ValueError as error:
-        raise ValueError(f"{outline.where}: {error}") from error
     return mask
 
 

@@ -134,7 +134,8 @@ def initialise(model: PaliGemma, tokenizer: Tokenizer, seed: int = 0) -> None:
 
 def copy_weights(model: PaliGemma, tokenizer: Tokenizer, start: Path) -> None:
     """Give an initialised model the weights of another nano, whose vocabulary may differ."""
-    source, old_tokenizer = PaliGemma.from_pretrained(str(start), dtype=torch.float32), Tokenizer(start)
+    source = PaliGemma.from_pretrained(start, dtype=torch.float32)
+    old_tokenizer = source.tokenizer
     rows, old_rows = model.decoder.embed.weight.data.clone(), source.decoder.embed.weight.data
     for i in range(tokenizer.loc0):
         if (j := old_tokenizer.id_of(tokenizer.piece(i))) is not None:
@@ -161,7 +162,7 @@ def main(argv=None) -> None:
     if args.codec:
         MaskCodec.load(args.codec)  # both are checked before anything is written
     if args.start:
-        load_config(str(args.start))
+        load_config(args.start)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.codec:
         shutil.copy(args.codec, args.out / CODEC)
