@@ -43,7 +43,7 @@ class LoRALinear(nn.Module):
         """[..., in] -> [..., out]"""
         y = F.linear(x, self.weight, self.bias)
         thin = F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale  # [..., rank]
-        # Added in place, by way of a view of y: no second tensor of its size.
+        # Added in place, through a view of y: no second tensor of its size.
         y.flatten(0, -2).addmm_(thin.flatten(0, -2).to(y.dtype), self.B.to(y.dtype).T)
         return y
 

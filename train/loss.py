@@ -1,6 +1,6 @@
 """What a step of training minimises: the loss of the answers, and of the helper head on the image tokens.
 
-Logits are computed at supervised positions only and, in closed-set training, only of the ids allowed there.
+Logits are computed at supervised positions only; for the closed-set loss, of the allowed ids only.
 Both losses of answers are weighted sums; the caller divides by the weights of the whole batch, of which it
 may hold a part.
 
@@ -94,7 +94,7 @@ def allowed_loss(
 
 def vocabulary_loss(decoder: Gemma, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Cross-entropy over the whole vocabulary, by chunks of positions."""
-    chosen = weights > 0
+    chosen = weights > 0  # [B, T]
     return ChunkedCrossEntropy.apply(
         decoder.embed.weight, decoder.config.final_cap, hidden[chosen], labels[chosen], weights[chosen]
     )

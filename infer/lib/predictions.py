@@ -79,7 +79,7 @@ def evaluate(
     title: str = "",
     out: Path | None = None,
 ) -> dict:
-    """All figures of a set, in the first process; nothing in the others of torchrun.
+    """All figures of a set, in the first process; in the other processes of torchrun, nothing.
 
     batch_size: None for what memory holds. title: of the progress bar. out: where to keep the predictions.
     """

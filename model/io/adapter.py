@@ -142,7 +142,7 @@ def detection_overrides(source: str | Path) -> dict:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """{PEFT's name: tensor} of all that is trained: A and B, and modules trained whole."""
+    """{PEFT's name: tensor} of all that is trained: A and B, and modules trained in full."""
     layers, tensors = lora_layers(model), {}
     for name, p in model.named_parameters():
         path, _, leaf = name.rpartition(".")

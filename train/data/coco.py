@@ -148,7 +148,7 @@ class CocoIndex:
             boxes.append(record["bbox"])
 
         owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
-        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)  # degenerate, whatever it was
+        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)  # dropped below, as degenerate
         boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)  # x0, y0, x1, y1
         boxes = boxes.clip(0, np.tile(np.array(sizes), 2)[owners])
         order = np.argsort(owners, kind="stable")  # by image, and within it as in the file

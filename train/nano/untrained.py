@@ -8,8 +8,8 @@ Writes config.json, model.safetensors and tokenizer.model, ready for train/fit.p
 Gemma's special pieces in Gemma's order and a few hundred pieces of the practice set's own sentences.
 
 --start copies the weights of a nano that detects, to teach it to speak (--tasks all): pieces that are in both
-vocabularies keep their embeddings, and the names of classes start with the embeddings of their class tokens,
-which mean the same.
+vocabularies keep their embeddings, and the first piece of a class's name takes over that of its class token,
+which means the same.
 """
 
 import io

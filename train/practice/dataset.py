@@ -44,7 +44,7 @@ def patch_targets(scene: Scene, patch: int, background: int) -> tuple[np.ndarray
 class PracticeScenes(Dataset):
     """Endless: item i is scene number first + i.
 
-    Its sample is of closed-set detection. With a tokenizer and a mask codec it has PROMPTS_PER_SCENE texts:
+    A sample is one of closed-set detection. With a tokenizer and a mask codec it has PROMPTS_PER_SCENE texts:
     closed-set detection, and random tasks of train/practice/tasks.py.
     """
 

@@ -27,7 +27,7 @@ from model.lora import lora_layers
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together on the CPU (all ranks must ask for it); any other as it is."""
+    """A sharded tensor put together on the CPU (all ranks must call this); any other as it is."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
