@@ -98,7 +98,7 @@ def main() -> None:
     options = parser(__doc__)
     add = options.add_argument
     add_set_arguments(options, "JSONL", SETS)
-    add("--max-tokens", type=positive, default=100, help="longest answer")
+    add("--max-tokens", type=positive, default=100, help="most tokens of an answer")
     add("--bins", type=int, choices=(1023, 1024), default=LOCS, help="1023: locations of RefCOCO checkpoints")
     add("--answers", type=Path, metavar="FILE", help="write the lines there, with what the model said")
     add_codec_arguments(options)

@@ -102,7 +102,7 @@ def main() -> None:
     add = options.add_argument
     add("--image", type=Path, required=True, metavar="FILE")
     add("--prompt", help="without it, prompts are read line by line")
-    add("--max-tokens", type=positive, default=100, help="longest answer")
+    add("--max-tokens", type=positive, default=100, help="most tokens of an answer")
     add("--samples", type=positive, default=1, help="answers to each prompt")
     add_sampling_arguments(options)
     add_model_arguments(options)

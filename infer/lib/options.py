@@ -68,7 +68,7 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
     add = options.add_argument
     add("--nms-iou", type=float, default=0.5, help="of two boxes that overlap more, keep the better; 1: off")
     add("--min-size", type=float, default=0.0, help="drop boxes with a side shorter than this, in pixels")
-    add("--max-tokens", type=positive, help=f"longest answer in words (default: {MAX_ANSWER_TOKENS})")
+    add("--max-tokens", type=positive, help=f"most tokens of a text answer (default: {MAX_ANSWER_TOKENS})")
     add("--batch-size", type=positive, help="pictures decoded together (default: what memory holds)")
     if masks:
         add("--classes", required=True, metavar='"A ; B"', help="all: all the model's classes")

@@ -192,7 +192,7 @@ class GroupDecoder:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Answer:
-        """Images [B, 3, S, S] -> Answer. generator: of the random numbers for sampling, on the CPU."""
+        """Images [B, 3, S, S] -> Answer. generator: on the CPU; sampling draws from it."""
         with torch.cuda.device_of(images):  # streams, the graph and kernels go to the images' GPU
             return self._decode(images, generator)
 
@@ -216,7 +216,7 @@ class GroupDecoder:
                 noise = outputs[-1]
                 noise_run = (noise > self.early_stop.noise) * (noise_run + 1)
                 live = live & (noise_run < self.early_stop.patience)
-                # The only wait for the GPU in the loop: the CPU needs the result of this group before it can
+                # The only GPU sync of the loop: the CPU needs the result of this group before it can
                 # launch the next one. Without early stop it runs ahead of the GPU.
                 if not live.any():
                     break

@@ -40,7 +40,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
     add = options.add_argument_group("which weights").add_argument
     add("--lora", action=switch, default=False, help="train an adapter instead of the weights")
-    add("--lora-targets", default="published", help=f"{', '.join(TARGETS)}, or a regex of full module paths")
+    add("--lora-targets", default="published", help=f"{', '.join(TARGETS)}, or a regex for full module paths")
     add("--lora-rank", type=positive, default=16)
     add("--lora-alpha", type=float, default=16)
     add("--lora-dropout", type=float, default=0.05)
@@ -75,7 +75,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add = options.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of the weights; auto: bfloat16 below an adapter, else float32")  # fmt: skip
+        help="of the weights; auto: bfloat16 under an adapter, else float32")  # fmt: skip
     add("--amp", action=switch, default=True, help="bfloat16 autocast over float32 weights")
     add("--recompute", action=switch, default=False, help="activation checkpointing: less memory, slower")
     add("--shard", action=switch, default=False, help="split the weights over the processes (FSDP2)")
