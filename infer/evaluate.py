@@ -28,9 +28,10 @@ from infer.lib.predictions import (
     evaluation_sets,
     file_stamps,
 )
+from model.io.image import image_folder
 from model.io.writing import write_json
 from train.practice.write import HELD_OUT_SETS
-from train.run.processes import all_gather, join_processes
+from train.run.processes import all_gather, join_processes, own_device
 from train.run.program import parser, run
 
 # Options that do not change the boxes of an image.
@@ -47,10 +48,11 @@ def print_figures(name: str, figures: dict) -> None:
 
 def join_torchrun(args: argparse.Namespace) -> None:
     """Under torchrun: meet the other processes, and choose this one's GPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
         join_processes("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
         if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            args.device = str(own_device("cuda", world))
 
 
 def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
@@ -58,7 +60,7 @@ def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
     settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_PREDICTIONS}
     settings |= {f"{name} files": file_stamps(settings.get(name)) for name in ("model", "adapter")}
     if args.data:
-        places = dict(data=args.data.resolve(), images=(args.images or args.data.parent / "images").resolve())
+        places = dict(data=args.data.resolve(), images=image_folder(args.data, args.images).resolve())
         changed = dict(name=args.data.stem, data_changed=args.data.stat().st_mtime_ns)
         return {folder: settings | changed | places}
     # Relative to the folder, which may move.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import PaliGemma
-from model.decoding.closed_set import ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet
 from model.gemma import Gemma
 from model.io.image import to_network
 from train.data.samples import TEXT_MULTIPLE
@@ -83,7 +83,7 @@ def allowed_loss(
     """Closed-set: cross-entropy over the ids allowed at each position. The eos after the last group is the
     only id allowed there, so it has nothing to teach."""
     total = weights.new_zeros((), dtype=torch.float32)
-    for slot in (0, 4):  # of a group: coordinates (all four slots allow the same ids), then the class
+    for slot in (0, GROUP - 1):  # coordinates, whose four slots allow the same ids, and the class
         first, last = language.allowed(slot)
         chosen = (weights > 0) & (labels >= first) & (labels < last)  # [B, T]; indexing with it is a GPU sync
         logits = decoder.logits(hidden[chosen], first, last)  # [n, last - first]

@@ -24,7 +24,7 @@ from model.decoding.detector import ClosedSetDetector
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve
-from model.io.image import check_size, read_ahead
+from model.io.image import check_size, image_folder, read_ahead
 from model.io.writing import explain, read_json, write_json
 from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval, to_results
 from train.practice.write import HELD_OUT_SETS, write_coco
@@ -56,7 +56,7 @@ def evaluation_sets(
     annotations are answers in words and masks, else boxes.
     """
     if args.data:
-        yield args.data.stem, args.data, args.images or args.data.parent / "images", folder
+        yield args.data.stem, args.data, image_folder(args.data, args.images), folder
         return
     for split in args.sets:
         out, size = folder / split, model.config.vision.image_size

@@ -6,15 +6,11 @@ from torch.utils.data import Dataset
 
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
+from model.io.image import image_folder
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections, CocoIndex
 from train.data.jsonl import JsonlPairs, is_jsonl
 from train.data.targets import NANO_NOISE, Noise
-
-
-def image_folder(file: Path, images: Path | None) -> Path:
-    """The folder of a file's images: by default images/ beside it."""
-    return images or file.parent / "images"
 
 
 def read_coco_index(file: Path, images: Path | None) -> CocoIndex | None:
