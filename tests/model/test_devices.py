@@ -80,7 +80,7 @@ def test_every_rank_of_torchrun_takes_its_gpu(asked, gpus, monkeypatch):
     """evaluate.py: GPU number LOCAL_RANK, on every node."""
     for name, value in dict(WORLD_SIZE="4", RANK="3", LOCAL_RANK="1").items():
         monkeypatch.setitem(os.environ, name, value)
-    monkeypatch.setattr(evaluate, "join", lambda *args, **kwargs: None)
+    monkeypatch.setattr(evaluate, "join_processes", lambda *args, **kwargs: None)
     monkeypatch.setattr(PaliGemma, "from_pretrained", lambda *a, device, **k: gpus.append(("load", device)))
     monkeypatch.setattr("model.decoding.packing.can_pack", lambda model: False)
     parser = argparse.ArgumentParser()
