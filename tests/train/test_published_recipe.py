@@ -414,6 +414,16 @@ def test_recipes_parse(recipe):
     assert "# Known, " in text and "# Guessed" in text and "github.com/" in text
 
 
+@pytest.mark.parametrize("scale", ["1/1000", "0,001", "small"])
+def test_nano_recipe_refuses_a_scale_that_is_no_number(scale, tmp_path):
+    """awk would take 1/1000 for 1: seven hours."""
+    command = ["bash", ROOT / "train" / "recipes" / "nano.sh"]
+    environment = os.environ | dict(STEPS_SCALE=scale)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and f"STEPS_SCALE {scale}: must be a number" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_published_values():
     """Of the closed-set run, and big_vision's of the captions."""
     found = {recipe.stem: train.arguments(argv_of(recipe)) for recipe in RECIPES}
