@@ -32,7 +32,6 @@ COMMITMENT = 0.25  # weight of the loss that pulls features towards their codes
 SCENES_PER_STEP = 24
 SHAPES_PER_MASK = 1 / 3  # random shapes of a step, for each mask of its scenes
 MIN_USES = 0.05  # mean uses a step: a code with fewer is replaced by a feature of the batch
-HELD_OUT_SCENES = 300  # that the mean IoU is measured on
 
 
 def random_shape(rng: np.random.Generator) -> np.ndarray:
@@ -106,6 +105,7 @@ def main(argv=None) -> None:
     add = options.add_argument
     add("--out", type=Path, required=True)
     add("--steps", type=positive, default=8000, help=f"of {SCENES_PER_STEP} scenes")
+    add("--held-out", type=positive, default=300, help="scenes of each held-out set, for the mean IoU")
     add("--channels", type=positive, default=64, help="a multiple of 8; the official codec has 128")
     add("--width", type=positive, default=128, help="of a code; the official codec has 512")
     add("--lr", type=float, default=1e-3)
@@ -146,7 +146,7 @@ def main(argv=None) -> None:
     codec.save(args.out / CODEC)
     codec = MaskCodec.load(args.out / CODEC)  # in bfloat16, as it is stored
     for split in HELD_OUT_SETS:
-        masks = np.stack([mask for seed in range(HELD_OUT_SCENES) for mask in scene_masks(seed, split)])
+        masks = np.stack([mask for seed in range(args.held_out) for mask in scene_masks(seed, split)])
         print(f"{split:<8} {len(masks)} masks, mean IoU {mean_iou(codec, torch.from_numpy(masks)):.3f}")
 
 
