@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from infer.lib.measuring import installed, print_table, random_checkpoint, run_child, seconds
-from infer.lib.options import add_device_argument, check_json, head_for, usable_device
+from infer.lib.options import add_device_argument, check_output, head_for, usable_device
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
@@ -51,10 +51,8 @@ def language_of(folder: Path) -> ClosedSet:
 
 class Ours:
     def __init__(self, folder: Path, args: argparse.Namespace, int8=False, compiled=False, fused_head=True):
-        how = dict(dtype=DTYPES[args.dtype], device=args.device, int8=int8, packed=not compiled)
+        how = dict(dtype=DTYPES[args.dtype], device=args.device, int8=int8, compiled=compiled)
         self.model = load_for_decoding(folder, **how)
-        if compiled:
-            self.model.decoder.compile()
         self.language = language_of(folder)
         self.decoders = {}
         self.head = head_for(self.model) if fused_head else Head
@@ -140,7 +138,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def weight_bytes(folder: Path, args: argparse.Namespace) -> int:
-    """Of the decoder's layers, which every token reads."""
+    """The size of the decoder's layers, all of which every token reads."""
     with torch.device("meta"):
         layers = PaliGemma(load_config(folder)).decoder.layers
     return DTYPES[args.dtype].itemsize * sum(p.numel() for p in layers.parameters())
@@ -240,7 +238,7 @@ def main() -> None:
     args = options.parse_args()
     args.dtype = args.dtype or ("float32" if args.model == "nano" else "bfloat16")
     args.device = usable_device(args.device)
-    check_json(args.json)
+    check_output(args.json)
     if args.child:
         return child(args)
     nano = contextlib.nullcontext(NANO)

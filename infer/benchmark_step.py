@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from infer.lib.measuring import installed, print_table, random_checkpoint, run_child, seconds
-from infer.lib.options import add_device_argument, check_json, usable_device
+from infer.lib.options import add_device_argument, check_output, usable_device
 from model import PaliGemma, lora
 from model.config import VARIANTS, PaliGemmaConfig
 from model.io.weights import load_config
@@ -28,7 +28,7 @@ from train.loss import vocabulary_loss
 from train.run.processes import peak_memory
 from train.run.program import complain, parser, positive, run
 
-PREFIX, SUFFIX = 8, 256  # tokens
+PREFIX_LEN, SUFFIX_LEN = 8, 256  # tokens
 NEWLINE = 108  # the id that ends the prefix
 PEER_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj out_proj".split()
 SIDES = ["ours", "peer", "ours, recompute", "peer, recompute"]
@@ -38,23 +38,23 @@ def random_batch(config: PaliGemmaConfig, batch: int, device: str) -> tuple[Tens
     """Images [B, 3, S, S] and text [B, T]: bos, prefix, newline, suffix, eos."""
     generator, size = torch.Generator().manual_seed(1), config.vision.image_size
     images = 2 * torch.rand(batch, 3, size, size, generator=generator) - 1
-    tokens = torch.randint(300, config.image_token, (batch, PREFIX + SUFFIX), generator=generator)
-    tokens[:, 0], tokens[:, PREFIX - 1], tokens[:, -1] = config.bos, NEWLINE, config.eos
+    tokens = torch.randint(300, config.image_token, (batch, PREFIX_LEN + SUFFIX_LEN), generator=generator)
+    tokens[:, 0], tokens[:, PREFIX_LEN - 1], tokens[:, -1] = config.bos, NEWLINE, config.eos
     return images.to(device), tokens.to(device)
 
 
 def our_step(folder: Path, args: argparse.Namespace, recompute: bool):
     """A function that does forward and backward and returns the loss; and what is trained."""
-    model = PaliGemma.from_pretrained(str(folder), device=args.device)
+    model = PaliGemma.from_pretrained(folder, device=args.device)
     lora.add_lora(model, lora.TARGETS["published"], rank=16, alpha=16)
     for block in (*model.vision.layers, *model.decoder.layers) if recompute else ():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     images, tokens = random_batch(model.config, args.batch_size, args.device)
     weights = torch.zeros(tokens[:, 1:].shape, device=args.device)
-    weights[:, PREFIX - 1 :] = 1
+    weights[:, PREFIX_LEN - 1 :] = 1
 
     def step() -> float:
-        hidden = model.train().hidden(images, tokens[:, :-1], PREFIX)
+        hidden = model.train().hidden(images, tokens[:, :-1], PREFIX_LEN)
         loss = vocabulary_loss(model.decoder, hidden, tokens[:, 1:], weights) / weights.sum()
         loss.backward()
         return loss.item()
@@ -78,7 +78,7 @@ def peer_step(folder: Path, args: argparse.Namespace, recompute: bool):
     images, tokens = random_batch(config, args.batch_size, args.device)
     image = tokens.new_full((len(tokens), config.vision.tokens), config.image_token)
     ids = torch.cat((image, tokens), dim=1)
-    suffix = torch.arange(ids.shape[1], device=args.device) >= config.vision.tokens + PREFIX
+    suffix = torch.arange(ids.shape[1], device=args.device) >= config.vision.tokens + PREFIX_LEN
     batch = dict(
         input_ids=ids,
         pixel_values=images.bfloat16(),
@@ -113,20 +113,20 @@ def measure(side: str, folder: Path, args: argparse.Namespace) -> dict:
 
 
 def flops(config: PaliGemmaConfig, batch_size: int) -> float:
-    """Of a step, without recomputation: 2 per weight and token forward, as many backward through the frozen
-    weights to what is before them (adapters and attention scores are left out)."""
+    """Floating-point operations of a step without recomputation: 2 per weight and token forward, and as many
+    backward through the frozen weights (those of adapters and attention scores are left out)."""
     with torch.device("meta"):
         model = PaliGemma(config)
-    text_tokens = config.vision.tokens + PREFIX + SUFFIX - 1
+    text_tokens = config.vision.tokens + PREFIX_LEN + SUFFIX_LEN - 1
     layers = sum(p.numel() for p in model.decoder.layers.parameters())
     head = model.decoder.embed.weight.numel()
     vision = sum(p.numel() for p in model.vision.parameters())
-    per_image = vision * config.vision.tokens + layers * text_tokens + head * SUFFIX
+    per_image = vision * config.vision.tokens + layers * text_tokens + head * SUFFIX_LEN
     return 4.0 * batch_size * per_image
 
 
 def take_turns(folder: Path, args: argparse.Namespace) -> list[dict]:
-    """The figures of every turn, each in a process of its own; of a side that fails, none."""
+    """The figures of every turn, each in a process of its own. A side that fails has none."""
     own = ["--variant", args.variant, "--batch-size", args.batch_size, "--steps", args.steps]
     own += ["--device", args.device, "--folder", folder]
     sides = [side for side in SIDES if args.peer or side.startswith("ours")]
@@ -145,7 +145,7 @@ def print_best(rows: list[dict], config: PaliGemmaConfig, args: argparse.Namespa
     table = []
     for side in dict.fromkeys(row["side"] for row in rows):
         best = min((row for row in rows if row["side"] == side), key=lambda row: row["seconds"])
-        tokens = args.batch_size * (config.vision.tokens + PREFIX + SUFFIX)
+        tokens = args.batch_size * (config.vision.tokens + PREFIX_LEN + SUFFIX_LEN)
         text = {"": side, "s a step": f"{best['seconds']:.2f}", "tokens/s": f"{tokens / best['seconds']:.0f}"}
         text |= {"peak GB": f"{best['peak_gb']:.2f}", "first loss": f"{best['loss']:.4f}"}
         if args.peak_tflops:
@@ -171,7 +171,7 @@ def main() -> int | None:
     add("--child", choices=SIDES, help=argparse.SUPPRESS)
     args = options.parse_args()
     args.device = usable_device(args.device)
-    check_json(args.json)
+    check_output(args.json)
     if args.child:
         print(json.dumps(measure(args.child, args.folder, args)))
         return None

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from infer.lib.draw import draw_boxes
-from infer.lib.options import add_detection_arguments, check_json, load_detector
+from infer.lib.options import add_detection_arguments, check_output, load_detector
 from model.decoding.detections import Detections
 from model.decoding.masks import to_rle
 from model.io.image import SUFFIXES, read_ahead
@@ -80,17 +80,17 @@ def make_record(file: Path, image: Image.Image, found: Detections, tokens: bool)
     return record | (dict(tokens=found.tokens.flatten().tolist()) if tokens else {})
 
 
-def detect_files(args: argparse.Namespace) -> int:
-    """Detect or segment in all of --image; the exit code."""
+def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
+    """Detect, or with masks segment, in all of --image; returns the exit code."""
     program = sys.argv[0]  # detect.py or segment.py
     files, complaints = find_images(args.image)
     for message in complaints:
         complain(message, program)
-    check_json(args.json)
+    check_output(args.json)
     records, taken = [], {file.resolve() for file in files}
     if args.json and args.json.resolve() in taken:
         raise ValueError(f"--json {args.json} is one of the pictures")
-    detector = load_detector(args)
+    detector = load_detector(args, masks)
     args.out.mkdir(parents=True, exist_ok=True)
     # None shows the bar on a terminal only.
     with tqdm(total=len(files), unit="image", disable=len(files) < 2 or None) as bar:

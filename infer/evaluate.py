@@ -8,7 +8,7 @@ Prints pycocotools' own figures (AP and AR over IoU 0.50 to 0.95, 100 boxes an i
 without objects too; then AP when the class is ignored, and how far scores are from the share of right boxes
 (expected calibration error, ten bins).
 
---out keeps the predictions: report.py draws them, and a run that was stopped goes on with them.
+--out keeps the predictions: report.py draws them, and a stopped run continues from them.
 """
 
 import argparse
@@ -19,18 +19,19 @@ from pathlib import Path
 
 import torch
 
-from infer.lib.options import add_detection_arguments, check_json, load_detector
+from infer.lib.options import add_detection_arguments, check_output, load_detector
 from infer.lib.predictions import (
-    SCENES,
+    SCENES_FOLDER,
     add_set_arguments,
     check_settings,
     evaluate,
     evaluation_sets,
     file_stamps,
 )
+from model.io.image import image_folder
 from model.io.writing import write_json
 from train.practice.write import HELD_OUT_SETS
-from train.run.processes import all_gather, join_processes
+from train.run.processes import all_gather, join_processes, own_device
 from train.run.program import parser, run
 
 # Options that do not change the boxes of an image.
@@ -47,10 +48,11 @@ def print_figures(name: str, figures: dict) -> None:
 
 def join_torchrun(args: argparse.Namespace) -> None:
     """Under torchrun: meet the other processes, and choose this one's GPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
         join_processes("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
         if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            args.device = str(own_device("cuda", world))
 
 
 def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
@@ -58,11 +60,11 @@ def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
     settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_PREDICTIONS}
     settings |= {f"{name} files": file_stamps(settings.get(name)) for name in ("model", "adapter")}
     if args.data:
-        places = dict(data=args.data.resolve(), images=(args.images or args.data.parent / "images").resolve())
+        places = dict(data=args.data.resolve(), images=image_folder(args.data, args.images).resolve())
         changed = dict(name=args.data.stem, data_changed=args.data.stat().st_mtime_ns)
         return {folder: settings | changed | places}
     # Relative to the folder, which may move.
-    places = dict(data=f"{SCENES}/instances.json", images=f"{SCENES}/images")
+    places = dict(data=f"{SCENES_FOLDER}/instances.json", images=f"{SCENES_FOLDER}/images")
     return {
         folder / split: settings | dict(name=HELD_OUT_SETS[split], data_changed=None) | places
         for split in args.sets
@@ -73,11 +75,11 @@ def main() -> None:
     options = parser(__doc__)
     add_set_arguments(options, "a COCO instances file", tuple(HELD_OUT_SETS))
     options.add_argument("--score-threshold", type=float, default=0.0)
-    note = "folder of predictions and figures; goes on with what is there"
+    note = "folder of predictions and figures; what is there already is used"
     options.add_argument("--out", type=Path, metavar="DIR", help=note)
     add_detection_arguments(options)
     args = options.parse_args()
-    check_json(args.json)
+    check_output(args.json)
     join_torchrun(args)
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:

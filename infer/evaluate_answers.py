@@ -25,17 +25,17 @@ from infer.lib.options import (
     add_codec_arguments,
     add_model_arguments,
     add_sampling_arguments,
-    check_json,
+    check_output,
     load_codec,
     load_model,
     sampling_options,
 )
 from infer.lib.predictions import add_set_arguments, evaluation_sets
-from model.decoding.boxes import BINS
 from model.decoding.generate import Prompter
 from model.decoding.masks import from_rle
 from model.io.image import load_image
-from model.io.writing import write_json, write_lines
+from model.io.tokenizer import LOCS
+from model.io.writing import located, write_json, write_lines
 from train.data.jsonl import read_lines
 from train.measures import TASKS, judge_answers, task_of
 from train.run.program import parser, positive, run
@@ -45,18 +45,16 @@ IMAGES = 8  # whose prompts are put together
 
 
 def read_prompts(data: Path, images: Path) -> list[dict]:
-    """The lines of a file; ValueError for one on which nothing can be measured."""
+    """The lines of a file. One on which nothing can be measured is refused."""
     records = []
     for _, record in read_lines(data, images):
-        try:
+        with located(f"{data}: {record['image']}, {record['prefix']!r}"):
             if task_of(record) is None:
                 raise ValueError(f"begins with none of {', '.join(TASKS)}, and has no mask")
             if "mask" in record:
                 from_rle(record["mask"])
             if not isinstance(record.get("kind", ""), str):
                 raise ValueError(f"'kind' must be text, not {record['kind']!r:.60}")
-        except ValueError as error:
-            raise ValueError(f"{data}: {record['image']}, {record['prefix']!r}: {error}") from error
         records.append(record)
     if not records:
         raise ValueError(f"{data} has no lines")
@@ -74,13 +72,13 @@ def ask_all(prompter: Prompter, records: list[dict], images: Path, title: str) -
                 check_mask_sizes(picture.size, lines, images)
             prompts = [(i, line["prefix"]) for i, lines in enumerate(of_call) for line in lines]
             said = prompter(pictures, prompts)
-            answers += [prompter.tokenizer.decode(tokens).strip() for tokens, _ in said]
+            answers += [prompter.model.tokenizer.decode(tokens).strip() for tokens, _ in said]
             bar.update(len(prompts))
     return answers
 
 
 def check_mask_sizes(size: tuple[int, int], lines: list[dict], images: Path) -> None:
-    """ValueError if the mask of a line is of another size than its picture, (width, height)."""
+    """Refuse a mask of another size than its picture, (width, height)."""
     for height, width in (line["mask"]["size"] for line in lines if "mask" in line):
         if (width, height) != size:
             fault = f"has a mask of {width} x {height} pixels, but {size[0]} x {size[1]}"
@@ -100,19 +98,19 @@ def main() -> None:
     options = parser(__doc__)
     add = options.add_argument
     add_set_arguments(options, "JSONL", SETS)
-    add("--max-tokens", type=positive, default=100, help="longest answer")
-    add("--bins", type=int, choices=(1023, 1024), default=BINS, help="1023: locations of RefCOCO checkpoints")
+    add("--max-tokens", type=positive, default=100, help="most tokens of an answer")
+    add("--bins", type=int, choices=(1023, 1024), default=LOCS, help="1023: locations of RefCOCO checkpoints")
     add("--answers", type=Path, metavar="FILE", help="write the lines there, with what the model said")
     add_codec_arguments(options)
     add_model_arguments(options)
     add_sampling_arguments(options)
     args = options.parse_args()
-    check_json(args.json)
-    check_json(args.answers, "--answers")
+    check_output(args.json)
+    check_output(args.answers, "--answers")
     sampling = sampling_options(args)
     codec = None if args.data else load_codec(args)
     model = load_model(args)
-    prompter = Prompter(model, model.tokenizer, args.max_tokens, sampling, args.seed)
+    prompter = Prompter(model, args.max_tokens, sampling, args.seed)
     figures, answered = {}, []
     with tempfile.TemporaryDirectory() as temporary:
         for name, data, images, _ in evaluation_sets(args, Path(temporary), model, codec):

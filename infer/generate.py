@@ -15,19 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from infer.lib.options import (
-    add_model_arguments,
-    add_sampling_arguments,
-    load_model,
-    sampling_options,
-)
+from infer.lib.options import add_model_arguments, add_sampling_arguments, load_model, sampling_options
 from model import PaliGemma
+from model.decoding.batches import network_images
 from model.decoding.closed_set import PROMPT
 from model.decoding.generate import generate
 from model.decoding.open_set import class_names
-from model.io.image import load_image, square, to_network
+from model.io.image import load_image
 from train.run.program import complain, parser, positive, run
 
 HELP = "ask about the image, or: /image FILE (look at another), /help, Ctrl-D (end)"
@@ -45,14 +40,13 @@ class Speaker:
 
     def look(self, file: Path) -> None:
         """Encode an image, once for all prompts that follow."""
-        pixels = to_network(square(load_image(file), self.model.config.vision.image_size))
         with torch.inference_mode():
-            self.image_tokens: Tensor = self.model.encode(pixels[None].to(self.model.projector.weight.device))
+            self.image_tokens = self.model.encode(network_images(self.model, [load_image(file)]))
 
     def answer(self, prompt: str) -> None:
         """Print the answers to a prompt: one as it comes, several when all have ended.
 
-        Raises ValueError for a prompt that is too long, or asks for what the model cannot know.
+        A prompt that is too long, or asks for what the model cannot know, is refused.
         """
         verb, _, names = prompt.partition(" ")
         if verb in ("detect", "segment") and prompt != PROMPT:
@@ -108,7 +102,7 @@ def main() -> None:
     add = options.add_argument
     add("--image", type=Path, required=True, metavar="FILE")
     add("--prompt", help="without it, prompts are read line by line")
-    add("--max-tokens", type=positive, default=100, help="longest answer")
+    add("--max-tokens", type=positive, default=100, help="most tokens of an answer")
     add("--samples", type=positive, default=1, help="answers to each prompt")
     add_sampling_arguments(options)
     add_model_arguments(options)

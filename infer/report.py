@@ -102,7 +102,7 @@ def report_set(result: Evaluated, prefix: str, out: Path, count: int) -> list[st
 
 
 def report_run(folder: Path, out: Path) -> list[str]:
-    """The curves of a training run, of those that it logged; their HTML."""
+    """The curves of what a training run has logged; their HTML."""
     with explain(f"--run {folder}: its metrics.jsonl cannot be read", OSError, ValueError):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written

@@ -18,7 +18,7 @@ def main() -> int:
     options = parser(__doc__)
     add_file_arguments(options)
     add_detection_arguments(options, masks=True)
-    return detect_files(options.parse_args())
+    return detect_files(options.parse_args(), masks=True)
 
 
 if __name__ == "__main__":

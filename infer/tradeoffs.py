@@ -26,13 +26,14 @@ from infer.lib.options import add_device_argument, usable_device
 from infer.lib.plots import new_figure, require_matplotlib
 from infer.lib.predictions import evaluate
 from model import PaliGemma
-from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
+from model.config import COCO_CLASSES
+from model.decoding.batches import network_images
+from model.decoding.closed_set import GROUP, ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
-from model.io.hub import NANO
-from model.io.image import load_image, square, to_network
-from model.io.tokenizer import LOCS, Tokenizer
+from model.io.image import load_image
+from model.io.tokenizer import LOCS
 from model.io.weights import DTYPES
 from train.practice.write import write_coco
 from train.run.program import parser, positive, run
@@ -40,22 +41,16 @@ from train.run.program import parser, positive, run
 # early-stop
 BATCH = 16
 TIMED = 60  # images, one at a time
-PATIENCE = 1, 2
-NOISE = 0.5, 0.8, 0.95, 0.99
-# growth
-GROUPS = 1, 3, 6, 12, 24, 51
-BATCHES = 1, 2, 4, 8, 16, 32
-SIDES = 128, 224, 320, 448, 640  # pixels; nano has 128
 # head
-LOC0, CLASS0, CLASSES, CAP = 256_000, 7, 80, 30.0  # official
-ALLOWED = [(LOC0, LOC0 + LOCS)] * 4 + [(CLASS0, CLASS0 + CLASSES + 1)]
-WIDTHS = {"nano": (160, 257_216), "3B": (2304, 257_216)}
-REPEATS = 50
+LOC0, CLASS0, CAP = 256_000, 7, 30.0  # official
+ALLOWED = [(LOC0, LOC0 + LOCS)] * (GROUP - 1) + [(CLASS0, CLASS0 + len(COCO_CLASSES) + 1)]
+WIDTHS = {"nano": 160, "3B": 2304}
+VOCABULARY = 257_216
 
 
 def load_nano() -> tuple[PaliGemma, ClosedSet]:
-    model = PaliGemma.from_pretrained(str(NANO), dtype=torch.float32)
-    return model, ClosedSet.of(model.config, Tokenizer(NANO))
+    model = PaliGemma.from_pretrained("nano", dtype=torch.float32)
+    return model, ClosedSet.of(model.config, model.tokenizer)
 
 
 # ---- early stop --------------------------------------------------------------------------------------------
@@ -65,14 +60,13 @@ def early_stop(args: argparse.Namespace) -> None:
     """mAP on held-out scenes, boxes decoded for an image, and images a second, one at a time."""
     require_matplotlib()
     model, language = load_nano()
-    size = model.config.vision.image_size
-    stops = [None] + [EarlyStop(noise, patience) for patience in PATIENCE for noise in NOISE]
+    stops = [None] + [EarlyStop(noise, patience) for patience in args.patience for noise in args.noise]
     decoders = [GroupDecoder(model, language, early_stop=stop) for stop in stops]
     with tempfile.TemporaryDirectory() as temporary:
         scenes = Path(temporary) / "scenes"
-        write_coco(scenes, args.count, "same", size)
+        write_coco(scenes, args.count, "same", model.config.vision.image_size)
         files = sorted((scenes / "images").iterdir())[:TIMED]
-        images = torch.stack([to_network(square(load_image(file), size)) for file in files])
+        images = network_images(model, [load_image(file) for file in files])
 
         def one_at_a_time(decoder: GroupDecoder) -> None:
             for image in images:
@@ -121,9 +115,9 @@ def growth(args: argparse.Namespace) -> None:
 
     patch = model.config.vision.patch_size
     curves = {
-        "groups": {groups: measure(model, groups=groups) for groups in GROUPS},
-        "images a batch": {batch: measure(model, batch=batch) for batch in BATCHES},
-        "image tokens": {(side // patch) ** 2: measure(resized(side)) for side in SIDES},
+        "groups": {groups: measure(model, groups=groups) for groups in args.groups},
+        "images a batch": {batch: measure(model, batch=batch) for batch in args.batch_size},
+        "image tokens": {(side // patch) ** 2: measure(resized(side)) for side in args.sides},
     }
     with new_figure(args.out, 11, 3.2) as figure:
         for axes, (name, curve) in zip(figure.subplots(1, 3), curves.items(), strict=True):
@@ -173,32 +167,42 @@ def head(args: argparse.Namespace) -> None:
     device = usable_device(args.device)
     print(f"microseconds, {args.dtype}, {device}, torch {torch.__version__}")
     rows = []
-    for name, (width, vocabulary) in WIDTHS.items():
-        decoder = TiedHead(width, vocabulary, DTYPES[args.dtype], device)
+    for name in args.widths:
+        decoder = TiedHead(WIDTHS[name], VOCABULARY, DTYPES[args.dtype], device)
         for batch in args.batch_size:
-            hidden = torch.randn(batch, width, device=device, dtype=DTYPES[args.dtype])
+            hidden = torch.randn(batch, WIDTHS[name], device=device, dtype=DTYPES[args.dtype])
             for slot, what in ((0, "1,024 coordinates"), (4, "81 classes")):
                 row = {"": f"{name}, batch {batch}, {what}"}
                 for way, function in three_ways(decoder, hidden, slot).items():
-                    row[way] = f"{1e6 * median(seconds(function, device) for _ in range(REPEATS)):.0f}"
+                    row[way] = f"{1e6 * median(seconds(function, device) for _ in range(args.repeats)):.0f}"
                 rows.append(row)
     print_table(rows)
 
 
 def main() -> None:
     options = parser(__doc__)
-    commands, of = options.add_subparsers(required=True, metavar="early-stop | growth | head"), {}
+    commands, parsers = options.add_subparsers(required=True, metavar="early-stop | growth | head"), {}
     for name, function in {"early-stop": early_stop, "growth": growth, "head": head}.items():
-        of[name] = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
-        of[name].set_defaults(function=function)
+        parsers[name] = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
+        parsers[name].set_defaults(function=function)
     for name in ("early-stop", "growth"):
-        add = of[name].add_argument
+        add = parsers[name].add_argument
         add("--out", type=Path, required=True, metavar="FILE", help="the plot, a PNG file")
         add("--repeats", type=positive, default=5, help="of each timing; the fastest counts")
-    of["early-stop"].add_argument("--count", type=positive, default=1000, help="held-out scenes")
-    add_device_argument(of["head"])
-    of["head"].add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    of["head"].add_argument("--batch-size", nargs="+", type=positive, default=[1, 32])
+    add = parsers["early-stop"].add_argument
+    add("--count", type=positive, default=1000, help="held-out scenes")
+    add("--noise", nargs="+", type=float, default=[0.5, 0.8, 0.95, 0.99], metavar="P", help="as --early-stop")
+    add("--patience", nargs="+", type=positive, default=[1, 2], metavar="K", help="as --early-stop")
+    add = parsers["growth"].add_argument
+    add("--groups", nargs="+", type=positive, default=[1, 3, 6, 12, 24, 51])
+    add("--batch-size", nargs="+", type=positive, default=[1, 2, 4, 8, 16, 32])
+    add("--sides", nargs="+", type=positive, default=[128, 224, 320, 448, 640], help="of images, in pixels")
+    add = parsers["head"].add_argument
+    add_device_argument(parsers["head"])
+    add("--dtype", choices=DTYPES, default="bfloat16")
+    add("--batch-size", nargs="+", type=positive, default=[1, 32])
+    add("--widths", nargs="+", choices=WIDTHS, default=list(WIDTHS), help="hidden states of which model")
+    add("--repeats", type=positive, default=50, help="of each timing; their median counts")
     args = options.parse_args()
     torch.manual_seed(0)
     args.function(args)

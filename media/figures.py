@@ -21,13 +21,8 @@ from model.io.tokenizer import LOCS, Tokenizer
 from model.io.weights import load_config
 
 HERE = Path(__file__).parent
-IMAGE, PREFIX, ANSWER, NETWORK, GREY = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#4d4d4d",
-    "#8a8a8a",
-)  # safe for all eyes
+IMAGE, PREFIX, ANSWER = "#0072b2", "#e69f00", "#009e73"  # colours that colour-blind people can tell apart
+NETWORK, GREY = "#4d4d4d", "#8a8a8a"
 STYLE = {"font.size": 10, "font.family": "DejaVu Sans"}
 
 
@@ -53,7 +48,7 @@ def below(axes, x, y, text, colour):
 
 
 def tokens(axes, x, y, texts, colour, w=0.62, h=0.34):
-    """A row of token cells; returns the x behind the last one."""
+    """A row of token cells; returns the x after the last one."""
     for text in texts:
         if text == "...":
             axes.text(x + 0.17, y + h / 2, "...", ha="center", va="center", color=colour)

@@ -20,7 +20,7 @@ def prefix_lm_mask(valid: Tensor, is_suffix: Tensor) -> Tensor:
                                         query 3   x x x x .
                                         query 4   x x x x x
     """
-    block = is_suffix.cumsum(-1)  # the prefix is one block, every token of the suffix one of its own
+    block = is_suffix.cumsum(-1)  # [B, S]: the prefix is block 0, every suffix token a block of its own
     return (block[:, None, :] <= block[:, :, None]) & valid[:, None, :]
 
 
@@ -52,8 +52,8 @@ def window_mask(
                                         query 3   . . x x .
                                         query 4   . . . x x
 
-    So it is in transformers 5. big_vision, which trained the official checkpoints, has no window at all:
-    they differ only above 4,096 positions (896 px), where sliding_window=None follows big_vision.
+    transformers 5 does the same. big_vision, which trained the official checkpoints, has no window at all.
+    The two differ only above 4,096 positions (896 px), where sliding_window=None follows big_vision.
     """
     if window is None:
         return mask
@@ -106,6 +106,6 @@ def attend(
     if mask is not None:
         # Not -inf: the softmax of a row that reads nothing would be NaN.
         scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)  # [B, K, N/K, T, S]
     out = weights.view(B, K, -1, weights.shape[-1]) @ v  # [B, K, N/K * T, H]
-    return out.view(B, K, N // K, T, H).permute(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return out.view(B, K, N // K, T, H).permute(0, 3, 1, 2, 4).reshape(B, T, N, H)  # heads side by side again

@@ -107,7 +107,7 @@ class PaliGemmaConfig:
     pad: int = 0
     groups: int = 51  # boxes in a closed-set answer
     classes: tuple[str, ...] = field(default=COCO_CLASSES, repr=False)
-    open_vocabulary: bool = True  # False: knows no words except its classes, as nano
+    open_vocabulary: bool = True  # False: it knows no words except its classes, like nano
 
     def __post_init__(self):
         if isinstance(self.classes, list):

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): frozen matrices, each with a trained product of two thin ones added to it.
+"""LoRA (arXiv 2106.09685): to each frozen matrix, the product of two thin trained ones is added.
 
     names = add_lora(model, TARGETS["published"], rank=16, alpha=16)    # only A and B are trainable now
     fold(model)                                                         # merged: plain Linears again
@@ -21,7 +21,7 @@ TARGETS = {  # regular expressions for full paths of modules, such as decoder.la
 
 
 class LoRALinear(nn.Module):
-    """Takes the place of a Linear: x W^T + b + scale * dropout(x) A^T B^T. It holds the Linear's own W and b.
+    """Replaces a Linear: x W^T + b + scale * dropout(x) A^T B^T. It holds the Linear's own W and b.
 
     A [rank, in] starts random and B [out, rank] at zero, so at first nothing changes. Both are float32
     whatever W is, so that small steps are not rounded away; they compute in the dtype of x. scale: alpha /
@@ -43,7 +43,7 @@ class LoRALinear(nn.Module):
         """[..., in] -> [..., out]"""
         y = F.linear(x, self.weight, self.bias)
         thin = F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale  # [..., rank]
-        # Added in place, by way of a view of y: no second tensor of its size.
+        # Added in place, through a view of y: no second tensor of its size.
         y.flatten(0, -2).addmm_(thin.flatten(0, -2).to(y.dtype), self.B.to(y.dtype).T)
         return y
 
@@ -56,9 +56,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def add_lora(
     model: nn.Module, targets: str, rank: int = 16, alpha: float = 16, dropout: float = 0.0, rslora=False
 ) -> list[str]:
-    """Freeze the model and put a LoRALinear in the place of every Linear whose full path matches `targets`.
+    """Freeze the model and replace every Linear whose full path matches `targets` by a LoRALinear.
 
-    Returns the paths. Other modules can be given requires_grad afterwards: they are then trained whole, and
+    Returns the paths. Other modules can be given requires_grad afterwards: they are then trained in full, and
     saved with the adapter.
     """
     if rank < 1 or not 0 <= dropout < 1:
@@ -77,7 +77,7 @@ def add_lora(
 
 
 def replace_linear(model: nn.Module, name: str, **options) -> LoRALinear:
-    """Put a LoRALinear in the place of one Linear."""
+    """Replace one Linear by a LoRALinear, which is returned."""
     base = model.get_submodule(name)
     if type(base) is not nn.Linear:
         raise ValueError(f"LoRA cannot be put on {name}: it is a {type(base).__name__}, not a Linear")

@@ -45,7 +45,7 @@ class PaliGemma(nn.Module):
         return self.decoder.logits(self.hidden(images, tokens, prefix_len))
 
     def hidden(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
-        """What `forward` makes the logits of: the hidden states [B, T, D] of the text positions."""
+        """The hidden states [B, T, D] of the text positions, which `forward` turns into logits."""
         _check_text(tokens, prefix_len, len(images))
         return self.read(self.encode(images), tokens, prefix_len)
 
@@ -64,8 +64,8 @@ class PaliGemma(nn.Module):
     def _sequence(
         self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """[image | text] as the decoder reads it: embeddings [B, P + T, D], where it is no padding and its
-        positions [B, P + T], and the masks [B, P + T, P + T] of local and of global layers."""
+        """[image | text] as the decoder reads it: embeddings [B, P + T, D], valid (not padding) and positions
+        [B, P + T] each, and the masks [B, P + T, P + T] of the local and of the global layers."""
         (B, P, _), T = image_tokens.shape, tokens.shape[1]
         prefix_len = torch.as_tensor(prefix_len, device=tokens.device).expand(B)
         valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
@@ -118,15 +118,15 @@ class PaliGemma(nn.Module):
     def generate(self, image, prompt: str, max_new_tokens: int = 100, sampling=None, generator=None) -> str:
         """The answer to a prompt about an image: model.generate("photo.jpg", "caption en").
 
-        image: a file or a PIL image. sampling: a model.decoding.generate.Sampling, greedy if None; generator:
-        of its random numbers, a torch.Generator on the CPU.
+        image: a file or a PIL image. sampling: a model.decoding.generate.Sampling, greedy if None. generator:
+        a torch.Generator on the CPU, from which sampling draws.
         """
+        from model.decoding.batches import network_images
         from model.decoding.generate import GREEDY, collect_answers, generate
-        from model.io.image import load_image, square, to_network
+        from model.io.image import load_image
 
-        pixels = to_network(square(load_image(image), self.config.vision.image_size))[None]  # [1, 3, S, S]
+        image_tokens = self.encode(network_images(self, [load_image(image)]))
         prompts = [self.tokenizer.encode_prompt(prompt)]
-        image_tokens = self.encode(pixels.to(self.projector.weight.device))
         steps = generate(self, image_tokens, prompts, max_new_tokens, sampling or GREEDY, generator)
         [(tokens, _)] = collect_answers(self, steps)
         return self.tokenizer.decode(tokens)
@@ -215,7 +215,7 @@ def _check_text(tokens: Tensor, prefix_len: int | Tensor, batch: int) -> None:
         lengths = torch.as_tensor(prefix_len)
         if lengths.dtype != torch.int64 or lengths.shape not in ((), (batch,)):
             raise ValueError(f"prefix_len is {_form(lengths)}, the model takes an int or int64 [{batch}]")
-        # Waits for the GPU, if the lengths are there. Training and decoding do not: they call `read`.
+        # A GPU sync if the lengths are on a GPU. Training and decoding call `read`, which does without.
         shortest, longest = lengths.min().item(), lengths.max().item()
     if not 1 <= shortest <= longest <= tokens.shape[1]:
         wrong = shortest if shortest < 1 else longest
@@ -223,5 +223,5 @@ def _check_text(tokens: Tensor, prefix_len: int | Tensor, batch: int) -> None:
 
 
 def _form(tensor: Tensor) -> str:
-    """Its dtype and shape: "int64 [2, 6]"."""
+    """A tensor's dtype and shape in words: "int64 [2, 6]"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

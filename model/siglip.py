@@ -70,7 +70,7 @@ class SigLIP(nn.Module):
         """Images [B, 3, S, S] in [-1, 1] -> features [B, P, D], patches row by row from the top left."""
         x = self.patch_embedding(images)  # [B, D, S / patch, S / patch]
         x = x.flatten(2).transpose(1, 2)  # [B, P, D]
-        x = x + self.position_embedding.weight
+        x = x + self.position_embedding.weight  # [P, D], for every image
         for block in self.layers:
             x = block(x)
         return self.norm(x)

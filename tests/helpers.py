@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -236,10 +237,10 @@ class CannedAnswers:
     """Stands in for Prompter: canned answers by prompt; remembers what it was asked."""
 
     def __init__(self, tokenizer, by_prompt, p=0.9):
-        self.tokenizer, self.by_prompt, self.p = tokenizer, by_prompt, p
-        self.asked, self.max_tokens, self.model = [], 50, None
+        self.model, self.by_prompt, self.p = SimpleNamespace(tokenizer=tokenizer), by_prompt, p
+        self.asked, self.max_tokens = [], 50
 
     def __call__(self, images, asked):
         self.asked += asked
-        tokens = [self.tokenizer.encode(self.by_prompt.get(prompt, "")) for _, prompt in asked]
+        tokens = [self.model.tokenizer.encode(self.by_prompt.get(prompt, "")) for _, prompt in asked]
         return [(row, [math.log(self.p)] * len(row)) for row in tokens]

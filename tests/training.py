@@ -111,3 +111,43 @@ def first_batch(data) -> list[dict]:
     """The samples of the first step."""
     (keys,) = StepSampler(len(data), range(1), 4)
     return [data[key] for key in keys]
+
+
+# Small data sets --------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 90, 60
+CAT = dict(image="a.png", prefix="caption en", suffix="a cat")
+LIGHT = dict(
+    image="sub/c.png", prefix="detect traffic light", suffix="<loc0000><loc0001><loc0002><loc1023> bé"
+)
+
+
+def instances(**changes) -> dict:
+    """Three images, the second without objects; ids with gaps and out of order, as COCO's are."""
+    data = dict(
+        images=[
+            dict(id=70, file_name="a.png", width=WIDTH, height=HEIGHT),
+            dict(id=5, file_name="b.png", width=40, height=40),
+            dict(id=9, file_name="sub/c.png", width=50, height=80.0),
+        ],
+        categories=[dict(id=90, name="bird"), dict(id=2, name="traffic light"), dict(id=13, name="cat")],
+        annotations=[
+            dict(id=1, image_id=9, category_id=90, bbox=[5, 5, 100, 10], segmentation=[[1, 2, 3]]),  # cut
+            dict(id=2, image_id=70, category_id=2, bbox=[10, 20, 30, 30], iscrowd=0),
+            dict(id=3, image_id=70, category_id=13, bbox=[50.5, 0, 20.25, 59]),
+            dict(id=4, image_id=9, category_id=2, bbox=[0, 0, 9, 9], iscrowd=1),
+            dict(id=5, image_id=9, category_id=2, bbox=[0, 0, 9, 0]),
+            dict(id=6, image_id=9, category_id=2, bbox=[60, 0, 9, 9]),  # beside the image
+            dict(id=7, image_id=9, category_id=2, bbox=[1, float("nan"), 9, 9]),
+            dict(id=8, image_id=9, category_id=13, bbox=[-10, -5, 20, 20]),
+        ],
+    )
+    return data | changes
+
+
+def broken(key: str, row: int, **changes) -> dict:
+    """The file with a record changed; None takes a field away."""
+    data = instances()
+    changed = data[key][row] | changes
+    data[key][row] = {name: value for name, value in changed.items() if value is not None}
+    return data

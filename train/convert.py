@@ -30,7 +30,7 @@ from model.io.writing import atomic_write, write_json, write_lines
 from train.data.coco import CocoIndex
 from train.data.jsonl import read_lines, right_answers
 from train.data.masks import Sheet, read_outlines, segment_lines
-from train.run.program import parser, positive, run
+from train.run.program import not_negative, parser, positive, run
 
 
 def lines_of(
@@ -51,8 +51,6 @@ def lines_of(
 
 
 def coco_to_jsonl(args: argparse.Namespace) -> str:
-    if args.absent < 0 or args.seed < 0:
-        raise ValueError("--absent and --seed must be at least 0")
     index = CocoIndex.read(args.data, max_classes=None)
     for name in index.classes:
         check_label(name)
@@ -141,9 +139,9 @@ def arguments(argv=None) -> argparse.Namespace:
         return added.add_argument
 
     add = command("coco-to-jsonl", coco_to_jsonl, "open-set lines from a COCO instances file")
-    add("--absent", type=int, default=0, help="absent classes to ask for in each image")
+    add("--absent", type=not_negative, default=0, help="absent classes to ask for in each image")
     add("--classes-per-line", type=positive, metavar="K", help="at most; default: all in one line")
-    add("--seed", type=int, default=0, help="of the absent classes and the order")
+    add("--seed", type=not_negative, default=0, help="of the absent classes and the order")
     add = command("jsonl-to-coco", jsonl_to_coco, "a COCO instances file from open-set lines")
     add("--images", type=Path, required=True, help="the folder of the images")
     add = command("masks-to-jsonl", masks_to_jsonl, "segmentation lines from outlines or mask pictures")

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train/fit.py ...                                     # one node, 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 train/fit.py ...  # two nodes
 
---data is a COCO file or JSONL; without it every sample is a fresh practice scene. A run that was killed goes
-on with --resume, to the same weights as if nothing had happened. OUT/metrics.jsonl has a line every
+--data is a COCO file or JSONL; without it every sample is a fresh practice scene. A killed run continues with
+--resume, and ends with the weights that it would have had anyway. OUT/metrics.jsonl has a line every
 --log-every steps; OUT/final is the result: a checkpoint in bfloat16, or the adapter.
 """
 
@@ -27,9 +27,8 @@ from model import PaliGemma, lora
 from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.hub import codec_file, resolve
-from model.io.tokenizer import Tokenizer
-from model.io.weights import load_config
-from model.io.writing import explain, read_json, write_json
+from model.io.weights import DTYPES, load_config
+from model.io.writing import read_json, write_json
 from train.data.coco import CocoIndex
 from train.data.jsonl import is_jsonl
 from train.data.open import classes_for, open_data, read_coco_index
@@ -42,40 +41,21 @@ from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
 from train.run.options import arguments, as_json, caps_of, changed_options, noise_of
 from train.run.plan import print_plan
-from train.run.processes import all_gather, join_processes
+from train.run.processes import all_gather, join_processes, own_device, use_gpu
 from train.run.program import run as run_program
 from train.validate import Validation
 
 # ---- set-up ------------------------------------------------------------------------------------------------
 
 
-def own_device(name: str, world: int) -> torch.device:
-    """The device of this process. Of several on a machine, each takes the GPU of its number there."""
-    with explain(f"--device {name}", RuntimeError):
-        device = torch.device(name)
-    if device.type == "cuda" and (world > 1 or device.index is None):  # set_device wants an index
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
-
-
-def start(args: argparse.Namespace, device: torch.device, world: int) -> None:
-    """Take this process's GPU and meet the other processes."""
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            there = torch.cuda.device_count()
-            raise ValueError(f"--device {args.device}: no {device} on this machine, which has {there} GPUs")
-        torch.cuda.set_device(device)
-    if world > 1 or args.shard:
-        join_processes("nccl" if device.type == "cuda" else "gloo")
-
-
 def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
-    """The newest checkpoint in --out, or None for a new run, and the options that it ran with. Refuses to go
-    on with others."""
-    restarted = max(all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0  # nodes may differ
+    """The newest checkpoint in --out, or None for a new run, and the options that it ran with. Refuses to
+    continue with others."""
+    restarts = all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # each node counts its own
+    restarted = max(restarts) > 0
     found = newest(args.out)
     if found and not (args.resume or restarted):
-        raise ValueError(f"{args.out} holds a run already: --resume goes on with it, or choose another --out")
+        raise ValueError(f"{args.out} holds a run already: --resume continues it, or choose another --out")
     before = read_json(args.out / "run.json") if found else {}
     if found and (changed := changed_options(before, args)):
         was = ", ".join(changed)
@@ -84,20 +64,18 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
 
 
 def load_model(
-    args: argparse.Namespace,
-    base: Path,
-    adapter: Path | None,
-    index: CocoIndex | None,
-    device: torch.device,
+    args: argparse.Namespace, base: Path, adapter: Path | None, index: CocoIndex | None, device: torch.device
 ) -> PaliGemma:
-    """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one to go on with."""
+    """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
+    before, to be trained further; index: of --data, if it is a COCO file."""
     overrides = caps_of(args)
     if args.data:
-        overrides["classes"] = classes_for(index, load_config(str(base)).classes)
+        overrides["classes"] = classes_for(index, load_config(base).classes)
         if index is None:  # lines of text: any class can be asked for
             overrides["open_vocabulary"] = True
-    dtype = getattr(torch, args.dtype)
-    model = PaliGemma.from_pretrained(str(base), dtype=dtype, device=device, adapter=adapter, **overrides)
+    model = PaliGemma.from_pretrained(
+        base, dtype=DTYPES[args.dtype], device=device, adapter=adapter, **overrides
+    )
     if args.lora and not adapter:
         lora.add_lora(
             model,
@@ -113,23 +91,18 @@ def load_model(
 
 
 def load_data(
-    args: argparse.Namespace,
-    model: PaliGemma,
-    tokenizer: Tokenizer,
-    language: ClosedSet,
-    base: Path,
-    index: CocoIndex | None,
+    args: argparse.Namespace, model: PaliGemma, language: ClosedSet, index: CocoIndex | None
 ) -> Dataset:
-    """What is trained on: --data, or practice scenes. index: of --data, if it is a COCO file."""
+    """The training data: --data, or practice scenes. index: of --data, if it is a COCO file."""
     if not args.data:
-        codec = MaskCodec.load(codec_file(base)) if args.tasks == "all" else None
+        codec = MaskCodec.load(codec_file(model.folder)) if args.tasks == "all" else None
         vision = model.config.vision
         return PracticeScenes(
             language,
             vision.image_size,
             vision.patch_size,
             first=args.first_scene,
-            tokenizer=tokenizer,
+            tokenizer=model.tokenizer,
             codec=codec,
             noise=noise_of(args),
         )
@@ -139,7 +112,7 @@ def load_data(
         args.data,
         args.images,
         model,
-        tokenizer,
+        model.tokenizer,
         args.seed,
         args.augment,
         allow_outside=args.allow_outside,
@@ -169,10 +142,10 @@ def make_loader(
 
 def agree(parts: list[dict[str, Tensor]], stopping: bool, world: int) -> tuple[Tensor, Tensor]:
     """What all processes must know before a step: the weights of the whole batch, by which losses are
-    divided, and whether any of them was told to stop. One message carries both, since sending a message costs
-    more than what is in it."""
+    divided, and whether any process was asked to stop. One message carries both numbers: its cost is that of
+    sending it, not of its length."""
     weights = sum(part["weights"].sum() for part in parts)
-    sums = torch.stack((weights, weights.new_tensor(stopping)))
+    sums = torch.stack((weights, weights.new_tensor(stopping)))  # [2]
     if world > 1:
         dist.all_reduce(sums)
     # DDP and FSDP average gradients over the processes; dividing the total by their number makes that a sum.
@@ -196,11 +169,12 @@ def train_step(
         last = i == len(parts) - 1
         with torch.autocast(total.device.type, torch.bfloat16, enabled=amp), exchange(compute, last, args):
             loss, logged = compute(part | {"total": total}, patch_only=step < args.patch_steps)
-            loss.backward()
+            loss.backward()  # adds to the gradients of the micro-batches before
         loss_sum += logged
     norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if not torch.isfinite(norm):  # a GPU sync
+    # A GPU sync: so far the CPU has only queued the step's work, now it waits for the result.
+    if not torch.isfinite(norm):
         return None
     for optimizer in optimizers:
         optimizer.step()
@@ -217,24 +191,30 @@ def train(args: argparse.Namespace) -> int:
     device = own_device(args.device, world)
     if args.dry_run:
         return print_plan(args, world)
-    start(args, device, world)
+    if device.type == "cuda":
+        use_gpu(device)
+    if world > 1 or args.shard:
+        join_processes("nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_: None
+
+    # The model, from a checkpoint of this run or from --model, and the data.
     found, before = checkpoint_to_resume(args)
-    torch.manual_seed(args.seed)  # of adapters and the helper head
-    base = found if found and not args.lora else resolve(args.model)
+    torch.manual_seed(args.seed)  # new adapters and the helper head start from random numbers
+    base = found if found and not args.lora else resolve(args.model)  # with --lora, found is only an adapter
     run = Run.of(args.out, base=args.model, files=base, keep=args.keep)
     index = read_coco_index(args.data, args.images) if args.data else None
     model = load_model(args, base, found if args.lora else None, index, device)
-    tokenizer = Tokenizer(base)
+    tokenizer = model.tokenizer
     if tokenizer.size > model.config.text.vocab_size:
         size = model.config.text.vocab_size
         raise ValueError(f"the tokenizer has {tokenizer.size} ids, {args.model} {size}")
     language = ClosedSet.of(model.config, tokenizer)
-    data = load_data(args, model, tokenizer, language, base, index)
+    data = load_data(args, model, language, index)
     if args.val_every and args.val and args.tasks == "closed-set" and is_jsonl(args.val) == data.closed_set:
         kind = "lines of text" if data.closed_set else "COCO instances"
         raise ValueError(f"--val {args.val} holds {kind}, another kind of data than what is trained on")
 
+    # What is minimised, how it is computed, and what updates the weights.
     allowed = language if data.closed_set and args.loss == "allowed" else None
     class_names = [tokenizer.encode(f" {name}") for name in model.config.classes]
     objective = Objective(model, allowed, args.patch_weight, args.accumulate, class_names).to(device).train()
@@ -246,18 +226,21 @@ def train(args: argparse.Namespace) -> int:
     trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     say(f"{trainable:,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters")
 
+    # The samples of each step, and what happens at intervals.
     steps = range(trainer["step"], max(trainer["step"], args.steps))
     items = len(data) if args.data else None  # practice scenes never end
-    sampler = StepSampler(items, steps, args.batch_size, rank, world, args.accumulate, args.seed)
+    sampler = StepSampler(
+        items, steps, args.batch_size, rank=rank, world=world, accumulate=args.accumulate, seed=args.seed
+    )
     batches = iter(make_loader(args, data, sampler, model.config.pad, device))
     validation = Validation(args, model, objective, tokenizer, device) if args.val_every else None
-
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_json(as_json(args), args.out / "run.json")
     log = Log(args, steps.start, world, device) if rank == 0 else None
     save = functools.partial(save_checkpoint, run, trainer, model, objective, optimizers)
     stopping = stop_on_signals()
+
     loss_sum = torch.zeros((), device=device)  # since the last line of the log
     for step in steps:
         # Every step derives its random numbers (dropout) from its own number: there is no state to save.
@@ -277,7 +260,7 @@ def train(args: argparse.Namespace) -> int:
         loss_sum += loss
         done = trainer["step"] = step + 1
 
-        # Every so many steps: a line of the log, validation, a checkpoint.
+        # At intervals: a line of the log, validation, a checkpoint.
         if log:
             log.bar.update()
         if done % args.log_every == 0:
@@ -287,7 +270,7 @@ def train(args: argparse.Namespace) -> int:
                 log.line(done, loss_sum.item() / world, lr=optimizers[-1].param_groups[0]["lr"])
             loss_sum.zero_()
         if validation and (done % args.val_every == 0 or done == args.steps):
-            # One process decides for all: sums may differ in a digit, and then only some would save.
+            # One process decides for all: their sums may differ in a digit, and then only some would save.
             figures = all_gather(validation.run())[0]
             score = figures.get("val_mAP", -figures["val_loss"])
             if score > trainer.get("best", {}).get("score", -math.inf):
@@ -298,7 +281,7 @@ def train(args: argparse.Namespace) -> int:
         if done % args.save_every == 0 or done == args.steps or best_now or stop:
             save()
         if stop and done < args.steps:
-            say(f"\nstopped after step {done}; --resume goes on")
+            say(f"\nstopped after step {done}; --resume continues")
             return 128 + signal.SIGTERM
     if log:
         log.bar.close()

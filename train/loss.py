@@ -1,6 +1,6 @@
 """What a step of training minimises: the loss of the answers, and of the helper head on the image tokens.
 
-Only supervised positions count: no logits of positions, or of ids, that cannot be right are ever computed.
+Logits are computed at supervised positions only; for the closed-set loss, of the allowed ids only.
 Both losses of answers are weighted sums; the caller divides by the weights of the whole batch, of which it
 may hold a part.
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import PaliGemma
-from model.decoding.closed_set import ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet
 from model.gemma import Gemma
 from model.io.image import to_network
 from train.data.samples import TEXT_MULTIPLE
@@ -52,12 +52,12 @@ class Objective(nn.Module):
             patch_loss = patch_loss / self.micro_batches  # a mean already, so the parts' means are averaged
         if patch_only:
             return patch_loss, patch_loss.detach()
-        prompts = len(batch["text"]) // len(image_tokens)  # of an image
+        prompts = len(batch["text"]) // len(image_tokens)  # about each image: texts are [B * prompts, T]
         if prompts == 1:
             loss = self._answers_loss(image_tokens, batch)
         else:
-            # Most texts are much shorter than closed-set answers: the shorter half of the batch is read apart
-            # from the longer one, so that it need not be padded as far.
+            # Most texts are much shorter than closed-set answers. The shorter half of the batch is read
+            # separately, so that it need not be padded to the length of the longer half.
             lengths = (batch["text"] != self.model.config.pad).sum(-1)
             loss = batch["weights"].new_zeros(())
             for rows in lengths.argsort(stable=True).chunk(2):
@@ -69,7 +69,7 @@ class Objective(nn.Module):
         return loss + self.patch_weight * patch_loss, loss.detach()
 
     def _answers_loss(self, image_tokens: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The weighted sum over the answers to a prompt for each row of the image tokens."""
+        """The weighted sum over the answers, one for each row of image_tokens."""
         hidden = self.model.read(image_tokens, batch["text"], batch["prefix_len"])  # [B, T, D]
         labels, weights = batch["labels"], batch["weights"]
         if self.language is not None:
@@ -83,7 +83,7 @@ def allowed_loss(
     """Closed-set: cross-entropy over the ids allowed at each position. The eos after the last group is the
     only id allowed there, so it has nothing to teach."""
     total = weights.new_zeros((), dtype=torch.float32)
-    for slot in (0, 4):  # of a group: coordinates (all four slots allow the same ids), then the class
+    for slot in (0, GROUP - 1):  # coordinates, whose four slots allow the same ids, and the class
         first, last = language.allowed(slot)
         chosen = (weights > 0) & (labels >= first) & (labels < last)  # [B, T]; indexing with it is a GPU sync
         logits = decoder.logits(hidden[chosen], first, last)  # [n, last - first]
@@ -94,7 +94,7 @@ def allowed_loss(
 
 def vocabulary_loss(decoder: Gemma, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Cross-entropy over the whole vocabulary, by chunks of positions."""
-    chosen = weights > 0
+    chosen = weights > 0  # [B, T]
     return ChunkedCrossEntropy.apply(
         decoder.embed.weight, decoder.config.final_cap, hidden[chosen], labels[chosen], weights[chosen]
     )
@@ -118,8 +118,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             tanh = x.div_(cap).tanh_().clone() if cap else None
             x = x.mul_(cap) if cap else x
             x -= x.amax(-1, keepdim=True)  # or exp would overflow
-            chosen = x.gather(-1, label[:, None])[:, 0]
-            total = x.exp_().sum(-1)
+            chosen = x.gather(-1, label[:, None])[:, 0]  # [chunk]
+            total = x.exp_().sum(-1)  # [chunk]
             loss += ((total.log() - chosen) * weight).sum()
             x *= (weight / total)[:, None]  # from here on the gradient: weight * (softmax - one-hot)
             x[torch.arange(len(label), device=x.device), label] -= weight

@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from model.decoding.boxes import BINS, locs_to_boxes, parse_answer
+from model.decoding.boxes import locs_to_boxes, parse_answer
+from model.decoding.detections import Detections
 from model.decoding.masks import MaskCodec, from_rle, mask_iou, paste_mask
+from model.io.tokenizer import LOCS
 from train.data.coco import read_records
 from train.data.jsonl import right_answers
 
@@ -58,6 +61,15 @@ def category_ids(coco: COCO, classes: tuple[str, ...], file: Path) -> list[int]:
         shown = ", ".join(unknown[:5])
         raise ValueError(f"{file} has categories that are not among the {len(classes)} to detect: {shown}")
     return [by_name.get(name, -1) for name in classes]
+
+
+def to_results(found: Detections, image_id: int, ids: Sequence[int]) -> list[dict]:
+    """An image's boxes in COCO's format. ids: the category id of each class of the model."""
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True)
+    return [
+        dict(image_id=image_id, category_id=ids[class_id], bbox=[x0, y0, x1 - x0, y1 - y0], score=score)
+        for (x0, y0, x1, y1), score, class_id in rows
+    ]
 
 
 def run_cocoeval(coco: COCO, results: list[dict], use_classes: bool = True) -> COCOeval:
@@ -117,9 +129,9 @@ def task_of(record: dict) -> str | None:
 
 
 def judge_answers(
-    records: list[dict], answers: list[str], codec: MaskCodec | None, bins: int = BINS
+    records: list[dict], answers: list[str], codec: MaskCodec | None, bins: int = LOCS
 ) -> dict[str, dict]:
-    """{task: figures} of the answers to lines of JSONL. Upper and lower case does not count.
+    """{task: figures} of the answers to lines of JSONL. Case is ignored.
 
     figures: "lines"; of masks, "mean IoU"; of words, "exact", by "kinds" too if the lines have several; of
     captions, "CIDEr-D". codec, bins: see first_mask_iou.
@@ -150,7 +162,7 @@ def judge_answers(
     return figures
 
 
-def first_mask_iou(answer: str, mask: np.ndarray, codec: MaskCodec, bins: int = BINS) -> float:
+def first_mask_iou(answer: str, mask: np.ndarray, codec: MaskCodec, bins: int = LOCS) -> float:
     """IoU of an answer's first mask with the right one, bool [H, W]; 0 if it has none. bins: see
     locs_to_boxes."""
     objects = parse_answer(answer)

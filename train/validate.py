@@ -2,9 +2,10 @@
 
 import argparse
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
 from train.data.open import open_data
 from train.data.samples import collate
-from train.measures import make_coco, run_cocoeval
+from train.measures import make_coco, run_cocoeval, to_results
 from train.practice.write import write_coco
 from train.run.options import noise_of
 from train.run.processes import all_gather, rank_and_world
@@ -43,7 +44,7 @@ class Validation:
         device: torch.device,
     ):
         self.objective, self.device = objective, device
-        # Under FSDP all processes must run the same layers equally often: each of them does all of it.
+        # Under FSDP all processes must run every layer equally often, so each of them takes all samples.
         rank, self.world = (0, 1) if args.shard else rank_and_world()
         self.amp = args.amp and args.dtype == "float32"
         file, images = args.val, args.val_images
@@ -51,7 +52,7 @@ class Validation:
             self._scenes = tempfile.TemporaryDirectory()  # held until the program ends
             file = Path(self._scenes.name) / "same" / "instances.json"
             write_coco(file.parent, args.val_count, "same", model.config.vision.image_size)
-        # The noise of the training data, or val_loss would be of other answers; but every picture counts.
+        # Noise as in training, or val_loss would be about other answers; but no picture is left out.
         noise = replace(noise_of(args), skip_empty=False)
         self.data = open_data(file, images, model, tokenizer, args.seed, augment=False, noise=noise)
         items = range(min(args.val_count, len(self.data)))
@@ -71,10 +72,10 @@ class Validation:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """{"val_loss": ..., "val_mAP": ...} of all processes' shares. With --shard no mAP: the decoder
-        calls parts of the model by themselves, whose weights FSDP would not put together."""
+        """{"val_loss": ..., "val_mAP": ...} of all processes' shares. No mAP with --shard: the decoder calls
+        parts of the model directly, and FSDP gathers weights only when the whole objective is called."""
         self.objective.eval()
-        # Files do not know what each patch shows: the helper head has nothing to say here.
+        # Files do not say what each patch shows, so there is nothing to measure the helper head against.
         patch_head, self.objective.patch_head = self.objective.patch_head, None
         sums = torch.zeros(2, device=self.device)  # losses, weights
         results, items = [], iter(self.mine)
@@ -97,16 +98,14 @@ class Validation:
         self.objective.train()
         return figures
 
-    def _detect(self, images: Tensor, items: Iterable[int]) -> list[dict]:
+    def _detect(self, images: Tensor, items: Iterator[int]) -> list[dict]:
         """What is found in a batch of uint8 [B, S, S, 3], in COCO's format; the next B items are theirs."""
-        items = [item for _, item in zip(range(len(images)), items)]
+        items = list(islice(items, len(images)))
         sizes = [self.data.picture_size(item) for item in items]
-        results = []
-        for item, found in zip(items, self.detector.select(self.detector.decode(to_network(images)), sizes)):
-            for (x0, y0, x1, y1), score, label in zip(found.boxes.tolist(), found.scores, found.class_ids):
-                box = [x0, y0, x1 - x0, y1 - y0]
-                results.append(dict(image_id=item, category_id=int(label), bbox=box, score=float(score)))
-        return results
+        answer = self.detector.decode(to_network(images))
+        ids = range(len(self.detector.classes))  # those of truth_of
+        found = zip(items, self.detector.select(answer, sizes), strict=True)
+        return [result for item, of_image in found for result in to_results(of_image, item, ids)]
 
 
 def truth_of(data: CocoDetections, items: Iterable[int]) -> COCO:

@@ -5,6 +5,8 @@ import colorsys
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from model.decoding.boxes import areas
+
 MASK_OPACITY = 0.5
 MIN_SIDE = 640  # pixels: a picture whose longest side is shorter is enlarged, as captions need room
 
@@ -31,8 +33,9 @@ def draw_boxes(image: Image.Image, boxes, captions: list[str], labels, masks=Non
     line = max(2, round(max(width, height) / 320))
     font = ImageFont.load_default(max(12, round(max(width, height) / 45)))
     # Large boxes first, so that their lines do not cover smaller ones.
-    for box, label in sorted(zip(boxes, labels, strict=True), key=lambda pair: -_area(pair[0])):
-        draw.rectangle([round(side * scale) for side in box], outline=class_colour(int(label)), width=line)
+    for i in np.argsort(-areas(np.reshape(boxes, (-1, 4))), kind="stable"):
+        corners = [round(side * scale) for side in boxes[i]]
+        draw.rectangle(corners, outline=class_colour(int(labels[i])), width=line)
     for box, caption, label in zip(boxes, captions, labels, strict=True):  # last: no line crosses a caption
         colour = class_colour(int(label))
         left, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
@@ -45,7 +48,3 @@ def draw_boxes(image: Image.Image, boxes, captions: list[str], labels, masks=Non
         dark = sum(c * weight for c, weight in zip(colour, (0.3, 0.59, 0.11), strict=True)) < 140
         draw.text((x + line - left, y + line - top), caption, font=font, fill="white" if dark else "black")
     return canvas
-
-
-def _area(box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])

@@ -66,7 +66,7 @@ def seconds(function: Callable[[], object], device: str) -> float:
 def run_child(program: str, *options) -> dict:
     """What a program prints as JSON on its last line, run in a process of its own.
 
-    Peak memory is measured so: it is the highest of a process so far, whatever it did before.
+    Peak memory needs this, as it is the highest of a process so far, whatever it did before.
     """
     done = subprocess.run([sys.executable, program, *map(str, options)], stdout=subprocess.PIPE)
     if done.returncode:

@@ -70,7 +70,7 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
     add = options.add_argument
     add("--nms-iou", type=float, default=0.5, help="of two boxes that overlap more, keep the better; 1: off")
     add("--min-size", type=float, default=0.0, help="drop boxes with a side shorter than this, in pixels")
-    add("--max-tokens", type=positive, help=f"longest answer in words (default: {MAX_ANSWER_TOKENS})")
+    add("--max-tokens", type=positive, help=f"most tokens of a text answer (default: {MAX_ANSWER_TOKENS})")
     add("--batch-size", type=positive, help="pictures decoded together (default: what memory holds)")
     if masks:
         add("--classes", required=True, metavar='"A ; B"', help="all: all the model's classes")
@@ -93,8 +93,8 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
     add("--early-stop", nargs=2, type=float, metavar=("P", "K"), help=stop)
 
 
-def check_json(file: Path | None, option: str = "--json") -> None:
-    """Complain before the work if its result could not be written after it."""
+def check_output(file: Path | None, option: str = "--json") -> None:
+    """Complain before the work if its result could not be written afterwards. option: that names the file."""
     if file and (file.is_dir() or not file.parent.is_dir()):
         fault = "is a folder" if file.is_dir() else "its folder does not exist"
         raise ValueError(f"{option} {file}: {fault}")
@@ -124,18 +124,15 @@ def load_model(args: argparse.Namespace) -> PaliGemma:
     torch.manual_seed(args.seed)
     device = usable_device(args.device)
     caps = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
-    model = load_for_decoding(
+    return load_for_decoding(
         args.model,
         dtype=DTYPES.get(args.dtype),
         device=device,
         adapter=args.adapter,
         int8=args.int8,
-        packed=not args.compile,
+        compiled=args.compile,
         **{name: cap for name, cap in caps.items() if cap is not None},
     )
-    if args.compile:
-        model.decoder.compile()
-    return model
 
 
 def load_codec(args: argparse.Namespace) -> MaskCodec:
@@ -146,21 +143,21 @@ def sampling_options(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_p, args.top_k, args.eos_offset)
 
 
-def load_detector(args: argparse.Namespace) -> ClosedSetDetector | OpenSetDetector:
-    """The detector that the options ask for: closed-set, open-set if there are --classes, or a segmenter."""
+def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDetector | OpenSetDetector:
+    """The detector that the options ask for: closed-set, or open-set if there are --classes. masks: a
+    segmenter."""
     sampling = sampling_options(args)
     selection = Selection(args.score_threshold, args.nms_iou, args.min_size)
-    segments = "codec" in args  # the options are those of segment.py
-    if not segments:
+    if not masks:
         check_mode(args)
-    codec = load_codec(args) if segments else None
+    codec = load_codec(args) if masks else None
     model = load_model(args)
     if args.classes is None:
         return ClosedSetDetector(closed_set_decoder(args, model, sampling), selection)
-    prompter = Prompter(model, model.tokenizer, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
+    prompter = Prompter(model, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
     # Checkpoints are trained to segment one class at a time.
-    per_prompt = 1 if segments else args.classes_per_call or CLASSES_PER_PROMPT
+    per_prompt = 1 if masks else args.classes_per_call or CLASSES_PER_PROMPT
     return OpenSetDetector(prompter, names, per_prompt, selection, codec)
 
 

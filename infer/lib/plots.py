@@ -11,7 +11,7 @@ import numpy as np
 from model.io.writing import read_json
 from train.measures import match_boxes, read_coco, run_cocoeval
 
-# Okabe and Ito's colours, which the colour-blind tell apart, too.
+# Okabe and Ito's colours, which colour-blind people can tell apart.
 TRUTH, RIGHT, WRONG, MIDDLE = "#4d4d4d", "#0072b2", "#d55e00", "#009e73"
 STYLE = {
     "font.size": 11,
@@ -177,7 +177,7 @@ def ap_per_class(axes, result: Evaluated) -> str:
 
 
 def points(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one key; of a step that a resumed run did again, the later value."""
+    """Steps and values of one key. Where a resumed run repeated a step, the later value counts."""
     of_step = {line["step"]: line[key] for line in metrics if line.get(key) is not None}
     return np.array(sorted(of_step)), np.array([of_step[step] for step in sorted(of_step)])
 

@@ -1,9 +1,9 @@
-"""Predictions of a data set and their figures, in a folder with which a run that was stopped can go on:
+"""Predictions of a data set and their figures, in a folder from which a stopped run can continue:
 
     settings.json           what the predictions were made from
     predictions-RANK.jsonl  {"image_id", "results"}, a line as soon as an image is done
-    results.json            all of them, as COCO's server takes them
-    figures.json            what is printed, and the table of the calibration error
+    results.json            all of them, in the form that COCO's server accepts
+    figures.json            the figures that are printed, and the table of the calibration error
 
 Without --data, it holds such a folder for each practice set, with the drawn scenes in scenes/.
 """
@@ -20,19 +20,18 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from model import PaliGemma
-from model.decoding.detections import Detections
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve
-from model.io.image import check_size, read_ahead
+from model.io.image import check_size, image_folder, read_ahead
 from model.io.writing import explain, read_json, write_json
-from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval
+from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval, to_results
 from train.practice.write import HELD_OUT_SETS, write_coco
 from train.run.processes import all_gather, rank_and_world
 from train.run.program import positive
 
-SCENES = "scenes"  # folder of the drawn scenes
+SCENES_FOLDER = "scenes"  # folder of the drawn scenes
 
 
 # ---- the sets ----------------------------------------------------------------------------------------------
@@ -57,11 +56,11 @@ def evaluation_sets(
     annotations are answers in words and masks, else boxes.
     """
     if args.data:
-        yield args.data.stem, args.data, args.images or args.data.parent / "images", folder
+        yield args.data.stem, args.data, image_folder(args.data, args.images), folder
         return
     for split in args.sets:
         out, size = folder / split, model.config.vision.image_size
-        scenes = out / SCENES
+        scenes = out / SCENES_FOLDER
         if rank_and_world()[0] == 0 and not scenes.exists():
             write_coco(scenes, args.count, split, size, codec=codec)
         all_gather(None)  # the other processes wait for the scenes
@@ -80,14 +79,15 @@ def evaluate(
     title: str = "",
     out: Path | None = None,
 ) -> dict:
-    """All figures of a set, in the first process; nothing in the others of torchrun.
+    """All figures of a set, in the first process; in the other processes of torchrun, nothing.
 
     batch_size: None for what memory holds. title: of the progress bar. out: where to keep the predictions.
     """
     coco = read_coco(data)
     ids = category_ids(coco, detector.classes, data)
-    shares = all_gather(predict(detector, coco, images, ids, batch_size, title, out, *rank_and_world()))
-    if rank_and_world()[0] > 0:
+    rank, world = rank_and_world()
+    shares = all_gather(predict(detector, coco, images, ids, batch_size, title, out, rank, world))
+    if rank > 0:
         return {}
     results = sorted((result for share in shares for result in share), key=lambda r: r["image_id"])
     # Boxes of a class that the set does not have count only where classes are ignored.
@@ -140,15 +140,6 @@ def predict(
     return [result for record in share for result in known[record["id"]]]
 
 
-def to_results(found: Detections, image_id: int, ids: list[int]) -> list[dict]:
-    """An image's boxes in COCO's format."""
-    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True)
-    return [
-        dict(image_id=image_id, category_id=ids[class_id], bbox=[x0, y0, x1 - x0, y1 - y0], score=score)
-        for (x0, y0, x1, y1), score, class_id in rows
-    ]
-
-
 def read_predictions(out: Path) -> dict[int, list[dict]]:
     """{image id: its results} of all predictions-*.jsonl in a folder, except for a half-written last line."""
     known = {}
@@ -173,13 +164,13 @@ def open_log(file: Path) -> TextIO:
 
 
 def check_settings(out: Path, settings: dict) -> None:
-    """Write out/settings.json; ValueError if the folder holds predictions or scenes that were made with other
-    settings: this run would take them for its own."""
+    """Write out/settings.json. A folder with predictions or scenes that were made with other settings is
+    refused: this run would take them for its own."""
     file, settings = out / "settings.json", json.loads(json.dumps(settings, default=str))
     old = read_json(file) if file.exists() else {}
     changed = sorted(key for key in old | settings if old.get(key) != settings.get(key))
-    begun = [path for path in (*out.glob("predictions-*.jsonl"), *out.glob(SCENES)) if path.stat().st_size]
-    if changed and begun:
+    begun = *out.glob("predictions-*.jsonl"), *out.glob(SCENES_FOLDER)
+    if changed and any(path.stat().st_size for path in begun):
         raise ValueError(
             f"{out} holds predictions of other settings ({', '.join(changed)}): "
             "choose another --out, or remove the folder"

@@ -10,7 +10,7 @@ from model.io.image import square, to_network
 from model.paligemma import PaliGemma
 
 MAX_BATCH_CPU, MAX_BATCH_GPU = 16, 64  # more images at a time gain nothing
-UNKNOWN_MEMORY = 2 << 30  # bytes taken for free where the system does not say
+UNKNOWN_MEMORY = 2 << 30  # bytes assumed to be free where the system does not say
 
 
 def network_images(model: PaliGemma, images: list[Image.Image]) -> Tensor:

@@ -10,28 +10,27 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from model.io.tokenizer import LOC, LOCS, SEGS
+from model.io.tokenizer import LOC_PATTERN, LOCS, SEGS
 
-BINS = LOCS  # of a side of the image: a location token each
 MASK_CODES = 16  # segmentation tokens of a mask
-_OBJECT = re.compile(rf"((?:{LOC}\s*){{4}})((?:<seg[0-9]{{3}}>\s*)*)([^;<>]*)")
+_OBJECT = re.compile(rf"((?:{LOC_PATTERN}\s*){{4}})((?:<seg[0-9]{{3}}>\s*)*)([^;<>]*)")
 
 
 def boxes_to_locs(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
     """Pixel boxes [n, 4] -> locations int64 [n, 4], y0, x0, y1, x1 in 0..1023."""
     scale = np.array([width, height, width, height], dtype=np.float64)
-    bins = np.round(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * BINS / scale)
+    bins = np.round(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * LOCS / scale)
     # The far edge would be bin 1024, which no token stands for: it shares the last one.
-    return bins.clip(0, BINS - 1).astype(np.int64)[:, [1, 0, 3, 2]]
+    return bins.clip(0, LOCS - 1).astype(np.int64)[:, [1, 0, 3, 2]]
 
 
-def locs_to_boxes(locs: np.ndarray, width: float, height: float, bins: int = BINS) -> np.ndarray:
+def locs_to_boxes(locs: np.ndarray, width: float, height: float, bins: int = LOCS) -> np.ndarray:
     """Locations [..., 4] -> float64 pixel boxes [..., 4]; the last bin stands for the edge.
 
     bins: 1023 for checkpoints of big_vision's RefCOCO recipe, which multiplies fractions by 1023.
     """
     locs = np.asarray(locs, dtype=np.float64)[..., [1, 0, 3, 2]]
-    fractions = np.where(locs == BINS - 1, 1.0, locs / bins)
+    fractions = np.where(locs == LOCS - 1, 1.0, locs / bins)
     return fractions * np.array([width, height, width, height])
 
 
@@ -74,7 +73,7 @@ def parse_answer(text: str) -> list[ParsedBox]:
 
     Answers are imperfect. Text around four locations is ignored, and so are fewer than four. A mask with
     fewer than 16 codes, or with one that does not exist, is dropped, as are codes after the sixteenth. A box
-    may end before it begins: whoever uses it must check its area.
+    may end before it begins: callers must check its area.
     """
     found = []
     for match in _OBJECT.finditer(text):

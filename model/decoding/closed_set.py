@@ -101,9 +101,7 @@ def choose(
     what the model reads next (the published evaluation does so); False: the model reads what was chosen (so
     does the PaliGemma 2 paper). uniform [B]: random numbers for sampling.
     """
-    p = torch.softmax(
-        logits, dim=-1
-    )  # [B, R], noise included: this is what makes the scores of bad boxes low
+    p = torch.softmax(logits, dim=-1)  # [B, R], noise included: this makes the scores of bad boxes low
     real = logits[:, :-1] if has_noise else logits
     best = sample(real, sampling, uniform)
     noise = p[:, -1] if has_noise else torch.zeros_like(p[:, 0])
@@ -163,10 +161,9 @@ class EarlyStop:
     patience: int
 
     def __post_init__(self):
-        if not (0 <= self.noise < 1 and self.patience >= 1 and self.patience == int(self.patience)):
-            raise ValueError(
-                f"early stop {self.noise} {self.patience}: must be a probability and a number of groups"
-            )
+        if not (0 <= self.noise < 1 and self.patience >= 1 and self.patience % 1 == 0):  # inf % 1 is nan
+            what = f"early stop {self.noise} {self.patience}"
+            raise ValueError(f"{what}: must be a probability and a number of groups")
 
 
 class GroupDecoder:
@@ -195,7 +192,7 @@ class GroupDecoder:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Answer:
-        """Images [B, 3, S, S] -> Answer. generator: of the random numbers for sampling, on the CPU."""
+        """Images [B, 3, S, S] -> Answer. generator: on the CPU; sampling draws from it."""
         with torch.cuda.device_of(images):  # streams, the graph and kernels go to the images' GPU
             return self._decode(images, generator)
 
@@ -203,13 +200,13 @@ class GroupDecoder:
         B, language = len(images), self.language
         if self.batch_size != B:
             self._prepare(B, images.device)
-        # Drawn on the CPU, so that a seed gives the same boxes on every device; and all ahead, as nothing can
-        # come from there while a graph replays.
-        uniform = torch.rand(self.groups, GROUP, B, generator=generator).to(images.device)
-        prompt = torch.tensor(language.prompt, device=images.device).expand(B, -1)
+        # Drawn on the CPU, so that a seed gives the same boxes on every device; and all in advance, as a
+        # replaying graph cannot fetch anything from there.
+        uniform = torch.rand(self.groups, GROUP, B, generator=generator).to(images.device)  # [G, I, B]
+        prompt = torch.tensor(language.prompt, device=images.device).expand(B, -1)  # [B, tokens]
         self.hidden.copy_(self.model.prefill(self.model.encode(images), prompt, self.cache))
         answers, live = [], torch.ones(B, dtype=torch.bool, device=images.device)
-        noise_run = 0  # [B] consecutive groups of noise
+        noise_run = 0  # consecutive groups of noise up to here, [B] once there is a group
         for group in range(self.groups):
             self.uniform.copy_(uniform[group])
             # Cloned, as the next replay of the graph writes to the same tensors.
@@ -219,10 +216,11 @@ class GroupDecoder:
                 noise = outputs[-1]
                 noise_run = (noise > self.early_stop.noise) * (noise_run + 1)
                 live = live & (noise_run < self.early_stop.patience)
-                # The only wait for the GPU in the loop: the CPU needs the result of this group before it can
+                # The only GPU sync of the loop: the CPU needs the result of this group before it can
                 # launch the next one. Without early stop it runs ahead of the GPU.
                 if not live.any():
                     break
+        # From a tuple for each group to a tensor for each quantity: [B, G, 5] (fed, best) and [B, G].
         fed, best, scores, noise, live = (torch.stack(column, dim=1) for column in zip(*answers, strict=True))
         return Answer(
             tokens=fed,
@@ -234,14 +232,14 @@ class GroupDecoder:
         )
 
     def _prepare(self, batch_size: int, device: torch.device) -> None:
-        """Allocate all that decoding a group reads and writes, and capture it in a graph if it is on a GPU.
+        """Allocate all that decoding a group reads and writes, and on a GPU capture it in a graph.
 
-        A graph replays the same kernels on the same addresses. It decodes every group nevertheless: where the
-        next token goes is a number on the device (KVCache.slot), and a group's inputs are copied to where the
-        graph reads them.
+        A graph replays the same kernels on the same addresses. It can still decode every group, since where
+        the next token goes is a number on the device (KVCache.slot), and a group's inputs are copied to where
+        the graph reads them.
         """
-        # The old buffers and graph go first, as there may be no room for both. If memory runs out all the
-        # same, the next call starts afresh instead of with half of the new ones.
+        # The old buffers and graph go first, as there may be no room for both. If memory still runs out, the
+        # next call starts afresh instead of with half of the new ones.
         self.batch_size = self.cache = self.decode_group = None
         prompt = len(self.language.prompt)
         self.cache = self.model.new_cache(batch_size, prompt + GROUP * self.groups)
@@ -249,8 +247,8 @@ class GroupDecoder:
         self.uniform = torch.zeros(GROUP, batch_size, device=device)  # the trial runs of the graph draw too
         self.decode_group = self._decode_group
         if device.type == "cuda":
-            # A trial run takes GROUP slots of the cache, so each begins with one that holds a single token.
-            # The next prefill forgets what they leave in it.
+            # A trial run takes GROUP slots of the cache, so each begins with a cache that holds a single
+            # token. The next prefill forgets what the runs leave in it.
             one = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
             replay = capture_graph(self._decode_group, prepare=lambda: self.cache.start(one, one.long()))
             self.decode_group = lambda last: replay()  # the last token is read too: there is a slot for it
@@ -264,7 +262,8 @@ class GroupDecoder:
             choices.append(self.head(self.hidden, slot, self.uniform[slot]))
             if not (last and slot + 1 == GROUP):
                 self.hidden.copy_(self.model.step(choices[-1].fed, self.cache))
-        fed, best = (torch.stack([getattr(c, name) for c in choices], dim=1) for name in ("fed", "best"))
+        fed = torch.stack([choice.fed for choice in choices], dim=1)  # [B, 5]
+        best = torch.stack([choice.best for choice in choices], dim=1)  # [B, 5]
         return fed, best, choices[-1].score, choices[-1].noise
 
 
@@ -277,8 +276,8 @@ def capture_graph(function, prepare):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # What happens only at first cannot be captured: setting up cuBLAS, and compiling kernels, which
-        # torch.compile does once more when it sees a number change.
+        # What happens only in the first runs cannot be captured: cuBLAS is set up, and kernels are compiled
+        # (by torch.compile once more when it sees a number change).
         for _ in range(2):
             prepare()
             function()

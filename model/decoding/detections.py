@@ -1,4 +1,4 @@
-"""What a detector finds in an image, and which of it is kept."""
+"""What a detector finds in an image, and what of it is kept."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class Selection:
         tokens: np.ndarray,
         masks: Sequence[np.ndarray] | None = None,
     ) -> Detections:
-        """size: width and height of the image; classes: the names that class_ids count. locs [n, 4],
+        """size: width and height of the image; classes: the names that class_ids index. locs [n, 4],
         scores [n], class_ids int64 [n]; tokens: all ids of the answer; masks: n of MaskCodec.decode."""
         boxes = locs_to_boxes(locs, *size)
         shortest = (boxes[:, 2:] - boxes[:, :2]).min(-1)

@@ -78,7 +78,7 @@ class Detector:
         self.model, self.selection = model, selection
         language = ClosedSet.of(model.config, model.tokenizer)
         self.closed_set = ClosedSetDetector(GroupDecoder(model, language, head=head_for(model)), selection)
-        self.prompter = Prompter(model, model.tokenizer, MAX_ANSWER_TOKENS)
+        self.prompter = Prompter(model, MAX_ANSWER_TOKENS)
 
     @classmethod
     def from_pretrained(
@@ -107,7 +107,7 @@ class Detector:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The checkpoint's own classes, which class_ids count unless others are named."""
+        """The checkpoint's own classes, which class_ids index unless others are named."""
         return self.closed_set.classes
 
     @cached_property

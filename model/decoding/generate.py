@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from model.decoding.batches import fitting_batch, network_images
-from model.io.tokenizer import Tokenizer
 from model.paligemma import PaliGemma
 
 
@@ -85,9 +84,11 @@ def generate(
     image_tokens [B, P, D] come from PaliGemma.encode; prompts, ids of any lengths with bos and newline, from
     Tokenizer.encode_prompt. The last token of an answer is eos; after it, while others go on, come padding
     tokens with log-probability 0. Log-probabilities are those of the model's own distribution, whatever
-    sampling leaves out. generator: of the random numbers, on the CPU.
+    sampling leaves out. generator: a torch.Generator on the CPU, from which sampling draws.
     """
     config, device = model.config, image_tokens.device
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
     prompt_length = max(map(len, prompts))
     length, room = prompt_length + max_new_tokens, config.text.max_positions - config.vision.tokens
     if length > room:
@@ -109,7 +110,7 @@ def generate(
         log_p = log_p.gather(-1, tokens[:, None])[:, 0]
         yield tokens.masked_fill(ended, config.pad), log_p.masked_fill(ended, 0)
         ended = ended | (tokens == config.eos)
-        if count == max_new_tokens or ended.all():  # waits for the GPU, once per token
+        if count == max_new_tokens or ended.all():  # a GPU sync at every token
             return
         hidden = model.step(tokens, cache)
 
@@ -124,20 +125,13 @@ def collect_answers(
 
 
 class Prompter:
-    """Answers prompts about images in batches; an image is encoded once, whatever it is asked.
+    """Answers prompts about images in batches. An image is encoded once, however many prompts are about it.
 
-    max_tokens: of an answer; seed: of the random numbers that sampling draws.
+    max_tokens: the longest answer; seed: of the random numbers that sampling draws.
     """
 
-    def __init__(
-        self,
-        model: PaliGemma,
-        tokenizer: Tokenizer,
-        max_tokens: int,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-    ):
-        self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
+    def __init__(self, model: PaliGemma, max_tokens: int, sampling: Sampling = GREEDY, seed: int = 0):
+        self.model, self.max_tokens, self.sampling = model, max_tokens, sampling
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(
@@ -147,7 +141,7 @@ class Prompter:
         answer."""
         with torch.inference_mode():
             image_tokens = self.model.encode(network_images(self.model, images))
-        ids = [self.tokenizer.encode_prompt(prompt) for _, prompt in prompts]
+        ids = [self.model.tokenizer.encode_prompt(prompt) for _, prompt in prompts]
         size, answers = fitting_batch(self.model, max(map(len, ids)), self.max_tokens), []
         for start in range(0, len(prompts), size):
             of_batch = [image for image, _ in prompts[start : start + size]]

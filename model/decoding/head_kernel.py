@@ -16,8 +16,9 @@ from torch import Tensor
 from model.decoding.closed_set import Choice
 from model.decoding.generate import Sampling
 from model.gemma import Gemma
+from model.io.tokenizer import LOCS
 
-R = tl.constexpr(1024)  # locations, the larger of the two sets of allowed ids
+R = tl.constexpr(LOCS)  # rows of locations, the larger of the two sets of allowed ids
 BLOCKS = dict(BLOCK_B=16, BLOCK_R=16, BLOCK_D=128)
 INTERPRETED = triton.knobs.runtime.interpret  # without a GPU: the kernel runs in numpy
 

@@ -23,7 +23,6 @@ from model.io.tokenizer import SEGS
 from model.io.writing import explain, save_tensors
 
 SIDE = 64  # pixels of the square that is encoded
-CODES = SEGS  # rows of the codebook: a segmentation token each
 OFFICIAL_BYTES = 8_479_556  # gs://big_vision/paligemma/vae-oid.npz
 OFFICIAL_SHA256 = "5586010257b8536dddefab65e7755077f21d5672d5674dacf911f73ae95a4447"
 _CODEBOOK = "_vq_vae._embedding"  # the official name of `codebook`
@@ -70,7 +69,7 @@ class MaskCodec(nn.Module):
             *_relu(nn.ConvTranspose2d(c // 4, c // 8, 4, 2, 1)),
             nn.Conv2d(c // 8, 1, 1),
         )
-        self.register_buffer("codebook", torch.randn(CODES, width))
+        self.register_buffer("codebook", torch.randn(SEGS, width))
 
     def features(self, masks: Tensor) -> Tensor:
         """Masks [n, 64, 64] in [-1, 1] -> features [n, 16, width] to be quantised, the grid row by row."""
@@ -187,7 +186,7 @@ def mask_iou(a, b):
 
 def to_rle(mask: np.ndarray) -> dict:
     """A mask bool [H, W] in COCO's run-length encoding, ready for JSON."""
-    from pycocotools.mask import encode  # only those who write masks need it
+    from pycocotools.mask import encode  # late, as only writing masks needs it
 
     rle = encode(np.asfortranarray(mask, np.uint8))
     return rle | dict(counts=rle["counts"].decode())
@@ -208,7 +207,7 @@ def from_rle(rle: dict) -> np.ndarray:
 
 def _runs(text: str) -> list[int]:
     """Run lengths from COCO's text: five bits a character, low ones first, and a sixth bit if more follow.
-    From the fourth run on, the difference to the last run but one is stored."""
+    From the fourth run on, what is stored is the difference from the run before the last."""
     runs, value, shift = [], 0, 0
     for byte in text.encode():
         byte -= 48

@@ -123,7 +123,7 @@ class OpenSetDetector:
         found = [
             (chunk[one.class_id], one)
             for (tokens, log_p), chunk, asked in zip(answers, self.chunks, names, strict=True)
-            for one in score_objects(self.prompter.tokenizer, tokens, log_p, asked)
+            for one in score_objects(self.model.tokenizer, tokens, log_p, asked)
             if one.box.seg or self.codec is None  # an object without its 16 codes cannot be segmented
         ]
         masks = None

@@ -33,26 +33,26 @@ def load_for_decoding(
     device: str = "cpu",
     adapter: str | Path | None = None,
     int8: bool = False,
-    packed: bool = True,
+    compiled: bool = False,
     **config_overrides,
 ) -> PaliGemma:
     """PaliGemma.from_pretrained, and then its matrices in the layout that decodes fastest.
 
     dtype: None for float32 if the model is small and runs on a CPU, else bfloat16. int8: quantize the decoder
-    (an adapter is folded in before). packed: False leaves the Linears as they are where `pack` would help.
+    (an adapter is folded in before). compiled: torch.compile the decoder, whose Linears are then not packed.
     """
     folder = resolve(source)
     if dtype is None:
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         small_on_cpu = torch.device(device).type == "cpu" and weights < SMALL_MODEL
         dtype = torch.float32 if small_on_cpu else torch.bfloat16
-    model = PaliGemma.from_pretrained(
-        str(folder), dtype=dtype, device=device, adapter=adapter, **config_overrides
-    )
+    model = PaliGemma.from_pretrained(folder, dtype=dtype, device=device, adapter=adapter, **config_overrides)
     if int8:
         quantize(fold(model))
-    elif packed and can_pack(model):
+    elif can_pack(model) and not compiled:
         pack(model)
+    if compiled:
+        model.decoder.compile()
     return model
 
 

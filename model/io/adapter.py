@@ -3,8 +3,8 @@
     save_adapter(model, "runs/mine/adapter")
     model = PaliGemma.from_pretrained("nano", adapter="runs/mine/adapter")
 
-PEFT loads what is written here, and the other way round, whatever generation of transformers named the
-modules. An adapter that computes more than the plain product is refused by name, never half applied.
+PEFT loads what is written here and vice versa, whatever generation of transformers named the modules. An
+adapter that computes more than the plain product is refused by name, never half applied.
 """
 
 import re
@@ -22,7 +22,7 @@ from model.io.weights import official_name, short_name
 from model.io.writing import explain, read_json, save_tensors, write_json
 from model.lora import lora_layers, replace_linear
 
-PREFIX = "base_model.model."  # of every tensor in PEFT's file
+PEFT_PREFIX = "base_model.model."  # of every tensor in PEFT's file
 DETECTION = "detection.json"  # beside it, ours: what the adapter was trained to detect, and with which caps
 CAPS = ("attn_cap", "final_cap")  # of the config's text part
 
@@ -82,11 +82,12 @@ def _match(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> tuple[
     params = {short_name(official_name(name, version)): name for name, _ in model.named_parameters()}
     found, pairs, whole, problems = {}, [], {}, []
     for name, tensor in tensors.items():
-        path, _, matrix = name.removeprefix(PREFIX).rpartition(".lora_")
-        param = params.get(short_name(name.removeprefix(PREFIX)))
-        if name.startswith(PREFIX) and matrix in ("A.weight", "B.weight") and short_name(path) in modules:
+        from_peft, inner = name.startswith(PEFT_PREFIX), name.removeprefix(PEFT_PREFIX)
+        path, _, matrix = inner.rpartition(".lora_")
+        param = params.get(short_name(inner))
+        if from_peft and matrix in ("A.weight", "B.weight") and short_name(path) in modules:
             found.setdefault(path, {})[matrix[0]] = tensor
-        elif not name.startswith(PREFIX) or param is None:
+        elif not from_peft or param is None:
             problems.append(f"unexpected {name}")
         elif param == "decoder.embed.weight":
             problems.append(f"{name}: an embedding of its own cannot be tied to the head")
@@ -141,14 +142,14 @@ def detection_overrides(source: str | Path) -> dict:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """{PEFT's name: tensor} of all that is trained: A and B, and modules trained whole."""
+    """{PEFT's name: tensor} of all that is trained: A and B, and modules trained in full."""
     layers, tensors = lora_layers(model), {}
     for name, p in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         is_lora = path in layers and leaf in ("A", "B")
         if is_lora or p.requires_grad:
             leaf = f"lora_{leaf}.weight" if is_lora else leaf
-            tensors[f"{PREFIX}{_runtime_path(path, model.config.text.version)}.{leaf}"] = p.detach()
+            tensors[f"{PEFT_PREFIX}{_runtime_path(path, model.config.text.version)}.{leaf}"] = p.detach()
     return tensors
 
 
@@ -164,7 +165,7 @@ def save_adapter(
     paths = {_short_path(name, version): layer for name, layer in layers.items()}
     tensors = adapter_tensors(model) if tensors is None else tensors
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    whole = [short_name(name.removeprefix(PREFIX)) for name in tensors if ".lora_" not in name]
+    whole = [short_name(name.removeprefix(PEFT_PREFIX)) for name in tensors if ".lora_" not in name]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -121,7 +121,7 @@ def _text_config(text: dict, vocab_size: int) -> TextConfig:
     text["rope_theta"] = rope.get("rope_theta", text["rope_theta"])
     if not text.get("use_sliding_window", True):
         text["sliding_window"] = None
-    keys = _TEXT_KEYS | (_GEMMA2_KEYS if version == 2 else {})  # of Gemma 2 in a Gemma 1 file: leftovers
+    keys = _TEXT_KEYS | (_GEMMA2_KEYS if version == 2 else {})  # in a Gemma 1 file, Gemma 2's are leftovers
     return TextConfig(version, query_scale=scalar**-0.5, **{field: text[key] for key, field in keys.items()})
 
 
@@ -137,9 +137,8 @@ def config_to_json(config: PaliGemmaConfig, dtype: str) -> dict:
     }
     if text.version == 2:
         scalar = round(text.query_scale**-2, 6)
-        text_json["query_pre_attn_scalar"] = (
-            int(scalar) if scalar.is_integer() else scalar
-        )  # an int if it can
+        # An int wherever it can be one, as in the published files.
+        text_json["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
         text_json |= {key: getattr(text, field) for key, field in _GEMMA2_KEYS.items()}
         text_json["sliding_window"] = text.sliding_window or text.max_positions  # transformers knows no "off"
     vision_json = {

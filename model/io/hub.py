@@ -11,7 +11,7 @@ COMPANION_FILES = ("tokenizer.model", CODEC, OFFICIAL_CODEC)  # travel with a ch
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
-    """The folder of a source. What a hub id names is downloaded first, with or without the weights."""
+    """The folder of a source. A hub id is downloaded first, with or without the weights."""
     source = str(source)
     if source == "nano":
         return NANO

@@ -43,6 +43,11 @@ def upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def image_folder(file: Path, images: Path | None) -> Path:
+    """The folder of the images that a file lists: by default images/ beside it."""
+    return images or file.parent / "images"
+
+
 def check_size(image: Image.Image, file: Path, width: int, height: int) -> None:
     """Refuse an upright image of another size than its annotations are for: its boxes would be off."""
     if image.size != (width, height):

@@ -12,10 +12,10 @@ import sentencepiece
 
 from model.io.writing import explain
 
-LOCS, SEGS = 1024, 128
+LOCS, SEGS = 1024, 128  # locations along a side of an image; codes of masks
 # Exactly the pieces that exist: any other <loc...> is text, and cutting it out would change its tokens.
-LOC = "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>"
-_SPECIAL = re.compile(f"({LOC}|<seg0[0-9]{{2}}>|<seg1[01][0-9]>|<seg12[0-7]>)")
+LOC_PATTERN = "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>"
+_SPECIAL = re.compile(f"({LOC_PATTERN}|<seg0[0-9]{{2}}>|<seg1[01][0-9]>|<seg12[0-7]>)")
 
 
 class Tokenizer:
@@ -41,7 +41,7 @@ class Tokenizer:
         return i
 
     def piece(self, i: int) -> str:
-        """The text of an id below loc0, as sentencepiece has it."""
+        """The text of an id below loc0, as sentencepiece spells it."""
         return self._sp.id_to_piece(i)
 
     def id_of(self, piece: str) -> int | None:

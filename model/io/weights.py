@@ -100,7 +100,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: str
     def read(name):
         return shards[name].get_tensor(name)
 
-    # Not left to load_state_dict, which would give our names to a user who has the official ones in the file.
+    # Not left to load_state_dict: it would complain in our names, and the user's file has the official ones.
     problems = [f"unexpected {name}: stored twice" for name in shards if stored[short_name(name)] != name]
     head = stored.pop("lm_head.weight", None)
     problems += [f"missing {official_name(ours[key], version)}" for key in ours.keys() - stored.keys()]

@@ -19,6 +19,15 @@ def explain(what: str, *errors: type[BaseException]) -> Iterator[None]:
         raise ValueError(f"{what} ({' '.join(str(error).split())})") from error
 
 
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say where a ValueError was met: "FILE:LINE: what is wrong"."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file."""
     if not path.exists():

@@ -89,32 +89,29 @@ def test_every_side_fails(monkeypatch, capfd, here):
 # ---- tradeoffs.py ------------------------------------------------------------------------------------------
 
 
-def test_early_stop(run, here, monkeypatch):
+def test_early_stop(run, here):
     """Stopping early decodes fewer boxes; the table has a row for each rule, and a plot is drawn."""
-    monkeypatch.setattr(tradeoffs, "NOISE", (0.0,))
-    out = run(tradeoffs, *"early-stop --count 3 --repeats 1 --out plot.png".split())
+    out = run(tradeoffs, *"early-stop --count 3 --repeats 1 --noise 0 --out plot.png".split())
     header, never, one, two = (line.split() for line in out.splitlines())
     assert header[-2:] == ["boxes", "images/s"] and never[:2] == ["-", "-"] and never[3] == "12.0"
     assert one[:2] == ["0.0", "1"] and one[3] == "1.0" and two[3] == "2.0"
     assert Image.open(here / "plot.png").size == (780, 520)
 
 
-def test_growth(run, here, monkeypatch):
-    for name, values in dict(GROUPS=(1, 2), BATCHES=(1, 2), SIDES=(32, 64)).items():
-        monkeypatch.setattr(tradeoffs, name, values)
-    out = run(tradeoffs, *"growth --repeats 1 --out plot.png".split())
+def test_growth(run, here):
+    few = "--groups 1 2 --batch-size 1 2 --sides 32 64"
+    out = run(tradeoffs, *f"growth --repeats 1 {few} --out plot.png".split())
     names = [re.sub(r"\d+ ms", "ms", line) for line in out.splitlines()]
     assert names == ["groups: 1 ms, 2 ms", "images a batch: 1 ms, 2 ms", "image tokens: 4 ms, 16 ms"]
     assert (here / "plot.png").exists()
 
 
-def test_head(run, monkeypatch):
+def test_head(run):
     """Each way for coordinates and for classes."""
-    monkeypatch.setattr(tradeoffs, "WIDTHS", {"tiny": (8, 257_216)})
-    monkeypatch.setattr(tradeoffs, "REPEATS", 3)
-    lines = run(tradeoffs, *"head --device cpu --batch-size 1 2".split()).splitlines()
+    few = "--widths nano --repeats 3 --batch-size 1 2"
+    lines = run(tradeoffs, *f"head --device cpu {few}".split()).splitlines()
     assert lines[1].split() == ["full", "slice"] and len(lines) == 6
-    assert re.fullmatch(r"tiny, batch 2, 81 classes +\d+ +\d+", lines[-1])
+    assert re.fullmatch(r"nano, batch 2, 81 classes +\d+ +\d+", lines[-1])
 
 
 def test_the_heads_ways_choose_alike(monkeypatch):

@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 from helpers import ENVIRONMENT, ROOT, picture
+from torch.utils.data import DataLoader, Dataset
 
+from model.io.writing import explain
 from train.run import program
 
 PROGRAMS = [file.name for file in sorted((ROOT / "infer").glob("*.py")) if file.name != "__init__.py"]
@@ -45,6 +47,22 @@ def test_what_a_user_can_cause_is_one_line(error, line, capsys):
     assert ending(lambda: fail(error), capsys) == (1, f"detect.py: {line}\n")
 
 
+class Unreadable(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, item):
+        with explain("b.png: not a readable image", OSError):
+            raise OSError("truncated: at byte 7")
+
+
+def test_an_error_in_a_worker_of_the_data_loader(capsys):
+    """Its own words, not those of the traceback that they come in."""
+    loader = DataLoader(Unreadable(), num_workers=1)
+    line = "b.png: not a readable image (truncated: at byte 7)"
+    assert ending(lambda: next(iter(loader)), capsys) == (1, f"detect.py: {line}\n")
+
+
 def test_a_mistake_in_the_code_keeps_its_traceback():
     with pytest.raises(KeyError):
         program.run(lambda: fail(KeyError("x")), "detect.py")
@@ -76,7 +94,9 @@ def test_every_program_stands_in_the_frame(name, monkeypatch):
 
 
 def test_positive():
-    assert program.positive("1") == 1 and program.positive("250") == 250
+    assert program.positive("1") == 1 and program.positive("250") == 250 and program.not_negative("0") == 0
+    with pytest.raises(argparse.ArgumentTypeError, match="-1 is too small: must be at least 0"):
+        program.not_negative("-1")
     for text in ("0", "-1"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is too small: must be at least 1"):
             program.positive(text)

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from helpers import slow_iou
 
-from model.decoding.boxes import BINS, areas, boxes_to_locs, iou, locs_to_boxes, nms
+from model.decoding.boxes import (
+    ParsedBox,
+    areas,
+    boxes_to_locs,
+    format_answer,
+    iou,
+    locs_to_boxes,
+    nms,
+    parse_answer,
+)
+from model.io.tokenizer import LOCS
 
 SIZES = [(1024, 1024), (128, 128), (640, 480), (333, 517), (1, 1), (5000, 3), (0.5, 2000.5)]
 
@@ -34,9 +44,9 @@ def test_pixels_and_back(size):
     boxes[8:16] = [*size, *size]
     locs = boxes_to_locs(boxes, *size)
     assert locs.dtype == np.int64 and locs.shape == boxes.shape
-    bin_size = np.array([*size, *size]) / BINS
+    bin_size = np.array([*size, *size]) / LOCS
     error = np.abs(locs_to_boxes(locs, *size) - boxes) / bin_size
-    last = (locs == BINS - 1)[:, [1, 0, 3, 2]]
+    last = (locs == LOCS - 1)[:, [1, 0, 3, 2]]
     assert last.any() and (error[~last] <= 0.5 + 1e-9).all() and (error[last] <= 1.5 + 1e-9).all()
     edge = boxes == [*size, *size]
     assert edge.any() and (error[edge] == 0).all()
@@ -45,7 +55,7 @@ def test_pixels_and_back(size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_tokens_and_back(size):
     """Every location comes back as itself."""
-    bins = np.arange(BINS)
+    bins = np.arange(LOCS)
     locs = np.stack((bins, bins[::-1], np.roll(bins, 1), np.roll(bins, -7)), axis=1)
     assert (boxes_to_locs(locs_to_boxes(locs, *size), *size) == locs).all()
 
@@ -135,3 +145,60 @@ def test_nms_keeps_at_the_threshold():
     assert nms(boxes, scores, np.array([4, 4]), 0.5).tolist() == [1, 0]
     assert nms(boxes, scores, np.array([4, 4]), 0.49).tolist() == [1]
     assert nms(boxes, scores, np.array([4, 5]), 0.0).tolist() == [1, 0]
+
+
+# Boxes in text ----------------------------------------------------------------------------------------------
+
+A, B = "<loc0010><loc0020><loc0030><loc0040>", "<loc0000><loc0000><loc1023><loc1023>"
+SEG = "".join(f"<seg{i:03d}>" for i in range(112, 128))
+IN_A, IN_B = (10, 20, 30, 40), (0, 0, 1023, 1023)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", []),
+        ("no boxes here", []),
+        (f"{A} cat", [(IN_A, "cat")]),
+        (f"{A} traffic light ; {B} hot dog", [(IN_A, "traffic light"), (IN_B, "hot dog")]),
+        (f"{A}cat;{A}cat;", [(IN_A, "cat"), (IN_A, "cat")]),
+        (f"{A} ; {B} dog", [(IN_A, ""), (IN_B, "dog")]),
+        (f"{A}{B} dog", [(IN_A, ""), (IN_B, "dog")]),
+        (f"{A[:27]} cat ; {B} dog", [(IN_B, "dog")]),
+        (f"{A} cat ; {B[:18]}", [(IN_A, "cat")]),
+        (f"so ; {A} cat <unused3> x ; y ; {B} dog<eos>", [(IN_A, "cat"), (IN_B, "dog")]),
+        (f"<loc1024>{B[:27]} cat ; {A} dog", [(IN_A, "dog")]),
+        (f"{A} cat\n", [(IN_A, "cat")]),
+    ],
+)
+def test_parse_answer(text, expected):
+    assert parse_answer(text) == [ParsedBox(locs, (), label) for locs, label in expected]
+
+
+def test_parse_masks():
+    """Sixteen codes are a mask; fewer are none, and the box and its label stay."""
+    assert parse_answer(f"{A}{SEG} cat ; {B}{SEG}") == [
+        ParsedBox(IN_A, tuple(range(112, 128)), "cat"),
+        ParsedBox(IN_B, tuple(range(112, 128)), ""),
+    ]
+    assert parse_answer(f"{A}{SEG[8:]} cat") == [ParsedBox(IN_A, (), "cat")]
+    assert parse_answer(f"{A}{SEG[8:]}<seg128> cat") == [ParsedBox(IN_A, (), "cat")]
+
+
+def test_format_answer():
+    """Read back as written; a box at the edge, or beyond it, has no <loc1024>."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        boxes = rng.uniform(-5, 105, (int(rng.integers(0, 6)), 4))
+        boxes[: len(boxes) // 2, 2:] = 100, 50
+        labels = rng.choice(["cat", "dog", "traffic light", "bird"], len(boxes)).tolist()
+        text = format_answer(boxes, labels, 100, 50)
+        assert "<loc1024>" not in text
+        locs = boxes_to_locs(boxes, 100, 50).tolist()
+        assert parse_answer(text) == [ParsedBox(tuple(q), (), c) for q, c in zip(locs, labels, strict=True)]
+    assert format_answer(np.array([[4, 1, 8, 2]]), ["hot dog"], 8, 2) == (
+        "<loc0512><loc0512><loc1023><loc1023> hot dog"
+    )
+    assert format_answer(np.array([[4, 1, 8, 2]]), [""], 8, 2).endswith(">")
+    with pytest.raises(ValueError, match="'a;b'"):
+        format_answer(np.zeros((1, 4)), ["a;b"], 1, 1)

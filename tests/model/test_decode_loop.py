@@ -146,8 +146,9 @@ def test_early_stop_ends_the_work(model):
     """No group is decoded behind the stop of the last image."""
     decoder = GroupDecoder(model, LANGUAGE, early_stop=EarlyStop(0.0, 2))
     assert decoder(pictures(model, 2)).tokens.shape == (2, 2, 5)
-    with pytest.raises(ValueError, match="early stop"):
-        EarlyStop(1.5, 2)
+    for noise, patience in ((1.5, 2), (0.5, 0), (0.5, 1.5), (0.5, float("inf"))):
+        with pytest.raises(ValueError, match="early stop"):
+            EarlyStop(noise, patience)
 
 
 def test_sampling(model):

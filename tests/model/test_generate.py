@@ -136,6 +136,8 @@ def test_refused(both):
     images, prompts = inputs(hf)
     with pytest.raises(ValueError, match="positions for"):
         next(generate(ours, ours.encode(images), prompts, 100_000))
+    with pytest.raises(ValueError, match="max_new_tokens 0"):
+        next(generate(ours, ours.encode(images), prompts, 0))
     for bad in (
         dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_k=-1), dict(top_k=3),
         dict(temperature=1.0, top_p=0.0), dict(temperature=1.0, top_p=1.1),

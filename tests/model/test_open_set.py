@@ -127,7 +127,7 @@ def test_prompter_answers_as_generate_does(model):
         (0, "answer en how many dogs are there?"),
         (1, "detect cat"),
     ]
-    said = Prompter(loaded, words, 12)(images, asked)
+    said = Prompter(loaded, 12)(images, asked)
     for (i, prompt), (tokens, log_p) in zip(asked, said, strict=True):
         image_tokens = loaded.encode(network_images(loaded, [images[i]]))
         ((alone, its_log_p),) = collect_answers(

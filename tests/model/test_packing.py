@@ -94,14 +94,14 @@ def test_dtype_that_suits_the_machine(tmp_path, monkeypatch):
 
 
 def test_layouts_to_load(tmp_path, monkeypatch):
-    """Packed where it can be unless told otherwise; int8 takes an adapter in; fields of the config too."""
+    """Packed where it can be, and not compiled; int8 takes an adapter in; fields of the config too."""
     folder = save(tiny_paligemma(0), tmp_path / "base")
     monkeypatch.setattr(packing, "can_pack", lambda model: True)
     packed = []
     monkeypatch.setattr(packing, "pack", packed.append)
     model = load_for_decoding(folder, attn_cap=7.0)
     assert packed == [model] and model.config.text.attn_cap == 7.0
-    load_for_decoding(folder, packed=False)
+    load_for_decoding(folder, compiled=True)
     add_lora(model, TARGETS["decoder"])
     save_adapter(model, tmp_path / "adapter")
     small = load_for_decoding(folder, adapter=tmp_path / "adapter", int8=True)

@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import language_of, tiny_config
 from PIL import Image
+from training import instances
 
 from model import PaliGemma
 from model.io.hub import CODEC, NANO
@@ -79,3 +81,14 @@ def with_empty(tmp_path):
 def all_tasks(tiny, codec):
     """Practice scenes with every kind of prompt."""
     return PracticeScenes(language_of(tiny), 64, 16, tokenizer=Tokenizer(tiny), codec=codec)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """instances.json and its images, each of noise of its own."""
+    (tmp_path / "images/sub").mkdir(parents=True)
+    for seed, record in enumerate(instances()["images"]):
+        noise = np.random.default_rng(seed).integers(0, 256, (int(record["height"]), record["width"], 3))
+        Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "images" / record["file_name"])
+    (tmp_path / "instances.json").write_text(json.dumps(instances()))
+    return tmp_path

@@ -37,10 +37,9 @@ def test_codebook_follows_the_features():
 
 def test_codec_training(tmp_path, capsys, monkeypatch):
     """A few steps get somewhere, and what is written is a codec."""
-    monkeypatch.setattr(codec_program, "SCENES", 4)
-    monkeypatch.setattr(codec_program, "HELD_OUT_SCENES", 5)
+    monkeypatch.setattr(codec_program, "SCENES_PER_STEP", 4)
     for steps in (1, 100):
-        size = "--channels 16 --width 8 --lr 5e-3 --workers 0".split()
+        size = "--channels 16 --width 8 --lr 5e-3 --workers 0 --held-out 5".split()
         codec_program.main(["--out", str(tmp_path / str(steps)), "--steps", str(steps), *size])
     assert "mean IoU" in capsys.readouterr().out
     masks = Masks(1)[0]

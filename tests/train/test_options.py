@@ -52,6 +52,7 @@ def test_options_without_effect(tiny, scenes, pairs, tmp_path):
             message = run_complaint(tiny, out, f"--data {pairs} {words} {dry}")
             assert option in message and "pairs.jsonl" in message
     assert "--skip-empty" in run_complaint(tiny, out, "--skip-empty")
+    assert "--patch-weight" in run_complaint(tiny, out, "--patch-steps 2")
     for option in (
         "--noise-weight -1", "--noise-weight nan", "--noise-disguise 1.5", "--noise-near -0.1", "--beta2 1"
     ):  # fmt: skip

@@ -80,3 +80,13 @@ def test_published_values():
     assert {found[name].loss_mean for name in found if name != "coco_closed_set_lora_10b"} == {"example"}
     full = train.noise_of(found["coco_closed_set_full_3b"])
     assert (full.weight, full.disguise) == (1, 0)
+
+
+@pytest.mark.parametrize("scale", ["1/1000", "0,001", "small"])
+def test_nano_recipe_refuses_a_scale_that_is_no_number(scale, tmp_path):
+    """awk would take 1/1000 for 1: seven hours."""
+    command = ["bash", ROOT / "train" / "recipes" / "nano.sh"]
+    environment = os.environ | dict(STEPS_SCALE=scale)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and f"STEPS_SCALE {scale}: must be a number" in done.stderr
+    assert not any(tmp_path.iterdir())

@@ -208,7 +208,7 @@ def test_resuming_with_another_value_is_refused(tiny, scenes, tmp_path):
         ("--steps 9", "--steps"), ("--warmup 3", "--warmup"), ("--weight-decay 0.1", "--weight-decay"),
         ("--clip 2", "--clip"), ("--loss vocabulary", "--loss"), ("--augment", "--augment"),
         ("--amp", "--amp"), ("--freeze-vision", "--freeze-vision"), ("--lora", "--dtype"),
-        ("--patch-steps 1", "--patch-steps"), ("--seed 1", "--seed"),
+        ("--patch-steps 1 --patch-weight 1", "--patch-steps"), ("--seed 1", "--seed"),
     ],
     ids=lambda value: value.split()[0],
 )  # fmt: skip

@@ -22,8 +22,8 @@ from train.practice.sentences import (
     random_things,
 )
 from train.practice.tasks import (
+    MAX_ASKED,
     MAX_BOXES,
-    MAX_CLASSES,
     MAX_MASKS,
     TASK_SHARES,
     colour_of,
@@ -202,7 +202,7 @@ def test_open_set_answers(codec, rng):
         scene = make_scene(seed)
         prompt, answer = make_tasks(codec)["detect"](rng, scene)
         asked = prompt.removeprefix("detect ").split(" ; ")
-        assert 1 <= len(asked) == len(set(asked)) <= MAX_CLASSES and set(asked) <= set(COCO_CLASSES)
+        assert 1 <= len(asked) == len(set(asked)) <= MAX_ASKED and set(asked) <= set(COCO_CLASSES)
         rows = [k for k, label in enumerate(scene.labels) if COCO_CLASSES[label] in asked]
         said = parse_answer(answer)
         assert same_boxes(said, scene, rows) and len(said) <= MAX_BOXES

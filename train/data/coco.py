@@ -25,7 +25,7 @@ def read_records(
     """Categories, images and annotations of a COCO file by id, in the file's order.
 
     Each category has a name; each image has a file_name inside the image folder, and an int width and height;
-    each annotation has an image and a category of the file. Other fields are as the file has them, unchecked.
+    each annotation has an image and a category of the file. Other fields are passed on unchecked.
     boxes: each annotation must have a bbox. outlines: keep the segmentations, which are most of a file.
     sizes: each image must have a width and a height.
     """
@@ -148,7 +148,7 @@ class CocoIndex:
             boxes.append(record["bbox"])
 
         owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
-        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)  # degenerate, whatever it was
+        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)  # dropped below, as degenerate
         boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)  # x0, y0, x1, y1
         boxes = boxes.clip(0, np.tile(np.array(sizes), 2)[owners])
         order = np.argsort(owners, kind="stable")  # by image, and within it as in the file
@@ -212,7 +212,7 @@ class CocoDetections(Dataset):
         return self.index.name(int(self.rows[item]))
 
     def picture_size(self, item: int) -> tuple[int, int]:
-        """Width and height, as the file has them."""
+        """Width and height, as given in the file."""
         return tuple(self.index.sizes[self.rows[item]].tolist())
 
     def objects(self, item: int) -> tuple[np.ndarray, np.ndarray]:

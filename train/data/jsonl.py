@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from model.io.image import load_image, square
 from model.io.tokenizer import Tokenizer
+from model.io.writing import located
 from train.data.augment import JITTER, jitter
 from train.data.samples import answer_sample
 from train.data.targets import text_target
@@ -53,12 +54,10 @@ def read_lines(file: Path, images: Path, allow_outside: bool = False) -> Iterato
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                try:
+                with located(f"{file}:{number}"):
                     record = _parse(line)
                     if not allow_outside and not _inside(root, record["image"]):
                         raise ValueError(f"image {record['image']!r} lies outside the image folder {images}")
-                except ValueError as error:
-                    raise ValueError(f"{file}:{number}: {error}") from error
                 yield offset, record
             offset += len(line)
 

@@ -21,17 +21,17 @@ from pycocotools.mask import decode, frPyObjects, merge
 from model.decoding.boxes import box_prompt, boxes_to_locs, check_label, format_answer, locs_to_boxes
 from model.decoding.masks import MaskCodec, crop, from_rle, mask_iou, paste_mask, tight_box, to_rle
 from model.io.image import PILLOWS_ERRORS, load_image
-from model.io.writing import explain
+from model.io.writing import explain, located
 from train.data.coco import read_records
 from train.data.jsonl import MASK_KEYS, is_jsonl
 
 # The contact sheet: pixels of a cell's side, pairs of cells in a row, pairs at most.
-CELL, COLUMNS, MAX_PAIRS = 160, 4, 24
+CELL, PAIRS_PER_ROW, MAX_PAIRS = 160, 4, 24
 
 
 @dataclass(frozen=True)
 class Outline:
-    """An object's mask as a file has it."""
+    """An object's mask in the form that it has in a file."""
 
     image: str
     label: str
@@ -69,13 +69,13 @@ def _of_line(line: str, file: Path, where: str) -> Outline:
 
 def to_mask(outline: Outline, width: int, height: int) -> np.ndarray:
     """The mask bool [H, W] of an object in an image of this size."""
-    try:
+    with located(outline.where):
         check_label(outline.label)
         if outline.size not in (None, (width, height)):
             raise ValueError(
                 "the file gives the image {} x {} pixels, it has {} x {}".format(*outline.size, width, height)
             )
-        mask = np.ascontiguousarray(_read(outline.mask, width, height)).astype(bool)
+        mask = np.ascontiguousarray(_pixels(outline.mask, width, height)).astype(bool)
         if mask.shape != (height, width):
             raise ValueError(
                 f"the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}"
@@ -83,13 +83,11 @@ def to_mask(outline: Outline, width: int, height: int) -> np.ndarray:
         if not mask.any():
             raise ValueError("the mask is empty")
         if mask.all():
-            raise ValueError("the mask is the whole image; is it turned inside out, or of another file?")
-    except ValueError as error:
-        raise ValueError(f"{outline.where}: {error}") from error
+            raise ValueError("the mask is the whole image; is it inverted, or of another image?")
     return mask
 
 
-def _read(mask: dict | list | Path, width: int, height: int) -> np.ndarray:
+def _pixels(mask: dict | list | Path, width: int, height: int) -> np.ndarray:
     if isinstance(mask, Path):
         return _of_picture(mask)
     if isinstance(mask, list):
@@ -156,10 +154,10 @@ class Sheet:
 
     def draw(self) -> Image.Image:
         width, height = 2 * CELL + 12, CELL + 24
-        columns, rows = min(COLUMNS, len(self.pairs)), -(-len(self.pairs) // COLUMNS)
+        columns, rows = min(PAIRS_PER_ROW, len(self.pairs)), -(-len(self.pairs) // PAIRS_PER_ROW)
         sheet = Image.new("RGB", (width * columns, height * rows), "white")
         for k, pair in enumerate(self.pairs):
-            sheet.paste(pair, (k % COLUMNS * width, k // COLUMNS * height))
+            sheet.paste(pair, (k % PAIRS_PER_ROW * width, k // PAIRS_PER_ROW * height))
         return sheet
 
 
@@ -194,7 +192,7 @@ def segment_lines(
             line = dict(image=name, prefix=box_prompt([label], masks=True), suffix=suffix)
             if len(masks) == 1:  # infer/evaluate_answers.py compares the first mask of an answer with it
                 line["mask"] = to_rle(masks[0])
-            rounded = locs_to_boxes(boxes_to_locs(boxes, *size), *size)  # as the answer has them
+            rounded = locs_to_boxes(boxes_to_locs(boxes, *size), *size)  # as the answer gives them
             decoded = codec.decode(codes).numpy()
             after = [paste_mask(mask, box, *size) for mask, box in zip(decoded, rounded)]
             yield line, image, list(zip(boxes, [label] * len(masks), masks, after))

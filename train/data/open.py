@@ -6,15 +6,11 @@ from torch.utils.data import Dataset
 
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
+from model.io.image import image_folder
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections, CocoIndex
 from train.data.jsonl import JsonlPairs, is_jsonl
 from train.data.targets import NANO_NOISE, Noise
-
-
-def image_folder(file: Path, images: Path | None) -> Path:
-    """The folder of a file's images: by default images/ beside it."""
-    return images or file.parent / "images"
 
 
 def read_coco_index(file: Path, images: Path | None) -> CocoIndex | None:
@@ -46,11 +42,15 @@ def open_data(
         if changed := noise.changed():
             what = f"{', '.join(changed)}: only closed-set detection has noise"
             raise ValueError(f"{what}, and {file} holds lines of text, not COCO instances")
-        data = JsonlPairs(file, images, tokenizer, size, seed, augment, allow_outside)
+        data = JsonlPairs(
+            file, images, tokenizer, size, seed=seed, augment=augment, allow_outside=allow_outside
+        )
     else:
         language = ClosedSet.of(model.config, tokenizer)
         label_of = [language.classes.index(name) for name in index.classes]
-        data = CocoDetections(index, images, language, label_of, size, seed, augment, noise)
+        data = CocoDetections(
+            index, images, language, label_of, size, seed=seed, augment=augment, noise=noise
+        )
     if not len(data):
         raise ValueError(f"{file} has no samples with objects, and --skip-empty leaves out the others")
     check_length(data.text_tokens, model)

@@ -76,7 +76,7 @@ def noise_boxes(
     grid: round coordinates to multiples of this many pixels. If real boxes are on whole pixels and noise is
     not, the fractions alone give noise away, and its scores mean nothing.
     """
-    n, size = (30 if noise.apart else 6) * count, np.array([width, height])  # n candidates
+    n, size = (30 if noise.apart else 6) * count, np.array([width, height])  # n candidates, to choose from
     sides = size * np.exp(rng.uniform(np.log(0.08), np.log(0.7), (n, 2)))
     centres = rng.uniform(0, 1, (n, 2)) * size
     if len(real):

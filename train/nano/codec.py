@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model.decoding.masks import CODES, SIDE, MaskCodec, crop, mask_iou
+from model.decoding.masks import SIDE, MaskCodec, crop, mask_iou
 from model.io.hub import CODEC
+from model.io.tokenizer import SEGS
 from train.practice.scenes import make_scene
 from train.practice.write import HELD_OUT_SETS
-from train.run.program import parser, positive, run
+from train.run.program import not_negative, parser, positive, run
 
 DECAY = 0.99  # of the codebook's moving sums
 COMMITMENT = 0.25  # weight of the loss that pulls features towards their codes
-SCENES = 24  # of a step
+SCENES_PER_STEP = 24
 SHAPES_PER_MASK = 1 / 3  # random shapes of a step, for each mask of its scenes
 MIN_USES = 0.05  # mean uses a step: a code with fewer is replaced by a feature of the batch
-HELD_OUT_SCENES = 300  # that the mean IoU is measured on
 
 
 def random_shape(rng: np.random.Generator) -> np.ndarray:
@@ -71,7 +71,7 @@ class Masks(Dataset):
 
     def __getitem__(self, step: int) -> Tensor:
         rng = np.random.default_rng([step, 7])
-        masks = [mask for i in range(SCENES) for mask in scene_masks(step * SCENES + i)]
+        masks = [mask for i in range(SCENES_PER_STEP) for mask in scene_masks(step * SCENES_PER_STEP + i)]
         masks += [random_shape(rng) * np.float32(2) - 1 for _ in range(round(len(masks) * SHAPES_PER_MASK))]
         return torch.from_numpy(np.stack(masks))
 
@@ -81,12 +81,12 @@ class Codebook:
 
     def __init__(self, codec: MaskCodec):
         self.codec = codec
-        self.count, self.sum = torch.ones(CODES), codec.codebook.clone()
+        self.count, self.sum = torch.ones(SEGS), codec.codebook.clone()
 
     @torch.no_grad()
     def update(self, features: Tensor, codes: Tensor, generator: torch.Generator) -> None:
         """features [n, W] and the nearest code [n] of each."""
-        one_hot = F.one_hot(codes, CODES).to(features.dtype)
+        one_hot = F.one_hot(codes, SEGS).to(features.dtype)
         self.count.lerp_(one_hot.sum(0), 1 - DECAY)
         self.sum.lerp_(one_hot.T @ features, 1 - DECAY)
         unused = self.count < MIN_USES
@@ -104,12 +104,13 @@ def main(argv=None) -> None:
     options = parser(__doc__)
     add = options.add_argument
     add("--out", type=Path, required=True)
-    add("--steps", type=positive, default=8000, help=f"of {SCENES} scenes")
+    add("--steps", type=positive, default=8000, help=f"of {SCENES_PER_STEP} scenes")
+    add("--held-out", type=positive, default=300, help="scenes of each held-out set, for the mean IoU")
     add("--channels", type=positive, default=64, help="a multiple of 8; the official codec has 128")
     add("--width", type=positive, default=128, help="of a code; the official codec has 512")
     add("--lr", type=float, default=1e-3)
-    add("--workers", type=int, default=1)
-    add("--seed", type=int, default=0)
+    add("--workers", type=not_negative, default=1)
+    add("--seed", type=not_negative, default=0)
     args = options.parse_args(argv)
     if args.channels % 8:
         raise ValueError(f"--channels {args.channels}: must be a multiple of 8")
@@ -127,7 +128,7 @@ def main(argv=None) -> None:
         features = codec.features(masks)  # [n, 16, W]
         if step == 0:  # codes start as features of the first batch
             first = features.detach().flatten(0, 1)
-            codec.codebook.copy_(first[torch.randperm(len(first), generator=generator)[:CODES]])
+            codec.codebook.copy_(first[torch.randperm(len(first), generator=generator)[:SEGS]])
             codebook = Codebook(codec)
         codes = codec.nearest(features.detach())  # [n, 16]
         quantised = codec.codebook[codes]
@@ -145,7 +146,7 @@ def main(argv=None) -> None:
     codec.save(args.out / CODEC)
     codec = MaskCodec.load(args.out / CODEC)  # in bfloat16, as it is stored
     for split in HELD_OUT_SETS:
-        masks = np.stack([mask for seed in range(HELD_OUT_SCENES) for mask in scene_masks(seed, split)])
+        masks = np.stack([mask for seed in range(args.held_out) for mask in scene_masks(seed, split)])
         print(f"{split:<8} {len(masks)} masks, mean IoU {mean_iou(codec, torch.from_numpy(masks)):.3f}")
 
 

@@ -7,8 +7,9 @@
 Writes config.json, model.safetensors and tokenizer.model, ready for train/fit.py. The vocabulary has
 Gemma's special pieces in Gemma's order and a few hundred pieces of the practice set's own sentences.
 
---start copies the weights of a nano that detects, to teach it to speak (--tasks all): pieces that both know
-keep their embeddings, and the names of classes start with those of their class tokens, which mean the same.
+--start copies the weights of a nano that detects, to teach it to speak (--tasks all): pieces that are in both
+vocabularies keep their embeddings, and the first piece of a class's name takes over that of its class token,
+which means the same.
 """
 
 import io
@@ -29,7 +30,7 @@ from model.io.hub import CODEC
 from model.io.tokenizer import LOCS, SEGS, Tokenizer
 from model.io.weights import load_config
 from train.practice.sentences import plural, random_sentences
-from train.run.program import parser, run
+from train.run.program import not_negative, parser, run
 
 MAX_TEXT_PIECES = 900  # the trainer may find fewer worth having
 _TAGS = (
@@ -133,13 +134,14 @@ def initialise(model: PaliGemma, tokenizer: Tokenizer, seed: int = 0) -> None:
 
 def copy_weights(model: PaliGemma, tokenizer: Tokenizer, start: Path) -> None:
     """Give an initialised model the weights of another nano, whose vocabulary may differ."""
-    source, old_tokenizer = PaliGemma.from_pretrained(str(start), dtype=torch.float32), Tokenizer(start)
+    source = PaliGemma.from_pretrained(start, dtype=torch.float32)
+    old_tokenizer = source.tokenizer
     rows, old_rows = model.decoder.embed.weight.data.clone(), source.decoder.embed.weight.data
     for i in range(tokenizer.loc0):
         if (j := old_tokenizer.id_of(tokenizer.piece(i))) is not None:
             rows[i] = old_rows[j]
     rows[tokenizer.loc0 : tokenizer.size] = old_rows[old_tokenizer.loc0 : old_tokenizer.size]
-    class_tokens = defaultdict(list)  # of each piece that a class name starts with, which several may
+    class_tokens = defaultdict(list)  # by the first piece of a class's name, which several may share
     for label, name in enumerate(model.config.classes):
         for word in (name, plural(name).removeprefix("pairs of ")):
             class_tokens[tokenizer.encode(f" {word}")[0]].append(tokenizer.unused0 + label)
@@ -155,12 +157,12 @@ def main(argv=None) -> None:
     add("--out", type=Path, required=True)
     add("--start", type=Path, help="checkpoint of a nano that detects, whose weights are copied")
     add("--codec", type=Path, help="file of train/nano/codec.py, for --tasks all")
-    add("--seed", type=int, default=0)
+    add("--seed", type=not_negative, default=0)
     args = options.parse_args(argv)
     if args.codec:
         MaskCodec.load(args.codec)  # both are checked before anything is written
     if args.start:
-        load_config(str(args.start))
+        load_config(args.start)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.codec:
         shutil.copy(args.codec, args.out / CODEC)

@@ -16,7 +16,7 @@ from train.practice.tasks import TASK_SHARES, make_tasks
 PROMPTS_PER_SCENE = 3  # when there are several tasks: the scene is drawn and encoded once
 WORD_TASKS = ("caption", "answer")
 MIN_ANSWER_WEIGHT = 10  # in tokens: a "yes" that weighed one token would drown among boxes
-# Which object is meant is decided by its first location or two, which the 16 codes after them must not drown.
+# The first location or two decide which object is meant: the 16 codes after them must not drown them out.
 LOC_WEIGHT, SEG_WEIGHT = 3.0, 0.5
 MIN_COVER = 0.2  # share of a patch that an object must own to be its label
 
@@ -44,7 +44,7 @@ def patch_targets(scene: Scene, patch: int, background: int) -> tuple[np.ndarray
 class PracticeScenes(Dataset):
     """Endless: item i is scene number first + i.
 
-    Its sample is of closed-set detection. With a tokenizer and a mask codec it has PROMPTS_PER_SCENE texts:
+    A sample is one of closed-set detection. With a tokenizer and a mask codec it has PROMPTS_PER_SCENE texts:
     closed-set detection, and random tasks of train/practice/tasks.py.
     """
 

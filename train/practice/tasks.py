@@ -16,7 +16,7 @@ from train.practice.scenes import Scene
 from train.practice.sentences import Thing
 
 TASK_SHARES = {"caption": 0.18, "answer": 0.3, "detect": 0.22, "segment": 0.3}
-MAX_CLASSES = 10  # in an open-set prompt
+MAX_ASKED = 10  # classes in an open-set prompt
 MAX_BOXES = 7  # in an open-set answer
 MAX_MASKS = 2  # in a segmentation answer
 ABSENT_SHARE = 0.1  # of segmentation prompts: their class is not in the scene
@@ -77,7 +77,7 @@ def detect(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
     asked = present[: rng.integers(len(present) + 1)]
     while np.isin(scene.labels, asked).sum() > MAX_BOXES:
         asked = asked[:-1]
-    asked = np.concatenate((asked, absent[: rng.integers(not len(asked), MAX_CLASSES + 1 - len(asked))]))
+    asked = np.concatenate((asked, absent[: rng.integers(not len(asked), MAX_ASKED + 1 - len(asked))]))
     rows = rng.permutation(np.flatnonzero(np.isin(scene.labels, asked)))
     names = [COCO_CLASSES[label] for label in rng.permutation(asked)]
     size = scene.owner.shape[0]

@@ -23,7 +23,7 @@ from model.io.hub import CODEC, NANO
 from train.practice.scenes import SPLITS, Scene, make_scene
 from train.practice.sentences import QUESTIONS, answer_prompt
 from train.practice.tasks import caption, segment_answer, things_of
-from train.run.program import parser, positive, run
+from train.run.program import not_negative, parser, positive, run
 
 # COCO numbers its classes 1 to 90 but never released ten of them.
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -106,7 +106,7 @@ def main(argv=None) -> None:
     add("--count", type=positive, default=1000, help="number of scenes")
     add("--split", choices=SPLITS, default="same")
     add("--size", type=int, default=128, help="pixels a side")
-    add("--seed", type=int, default=0, help="number of the first scene")
+    add("--seed", type=not_negative, default=0, help="number of the first scene")
     add("--answers", action="store_true", help="write prompts and answers too")
     add("--codec", type=Path, help="mask codec of --answers (default: nano's)")
     args = options.parse_args(argv)

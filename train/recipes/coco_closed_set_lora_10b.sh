@@ -17,7 +17,7 @@
 #               adapter had is not said
 #   last rate   1e-6 as the report says; the code's cosine ends at 0, and Accelerate moves its schedule by four
 #               at a step of four processes
-# Different here: no rotation (train/augment.py says why) and no blur; noise boxes have sides of 8% to 70% of
+# Different here: no rotation (train/data/augment.py says why) and no blur; noise boxes have sides of 8% to 70% of
 # the picture's, there 16 pixels to half the shorter side; crowds are left out, there they are objects; the loss
 # is the mean over a step's tokens, there over those of two pictures.
 #   MODEL, COCO, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone.

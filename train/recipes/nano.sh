@@ -1,25 +1,31 @@
 #!/usr/bin/env bash
 # All of nano, from nothing to the shipped kind of checkpoint: seven hours on two cores, no data set (train/README.md).
-#   OUT: folder of the runs. STEPS_SCALE: a factor for all numbers of steps; 0.001 tries the whole way in minutes.
-#   A run that was killed goes on when the script is started again.
+# Options are handed on to each run of fit.py: --no-compile where there is no C++ compiler.
+#   OUT: folder of the runs.
+#   STEPS_SCALE: a factor for all numbers of steps, and for the scenes that the codec is measured on; at least 2
+#   of each are left. 0.001 tries the whole way in minutes.
+#   A run that was killed goes on when the script is started again as it was.
 set -euo pipefail
 here=$(dirname "$0")/..
 OUT=${OUT:-runs/nano}
-steps() { awk -v n="$1" -v scale="${STEPS_SCALE:-1}" 'BEGIN { s = int(n * scale + 0.5); print (s > 2 ? s : 2) }'; }
+SCALE=${STEPS_SCALE:-1}
+[[ $SCALE =~ ^[0-9]*\.?[0-9]+$ ]] || { echo "nano.sh: STEPS_SCALE $SCALE: must be a number such as 0.001" >&2; exit 1; }
+scaled() { LC_ALL=C awk -v n="$1" -v scale="$SCALE" 'BEGIN { s = int(n * scale + 0.5); print (s > 2 ? s : 2) }'; }
 fit() { python "$here/fit.py" --resume --compile --min-lr 1e-5 --weight-decay 0.02 "$@"; }
 
 # 1. Detection: first the helper head alone, which stands in for SigLIP's pre-training, then all objects of scenes.
 python "$here/nano/untrained.py" --out "$OUT/untrained"
-fit --model "$OUT/untrained" --out "$OUT/detect-1" --steps "$(steps 5900)" --batch-size 64 --lr 2e-3 --muon-lr 1e-2 \
-    --patch-weight 0.5 --patch-steps "$(steps 1200)" "$@"
-fit --model "$OUT/detect-1/final" --out "$OUT/detect-2" --steps "$(steps 10200)" --batch-size 64 --lr 6e-4 \
-    --muon-lr 3e-3 --patch-weight 1 --patch-steps "$(steps 3000)" --first-scene 1000000 "$@"
+fit --model "$OUT/untrained" --out "$OUT/detect-1" --steps "$(scaled 5900)" --batch-size 64 --lr 2e-3 --muon-lr 1e-2 \
+    --patch-weight 0.5 --patch-steps "$(scaled 1200)" "$@"
+fit --model "$OUT/detect-1/final" --out "$OUT/detect-2" --steps "$(scaled 10200)" --batch-size 64 --lr 6e-4 \
+    --muon-lr 3e-3 --patch-weight 1 --patch-steps "$(scaled 3000)" --first-scene 1000000 "$@"
 
 # 2. The mask codec: 16 tokens a mask.
-[ -f "$OUT/codec/codec.safetensors" ] || python "$here/nano/codec.py" --out "$OUT/codec" --steps "$(steps 8000)"
+[ -f "$OUT/codec/codec.safetensors" ] ||
+    python "$here/nano/codec.py" --out "$OUT/codec" --steps "$(scaled 8000)" --held-out "$(scaled 300)"
 
 # 3. Words: a vocabulary for them, then all tasks mixed.
 python "$here/nano/untrained.py" --out "$OUT/words" --start "$OUT/detect-2/final" --codec "$OUT/codec/codec.safetensors"
-fit --model "$OUT/words" --out "$OUT/all-tasks" --tasks all --steps "$(steps 14800)" --batch-size 32 --lr 1e-3 \
+fit --model "$OUT/words" --out "$OUT/all-tasks" --tasks all --steps "$(scaled 14800)" --batch-size 32 --lr 1e-3 \
     --muon-lr 5e-3 --patch-weight 1 --warmup 200 --first-scene 4000000 "$@"
 echo "nano: $OUT/all-tasks/final"

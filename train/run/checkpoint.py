@@ -1,4 +1,4 @@
-"""Training state on disk: safetensors and JSON only, complete or not there.
+"""Training state on disk: safetensors and JSON only, complete or absent.
 
 A checkpoint is a folder OUT/step-0000500 that holds a PaliGemma checkpoint as every program loads it (or, of
 a LoRA run, the adapter), and beside it `optimizer.safetensors` and `trainer.json`. There is no state of
@@ -27,7 +27,7 @@ from model.lora import lora_layers
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together on the CPU (all ranks must ask for it); any other as it is."""
+    """A sharded tensor put together on the CPU (all ranks must call this); any other as it is."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
@@ -54,7 +54,7 @@ class Run:
 
     out: Path
     base: str  # what an adapter belongs to, a folder or a hub id
-    companions: dict[str, bytes]  # tokenizer and codec: read early, their folder may be deleted meanwhile
+    companions: dict[str, bytes]  # tokenizer and codec: read at once, as their folder may be deleted later
     keep: int  # checkpoints, besides the best
 
     @classmethod

@@ -38,7 +38,7 @@ def distribute(objective: nn.Module, args: argparse.Namespace) -> nn.Module:
         compute = torch.bfloat16 if args.amp and args.dtype == "float32" else None
         # Weights are cast, inputs are not: the batch's totals and RoPE's angles would be rounded with them.
         policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        # Of the device that is trained on: by default the mesh is of the GPUs, wherever there are some.
+        # By default the mesh would be of GPUs wherever there are some, even for a model on the CPU.
         mesh = init_device_mesh(model.projector.weight.device.type, (dist.get_world_size(),))
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -31,9 +31,10 @@ class Log:
 
     def __init__(self, args: argparse.Namespace, first_step: int, world: int, device: torch.device):
         path = args.out / "metrics.jsonl"
-        # Lines of steps that are trained again after a resume go, also a half-written last one.
+        # Lines of steps that a resumed run trains again are dropped, and so is a half-written last line.
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step)
+        path.write_text("".join(kept))
         self.file = path.open("a")
         self.bar = tqdm(total=args.steps, initial=first_step, unit="step", mininterval=2)
         self.step, self.time, self.batch, self.device = first_step, time.monotonic(), args.batch_size, device

@@ -16,6 +16,7 @@ def make_optimizers(objective: nn.Module, args: argparse.Namespace) -> list[Opti
     groups = [dict(params=rest, weight_decay=0.0)]
     optimizers: list[Optimizer] = []
     if args.muon_lr:
+        # match_rms_adamw: updates are of the size of AdamW's, whatever the shape of the matrix.
         options = dict(lr=args.muon_lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(torch.optim.Muon(matrices, **options))
     else:

@@ -9,9 +9,9 @@ import torch
 from model.io.writing import explain
 from model.lora import TARGETS
 from train.data.targets import Noise
-from train.run.program import parser, positive
+from train.run.program import not_negative, parser, positive
 
-# The machine, and watching: a run may go on with other values of these. All else changes where it ends.
+# The machine and monitoring: a run may be resumed with other values of these. All others change the result.
 MAY_CHANGE = set(
     "out allow_outside device accumulate recompute shard compile workers dry_run resume save_every keep "
     "log_every val val_images val_every val_count".split()
@@ -26,21 +26,21 @@ def arguments(argv=None) -> argparse.Namespace:
     add = options.add_argument_group("what").add_argument
     add("--model", required=True, help="what to start from: a folder, a hub id, or nano")
     add("--out", type=Path, required=True, help="folder of this run: checkpoints, metrics, result")
-    add("--data", type=Path, help="COCO instances or JSONL, seen by its content (default: practice scenes)")
+    add("--data", type=Path, help="COCO instances or JSONL, recognised by content (default: practice scenes)")
     add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
     add("--allow-outside", action=switch, default=False, help="pictures of JSONL may lie outside --images")
     add("--augment", action=switch, default=False, help="flip, scale, shift, colours (train/data/augment.py)")
     tasks = ["closed-set", "all"]
     add("--tasks", choices=tasks, default=tasks[0], help="of practice scenes: all adds words and masks")
-    add("--first-scene", type=int, default=0, help="number of the first practice scene")
+    add("--first-scene", type=not_negative, default=0, help="number of the first practice scene")
     add("--steps", type=positive, default=10_000)
     add("--batch-size", type=positive, default=32, help="of all processes and micro-batches together")
     add("--accumulate", type=positive, default=1, help="micro-batches a step: less memory, the same result")
-    add("--seed", type=int, default=0)
+    add("--seed", type=not_negative, default=0)
 
     add = options.add_argument_group("which weights").add_argument
     add("--lora", action=switch, default=False, help="train an adapter instead of the weights")
-    add("--lora-targets", default="published", help=f"{', '.join(TARGETS)}, or a regex of full module paths")
+    add("--lora-targets", default="published", help=f"{', '.join(TARGETS)}, or a regex for full module paths")
     add("--lora-rank", type=positive, default=16)
     add("--lora-alpha", type=float, default=16)
     add("--lora-dropout", type=float, default=0.05)
@@ -59,7 +59,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-5)
     add("--min-lr", type=float, help="where the cosine ends (default: 1e-6, or --lr if that is less)")
     add("--muon-lr", type=float, default=0, help="Muon at this rate for the layers' matrices; 0: AdamW")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up")
+    add("--warmup", type=not_negative, default=100, help="steps of linear warm-up")
     add("--weight-decay", type=float, default=0.0, help="of matrices; a step applies it times the rate")
     add("--beta2", type=float, default=0.98, help="AdamW's decay of squared gradients")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
@@ -70,27 +70,27 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")
     add("--final-cap", type=float, help="soft cap of the logits instead of the checkpoint's; 0: off")
     add("--patch-weight", type=float, default=0.0, help="of the helper loss (train/nano/patch_head.py)")
-    add("--patch-steps", type=int, default=0, help="steps at the start with the helper loss alone")
+    add("--patch-steps", type=not_negative, default=0, help="steps at the start with the helper loss alone")
 
     add = options.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of the weights; auto: bfloat16 below an adapter, else float32")  # fmt: skip
+        help="of the weights; auto: bfloat16 under an adapter, else float32")  # fmt: skip
     add("--amp", action=switch, default=True, help="bfloat16 autocast over float32 weights")
     add("--recompute", action=switch, default=False, help="activation checkpointing: less memory, slower")
     add("--shard", action=switch, default=False, help="split the weights over the processes (FSDP2)")
     add("--compile", action=switch, default=False, help="torch.compile (needs a C++ compiler)")
-    add("--workers", type=int, default=2, help="processes that prepare samples, for each training process")
+    add("--workers", type=not_negative, default=2, help="data-loading processes of each training process")
     add("--dry-run", action=switch, default=False, help="print sizes, memory and steps; load nothing")
 
-    add = options.add_argument_group("watching and going on").add_argument
-    add("--resume", action=switch, default=False, help="go on from the newest checkpoint in --out, if any")
+    add = options.add_argument_group("monitoring and resuming").add_argument
+    add("--resume", action=switch, default=False, help="continue from the newest checkpoint in --out, if any")
     add("--save-every", type=positive, default=500)
     add("--keep", type=positive, default=2, help="checkpoints kept, besides the best")
     add("--log-every", type=positive, default=20)
     add("--val", type=Path, help="validation data (default, of practice scenes: held-out ones)")
     add("--val-images", type=Path, help="folder of its pictures (default: images/ beside the file)")
-    add("--val-every", type=int, default=0, help="steps between validations; 0: none")
+    add("--val-every", type=not_negative, default=0, help="steps between validations; 0: none")
     add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
     args = options.parse_args(argv)
 
@@ -116,6 +116,8 @@ def arguments(argv=None) -> argparse.Namespace:
         raise ValueError("--tasks all is of practice scenes: leave --data out; what lines ask for is in them")
     if args.val_every and args.data and not args.val:
         raise ValueError("--val-every needs --val FILE")
+    if args.patch_steps and not args.patch_weight:
+        raise ValueError("--patch-steps trains the helper head alone, which needs a --patch-weight above 0")
     if args.skip_empty and not args.data:
         raise ValueError("--skip-empty is for --data: every practice scene has objects")
     if not 0 <= args.beta2 < 1:
@@ -147,9 +149,9 @@ def caps_of(args: argparse.Namespace) -> dict[str, float]:
 
 
 def changed_options(before: dict, args: argparse.Namespace) -> list[str]:
-    """The options, with their values before, that a run cannot go on with other values of.
+    """The options that change the result of a run and differ from those it had; with their values then.
 
-    before: its run.json. An option that it does not have is younger than the run, which had its default.
+    before: its run.json. An option that it does not have is newer than the run, which had its default.
     """
     defaults, now = as_json(arguments(["--model", "", "--out", ""])), as_json(args)
     old = {name: before.get(name, defaults[name]) for name in sorted(now.keys() - MAY_CHANGE)}

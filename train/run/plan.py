@@ -8,7 +8,7 @@ from model import PaliGemma, lora
 from model.decoding.closed_set import GROUP
 from model.io.hub import resolve
 from model.io.tokenizer import Tokenizer
-from model.io.weights import load_config
+from model.io.weights import DTYPES, load_config
 from train.data.open import check_length, classes_for, open_data, read_coco_index
 from train.run.options import caps_of, noise_of
 
@@ -22,7 +22,7 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
     index = read_coco_index(args.data, args.images) if args.data else None
     config = config.override(classes=classes_for(index, config.classes), **caps_of(args))
     with torch.device("meta"):
-        model = PaliGemma(config).to(getattr(torch, args.dtype))
+        model = PaliGemma(config).to(DTYPES[args.dtype])
         if args.lora:
             matrices = lora.add_lora(model, args.lora_targets, rank=args.lora_rank)
     if args.freeze_vision:

@@ -1,4 +1,4 @@
-"""The processes of torchrun: how they meet, what they send each other, and how much memory one has held."""
+"""The processes of torchrun: how they meet, their devices, what they exchange, and their peak memory."""
 
 import hashlib
 import os
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from model.io.writing import explain
 
 POLL = 0.05  # seconds
 
@@ -25,10 +27,10 @@ def join_processes(backend: str, timeout: timedelta | None = None) -> None:
 def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:
     """A name that all processes of this start know, and none of an earlier one did.
 
-    After a restart, torchrun's store still holds what the dead processes wrote there, their addresses among
-    it, and whoever reads those waits forever. The number of restarts is no name: nodes may count differently.
-    So every process writes a word of its own, process 0 collects the words, and all look at the collection
-    until each has found its own word there: then none is of the dead.
+    After a restart, torchrun's store still holds what the dead processes wrote there, including their
+    addresses, and a process that reads those waits forever. The number of restarts cannot serve as a name, as
+    nodes may count differently. So every process writes a word of its own, process 0 collects the words, and
+    all look at the collection until each has found its own word there: then no word is of the dead.
     """
     word, agreed = uuid.uuid4().hex, set()
     store.set(f"word/{rank}", word)
@@ -44,9 +46,26 @@ def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:
         time.sleep(POLL)
 
 
+def own_device(name: str, world: int) -> torch.device:
+    """The device of this process; of several processes on a machine, each takes the GPU of its local rank."""
+    with explain(f"--device {name}", RuntimeError):
+        device = torch.device(name)
+    if device.type == "cuda" and (world > 1 or device.index is None):  # set_device wants an index
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def use_gpu(device: torch.device) -> None:
+    """Make a GPU the current one: for new streams, NCCL, and whatever else asks for no device of its own."""
+    there = torch.cuda.device_count()
+    if device.index >= there:
+        raise ValueError(f"--device {device}: this machine has {there} GPUs")
+    torch.cuda.set_device(device)
+
+
 def exit_program(status: int | str) -> None:
-    """End the program like sys.exit. One of several processes ends itself at once: threads of PyTorch abort
-    now and then ("terminate called without an active exception") when the interpreter ends them."""
+    """End the program like sys.exit. One of several processes ends without the interpreter's clean-up, in
+    which PyTorch's threads sometimes abort ("terminate called without an active exception")."""
     if dist.is_initialized():
         dist.destroy_process_group()
         if isinstance(status, str):
@@ -62,7 +81,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def all_gather(value) -> list:
-    """This value of every process, by rank; waits for all of them."""
+    """The value of every process, by rank; waits for all of them."""
     values = [value] * rank_and_world()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)

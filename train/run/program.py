@@ -18,16 +18,26 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small: must be at least 1")
+    return _at_least(1, int(text))
+
+
+def not_negative(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    return _at_least(0, int(text))
+
+
+def _at_least(minimum: int, value: int) -> int:
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{value} is too small: must be at least {minimum}")
     return value
 
 
 def complain(error: BaseException | str, file: str) -> None:
-    """Print the first line of an error on stderr, after the name of the program. file: its __file__."""
-    lines = str(error).splitlines() or [type(error).__name__]  # some errors of Python's have no text
-    print(f"{Path(file).name}: {lines[0]}", file=sys.stderr)
+    """Print an error in one line on stderr, after the name of the program. file: its __file__."""
+    line, *more = str(error).splitlines() or [type(error).__name__]  # some of Python's errors have no text
+    if more and "in DataLoader worker process" in line:  # the worker's traceback, which ends in its error
+        line = more[-1].partition(": ")[2]
+    print(f"{Path(file).name}: {line}", file=sys.stderr)
 
 
 def run(main: Callable[[], int | None], file: str) -> None:

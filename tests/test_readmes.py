@@ -1,0 +1,199 @@
+"""The four READMEs: every command runs, what they show is what comes out, and what they point to is there.
+
+A command is a line of a fenced block without a language, or text in backticks that begins like one. Each is
+run by a shell as it stands, in a folder with the files that the READMEs take for granted, after the commands
+whose --out it reads. QUICK and INSTEAD are all that is changed: slow things become small ones.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import ENVIRONMENT, ROOT
+from PIL import Image
+
+from model import PaliGemma
+from model.io.hub import NANO
+from train.practice.write import write_coco
+
+# Options added to a program's own; of an option given twice, the last one counts.
+QUICK = {
+    "train/fit.py": "--steps 2 --batch-size 4 --workers 0 --no-compile",  # compiling takes a minute
+    "train/practice/write.py": "--count 4",
+    "infer/evaluate.py": "--count 2",
+    "infer/evaluate_answers.py": "--count 2",
+    # nano, which is found in --folder, in place of random weights of an official size; and no transformers,
+    # slow to start: test_benchmarks.py runs that side.
+    "infer/benchmark.py": f"--groups 1 --rounds 1 --no-memory --no-peer --device cpu --folder {NANO}",
+    "infer/benchmark_step.py": f"--steps 1 --no-peer --device cpu --folder {NANO}",
+    "infer/tradeoffs.py early-stop": "--count 2 --repeats 1 --noise 0.5 --patience 1",
+    "infer/tradeoffs.py growth": "--repeats 1 --groups 1 2 --batch-size 1 2 --sides 32 64",
+    "infer/tradeoffs.py head": "--repeats 2 --widths nano --device cpu",
+    "train/recipes/nano.sh": "--batch-size 1 --workers 0 --no-compile",  # of its runs of fit.py
+}
+INSTEAD = {
+    "--nproc_per_node=8": "--nproc_per_node=2 --standalone",  # a free port instead of the same for all
+    "python -m pytest tests/": "ls tests/",  # this suite runs them
+    "python -m pytest -m gpu": "grep '\"gpu:' pyproject.toml",
+    "hf auth login": "hf auth login --help",  # no account here
+}
+
+# ---- what is in a README -----------------------------------------------------------------------------------
+
+READMES = "README.md", "model/README.md", "train/README.md", "infer/README.md"
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in READMES}
+CI = re.compile(r"<!-- ci -->.*?&& (.*?)\n.*?<!-- /ci -->", re.DOTALL)  # .ci/run executes these
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PROGRAM = re.compile(r"(\w+=\S+ )*(python|torchrun|hf|bash|\S+\.sh) ")
+
+
+def blocks(name: str, language: str = "") -> list[str]:
+    return [body for of, body in BLOCK.findall(CI.sub("", TEXTS[name])) if of == language]
+
+
+def find_commands() -> list[str]:
+    """All commands in their order, each on one line and without its comment."""
+    lines = "".join(body for name in READMES for body in blocks(name)).replace("\\\n", " ").splitlines()
+    lines = [" ".join(re.sub(r"\s# .*", "", line).split()) for line in lines if line]
+    quoted = re.findall(r"`([^`]+)`", "".join(BLOCK.sub("", text) for text in TEXTS.values()))
+    quoted = [line for line in (" ".join(text.split()) for text in quoted) if PROGRAM.match(line)]
+    # In a sentence, a command may be shortened to the beginning of one that is written out elsewhere.
+    quoted = [line for line in quoted if not any(whole.startswith(line) for whole in lines)]
+    return list(dict.fromkeys(lines + quoted))
+
+
+COMMANDS = find_commands()
+
+
+def quick(command: str) -> str:
+    """The command as it is run here."""
+    for words, others in INSTEAD.items():
+        command = command.replace(words, others)
+    return " ".join([command, *(more for program, more in QUICK.items() if f"{program} " in f"{command} ")])
+
+
+def makers(command: str) -> list[str]:
+    """The commands before it that write to a file or folder which it names."""
+    outs = {other: re.search(r"--out (\S+)", other) for other in COMMANDS[: COMMANDS.index(command)]}
+    return [other for other, out in outs.items() if out and re.search(rf" {out[1]}(/|\s|$)", command)]
+
+
+# ---- running -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A user's working folder: the repository, pictures, and a cache of the hub with nano's files for all."""
+    folder = tmp_path_factory.mktemp("work")
+    for name in ("model", "train", "infer", "tests", "media", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    write_coco(folder / "practice" / "scenes", 4)
+    (folder / "coco" / "annotations").mkdir(parents=True)
+    for name in ("photos", "coco/train2017"):
+        (folder / name).symlink_to(folder / "practice" / "scenes" / "images")
+    for name in ("instances.json", "coco/annotations/instances_train2017.json"):
+        (folder / name).symlink_to(folder / "practice" / "scenes" / "instances.json")
+    Image.open(folder / "photos" / "000000.png").save(folder / "photo.jpg")
+    for checkpoint in set(re.findall(r"google/[\w.-]+", " ".join(COMMANDS))):
+        cached = folder / "hub" / f"models--{checkpoint.replace('/', '--')}"
+        shutil.copytree(NANO, cached / "snapshots" / "0")
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("0")
+    return folder
+
+
+def shell(folder: Path, line: str, stdin: str = "") -> str:
+    """Run a line of the shell, which must succeed; returns what it prints on both outputs."""
+    own = dict(HF_HUB_CACHE=str(folder / "hub"), CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
+    own |= dict(PATH=f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}")
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=ENVIRONMENT | own, input=stdin, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(request, folder):
+    """What a command prints, run once and after those that it needs. All commands of the selected tests start
+    here, two at a time, since most of their time is spent on starting Python."""
+    running = {}
+
+    def work(command: str, needed: list[Future]) -> str:
+        for other in needed:
+            other.result()
+        return shell(folder, quick(command))
+
+    def start(command: str) -> Future:
+        if command not in running:  # what it needs goes into the queue before it
+            running[command] = pool.submit(work, command, [start(other) for other in makers(command)])
+        return running[command]
+
+    with ThreadPoolExecutor(2) as pool:
+        for test in request.session.items:
+            if getattr(test, "originalname", "") == "test_command":
+                start(test.callspec.params["command"])
+        yield lambda command: start(command).result()
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=COMMANDS)
+def test_command(command, run):
+    run(command)
+
+
+def test_nano_recipe(run, folder):
+    """It ends in a checkpoint."""
+    (command,) = (command for command in COMMANDS if "nano.sh" in command)
+    result = run(command).splitlines()[-1].removeprefix("nano: ")
+    assert PaliGemma.from_pretrained(str(folder / result)).config.open_vocabulary is False
+
+
+# ---- what is shown -----------------------------------------------------------------------------------------
+
+
+def test_all_other_blocks_are_below():
+    others = ["".join(language[:1] for language, _ in BLOCK.findall(text)) for text in TEXTS.values()]
+    assert others == ["tpt", "p", "", "t"], "p(ython) or t(ext) of each README"
+
+
+def test_what_you_should_see(folder):
+    shown, *_ = blocks("README.md", "text")
+    assert shell(folder, CI.search(TEXTS["README.md"])[1]) == shown
+
+
+def test_python_prints_what_is_shown(folder):
+    (code,), (*_, shown) = blocks("README.md", "python"), blocks("README.md", "text")
+    assert shell(folder, f"python - <<'END'\n{code}\nEND") == shown
+
+
+def test_python_of_the_network(folder):
+    """With images and tokens for its placeholders."""
+    (code,) = blocks("model/README.md", "python")
+    given = "images, tokens, prefix_len = torch.rand(2, 3, 128, 128), torch.ones(2, 5).long(), 3"
+    code = f"import torch\n{given}\n{code}\nprint(*logits.shape, logits.dtype)"
+    assert shell(folder, f"python - <<'END'\n{code}\nEND") == "2 5 2560 torch.float32\n"
+
+
+def test_conversation(folder):
+    (shown,) = blocks("infer/README.md", "text")
+    prompts = re.findall("^> (.*)", shown, re.MULTILINE)
+    printed = shell(folder, "python infer/generate.py --image media/example.png", "\n".join(prompts))
+    _, *answers, end = re.sub(r"\n  \d+ tokens, .*", "", printed).split("\n> ")
+    said = "".join(f"> {prompt}\n{answer}\n" for prompt, answer in zip(prompts, answers, strict=True))
+    assert said == shown and end == "\n"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_it_points_to_is_there(name):
+    """Links and pictures; and files of the repository, by their names or the ends of their paths."""
+    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[name]):
+        assert ((ROOT / name).parent / link).exists(), link
+    files = [str(file) for top in ("model", "train", "infer", "tests") for file in (ROOT / top).rglob("*.*")]
+    for mentioned in re.findall(r"[\w/]+\.(?:py|sh)\b", TEXTS[name]):
+        assert any(file.endswith(f"/{mentioned}") for file in files), mentioned
