@@ -81,7 +81,7 @@ def test_device_of_each_process(monkeypatch):
     assert train.own_device("cpu", world=8) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["cuda:2", "gpu"])
+@pytest.mark.parametrize("device", ["cuda:2", "gpu", "xpu"])
 def test_no_such_device(device, gpus, tmp_path):
     with pytest.raises(ValueError, match=f"--device {device}"):
         run("nano", tmp_path / "run", f"--device {device}")

@@ -48,8 +48,10 @@ def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:
 
 def own_device(name: str, world: int) -> torch.device:
     """The device of this process; of several processes on a machine, each takes the GPU of its local rank."""
-    with explain(f"--device {name}", RuntimeError):
+    with explain(f"--device {name} cannot be used here", RuntimeError, AssertionError):
         device = torch.device(name)
+        if device.type != "cuda":  # use_gpu looks at those
+            torch.empty(0, device=device)
     if device.type == "cuda" and (world > 1 or device.index is None):  # set_device wants an index
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
