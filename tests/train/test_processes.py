@@ -13,7 +13,7 @@ import torch.distributed as dist
 from helpers import ENVIRONMENT, ROOT, same, torchrun
 from torch.distributed import HashStore
 from torch.overrides import TorchFunctionMode
-from training import PLAIN, USUAL, command, launch, metrics, run, weights, weights_apart
+from training import PLAIN, USUAL, command, launch, metrics, run, run_complaint, weights, weights_apart
 
 from model import PaliGemma
 from model.io.tokenizer import Tokenizer
@@ -79,6 +79,10 @@ def test_device_of_each_process(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert train.own_device("cuda", world=8) == torch.device("cuda:1")
     assert train.own_device("cpu", world=8) == torch.device("cpu")
+
+
+def test_shard_without_torchrun(tiny, tmp_path):
+    assert "torchrun --nproc_per_node" in run_complaint(tiny, tmp_path / "run", "--shard")
 
 
 @pytest.mark.parametrize("device", ["cuda:2", "gpu", "xpu"])
