@@ -65,6 +65,11 @@ class Selection:
     nms_iou: float = 1.0
     min_size: float = 0.0
 
+    def __post_init__(self):
+        if not (self.score_threshold >= 0 and self.nms_iou >= 0 and self.min_size >= 0):
+            what = f"score threshold {self.score_threshold}, NMS IoU {self.nms_iou}, side {self.min_size}"
+            raise ValueError(f"{what}: must all be at least 0")
+
     def __call__(
         self,
         size: tuple[int, int],

@@ -1,6 +1,7 @@
 """The Python API, on the shipped model: what the README shows, and what it refuses."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -131,6 +132,9 @@ def test_refused(nano, model):
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             nano(images, **options)
+    for name, value in dict(score_threshold=math.nan, nms_iou=-1, min_size=-5).items():
+        with pytest.raises(ValueError, match="score threshold"):
+            Selection(**{name: value})
     with pytest.raises(ValueError, match="zebras.* did you mean 'zebra'"):
         nano(EXAMPLE, classes=["zebras"])
     with pytest.raises(ValueError, match="has no mask codec"):

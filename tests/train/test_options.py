@@ -54,7 +54,8 @@ def test_options_without_effect(tiny, scenes, pairs, tmp_path):
     assert "--skip-empty" in run_complaint(tiny, out, "--skip-empty")
     assert "--patch-weight" in run_complaint(tiny, out, "--patch-steps 2")
     for option in (
-        "--noise-weight -1", "--noise-weight nan", "--noise-disguise 1.5", "--noise-near -0.1", "--beta2 1"
+        "--noise-weight -1", "--noise-weight nan", "--noise-disguise 1.5", "--noise-near -0.1", "--beta2 1",
+        "--clip -1", "--weight-decay -0.1", "--muon-lr -1", "--patch-weight nan",
     ):  # fmt: skip
         with pytest.raises(ValueError, match=option.split()[0]):
             train.arguments(f"--model x --out x --data x {option}".split())

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from helpers import ENVIRONMENT, ROOT, same, torchrun
 from torch.distributed import HashStore
 from torch.overrides import TorchFunctionMode
-from training import PLAIN, USUAL, command, launch, metrics, run, weights, weights_apart
+from training import PLAIN, USUAL, command, launch, metrics, run, run_complaint, weights, weights_apart
 
 from model import PaliGemma
 from model.io.tokenizer import Tokenizer
@@ -81,7 +81,11 @@ def test_device_of_each_process(monkeypatch):
     assert train.own_device("cpu", world=8) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["cuda:2", "gpu"])
+def test_shard_without_torchrun(tiny, tmp_path):
+    assert "torchrun --nproc_per_node" in run_complaint(tiny, tmp_path / "run", "--shard")
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "gpu", "xpu"])
 def test_no_such_device(device, gpus, tmp_path):
     with pytest.raises(ValueError, match=f"--device {device}"):
         run("nano", tmp_path / "run", f"--device {device}")

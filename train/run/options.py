@@ -100,6 +100,10 @@ def arguments(argv=None) -> argparse.Namespace:
         args.min_lr = min(1e-6, args.lr)
     if not 0 <= args.min_lr <= args.lr:
         raise ValueError(f"--min-lr {args.min_lr:g}: the rate falls from --lr {args.lr:g} to it, not below 0")
+    for name in ("muon_lr", "weight_decay", "clip", "patch_weight"):
+        value = getattr(args, name)
+        if not value >= 0:  # a negative --clip would turn the gradient around
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be at least 0")
     if args.dtype == "float16":
         raise ValueError("--dtype float16: its range is too small for Gemma's activations; use bfloat16")
     if args.dtype == "auto":

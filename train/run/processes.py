@@ -19,6 +19,8 @@ POLL = 0.05  # seconds
 
 def join_processes(backend: str, timeout: timedelta | None = None) -> None:
     """Meet the other processes that torchrun started."""
+    if "RANK" not in os.environ:
+        raise ValueError("--shard needs torchrun, also for one process: torchrun --nproc_per_node=1 train/fit.py")
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(_name_of_this_start(store, rank, world), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -48,8 +50,10 @@ def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:
 
 def own_device(name: str, world: int) -> torch.device:
     """The device of this process; of several processes on a machine, each takes the GPU of its local rank."""
-    with explain(f"--device {name}", RuntimeError):
+    with explain(f"--device {name} cannot be used here", RuntimeError, AssertionError):
         device = torch.device(name)
+        if device.type != "cuda":  # use_gpu looks at those
+            torch.empty(0, device=device)
     if device.type == "cuda" and (world > 1 or device.index is None):  # set_device wants an index
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
