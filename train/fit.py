@@ -237,7 +237,7 @@ def train(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_json(as_json(args), args.out / "run.json")
-    log = Log(args, steps.start, world, device) if rank == 0 else None
+    log = Log(args, steps.start, device) if rank == 0 else None
     save = functools.partial(save_checkpoint, run, trainer, model, objective, optimizers)
     stopping = stop_on_signals()
 

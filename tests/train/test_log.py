@@ -13,7 +13,7 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
     file = tmp_path / "metrics.jsonl"
     lines = "".join(json.dumps(dict(step=step, loss=1.0)) + "\n" for step in (1, 2, 3))
     file.write_text(lines + '{"step": 2, "lo')
-    log = Log(Namespace(out=tmp_path, steps=4, batch_size=1), 2, 1, torch.device("cpu"))
+    log = Log(Namespace(out=tmp_path, steps=4, batch_size=1), 2, torch.device("cpu"))
     log.line(3, 0.5, lr=1e-3)
     log.bar.close()
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]

@@ -101,9 +101,7 @@ class CocoIndex:
     """N images and A objects of an instances file, as flat tensors in memory that all workers share."""
 
     classes: tuple[str, ...]  # names of the file's categories, in the order of their ids
-    category_ids: tuple[int, ...]
-    image_ids: Tensor  # int64 [N], in the order of the file
-    sizes: Tensor  # int64 [N, 2] width, height
+    sizes: Tensor  # int64 [N, 2] width, height; images are in the order of the file
     offsets: Tensor  # int64 [N + 1]: image i has the objects offsets[i] .. offsets[i + 1]
     boxes: Tensor  # float64 [A, 4] x0, y0, x1, y1 in pixels, clipped to the image
     labels: Tensor  # int64 [A] positions in `classes`
@@ -113,7 +111,7 @@ class CocoIndex:
     skipped_degenerate: int  # without width or height inside the image, or not finite
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self.sizes)
 
     def name(self, row: int) -> str:
         """File name of an image, relative to the image folder."""
@@ -154,7 +152,6 @@ class CocoIndex:
         order = np.argsort(owners, kind="stable")  # by image, and within it as in the file
         order = order[(boxes[:, 2:] > boxes[:, :2]).all(1)[order]]  # without degenerate ones
         arrays = dict(
-            image_ids=np.array(list(pictures), np.int64),
             sizes=np.array(sizes, np.int64),
             offsets=np.searchsorted(owners[order], np.arange(len(pictures) + 1)),
             boxes=boxes[order],
@@ -164,7 +161,6 @@ class CocoIndex:
         )
         return cls(
             classes=tuple(categories[i]["name"] for i in ids),
-            category_ids=tuple(ids),
             **{name: torch.from_numpy(array).share_memory_() for name, array in arrays.items()},
             skipped_crowd=crowd,
             skipped_degenerate=len(boxes) - len(order),

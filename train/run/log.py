@@ -29,7 +29,7 @@ def stop_on_signals() -> dict[str, bool]:
 class Log:
     """The progress bar, OUT/metrics.jsonl, and TensorBoard where it is installed."""
 
-    def __init__(self, args: argparse.Namespace, first_step: int, world: int, device: torch.device):
+    def __init__(self, args: argparse.Namespace, first_step: int, device: torch.device):
         path = args.out / "metrics.jsonl"
         # Lines of steps that a resumed run trains again are dropped, and so is a half-written last line.
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []

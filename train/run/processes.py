@@ -20,7 +20,7 @@ POLL = 0.05  # seconds
 def join_processes(backend: str, timeout: timedelta | None = None) -> None:
     """Meet the other processes that torchrun started."""
     if "RANK" not in os.environ:
-        raise ValueError("--shard needs torchrun, also for one process: torchrun --nproc_per_node=1 train/fit.py")
+        raise ValueError("--shard needs torchrun: torchrun --nproc_per_node=N train/fit.py ...")
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(_name_of_this_start(store, rank, world), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
