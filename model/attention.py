@@ -24,6 +24,21 @@ def prefix_lm_mask(valid: Tensor, is_suffix: Tensor) -> Tensor:
     return (block[:, None, :] <= block[:, :, None]) & valid[:, None, :]
 
 
+def branch_mask(parents: Tensor) -> Tensor:
+    """int64 [B, N] -> bool [B, N, N]: True where branch token s is t itself or one of its ancestors.
+
+    For answers that branch: N tokens behind a common prefix, each with the token before it as its parent; the
+    first ones of a branch are their own parents. Branches never see each other.
+    parents 0 1 0 0 1  ->  tokens 0 and 1 see themselves, 2 and 3 also 0, 4 also 1.
+    """
+    ids = torch.arange(parents.shape[1], device=parents.device)
+    sees, ancestor = ids[:, None] == ids, parents
+    for _ in range(3):  # a branch has at most four tokens
+        sees = sees | (ancestor[..., None] == ids)  # [B, N, N]
+        ancestor = ancestor.gather(1, ancestor)
+    return sees
+
+
 def window_mask(
     mask: Tensor, query_pos: Tensor, key_pos: Tensor, is_suffix: Tensor, window: int | None
 ) -> Tensor:

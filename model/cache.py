@@ -28,12 +28,14 @@ class KVCache:
         # The newest token's slot. A graph would keep a Python number as it was at the capture; this one it
         # reads from memory at every replay.
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self.slots: Tensor | None = None  # those of the newest tokens, after a step
         self.seen = self.used = 0  # slots that the queries read; slots in use
 
     def start(self, valid: Tensor, positions: Tensor) -> None:
         """Forget everything, and take the first T slots for tokens with valid and positions [B, T]."""
         T = valid.shape[1]
         self.seen = self.used = self._room_for(T)
+        self.slots = None
         self.valid.zero_()[:, :T] = valid
         # A slot that is not valid has weight 0, but 0 times a NaN that an earlier batch left there is NaN.
         self.values[:, :, :, T:].zero_()
@@ -41,15 +43,20 @@ class KVCache:
         self.last.copy_(positions.amax(-1, keepdim=True))
         self.slot.fill_(T - 1)
 
-    def extend(self) -> Tensor:
-        """Take the next slot for one token of every sequence: their positions [B, 1]."""
-        self.used = self._room_for(self.used + 1)
+    def extend(self, count: int = 1) -> Tensor:
+        """Take the next slots of every sequence for `count` tokens: their positions [B, count].
+
+        Several tokens are of branches that go on from the same one: they have the same position, one on.
+        """
+        self.used = self._room_for(self.used + count)
         self.seen = self.valid.shape[1]
-        self.slot += 1
+        self.slots = self.slot + torch.arange(1, count + 1, device=self.slot.device)
+        self.slot += count
         self.last += 1
-        self.valid.index_fill_(1, self.slot, True)
-        self.positions.index_copy_(1, self.slot, self.last)
-        return self.last
+        positions = self.last.expand(-1, count)
+        self.valid.index_fill_(1, self.slots, True)
+        self.positions.index_copy_(1, self.slots, positions)
+        return positions
 
     def _room_for(self, slots: int) -> int:
         if slots > self.valid.shape[1]:
@@ -59,9 +66,9 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, K, T, H] into the slots just taken; returns what the queries read, [B, K, S, H]."""
         keys, values = self.keys[layer], self.values[layer]
-        if k.shape[2] == 1:  # a step, which a graph may replay: the slot is read on the device
-            keys.index_copy_(2, self.slot, k)
-            values.index_copy_(2, self.slot, v)
+        if self.slots is not None:  # a step, which a graph may replay: the slots are read on the device
+            keys.index_copy_(2, self.slots, k)
+            values.index_copy_(2, self.slots, v)
         else:
             keys[:, :, : self.used] = k
             values[:, :, : self.used] = v

@@ -13,6 +13,7 @@ from model.decoding.generate import Prompter, Sampling
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
+from model.decoding.parallel import BRANCHES, ParallelDecoder
 from model.io.hub import OFFICIAL_CODEC, codec_file
 from model.io.weights import DTYPES
 from model.io.writing import explain
@@ -20,7 +21,8 @@ from train.run.program import positive
 
 # Options that have no effect in the other mode, and are refused there.
 OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")
-CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop")
+CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop", "branches")
+SEQUENCE_ONLY = ("groups", "noise_feedback", "early_stop", "temperature")
 
 
 # ---- the options -------------------------------------------------------------------------------------------
@@ -76,6 +78,14 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
         return
     add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
     add("--classes-per-call", type=positive, help=f"asked for in one prompt (default: {CLASSES_PER_PROMPT})")
+    forms = ["sequence", "parallel"]
+    add(
+        "--decode",
+        choices=forms,
+        default=forms[0],
+        help="boxes one after the other, or in branches, in five steps",
+    )
+    add("--branches", type=positive, help=f"boxes decoded in parallel for an image (default: {BRANCHES})")
     add("--groups", type=positive, help="boxes decoded for an image instead of the checkpoint's number")
     feedback = dict(action=argparse.BooleanOptionalAction, default=False)
     add("--noise-feedback", **feedback, help="feed the noise token back where it is likeliest")
@@ -143,12 +153,7 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
     codec = load_codec(args) if masks else None
     model = load_model(args)
     if args.classes is None:
-        stop = EarlyStop(*args.early_stop) if args.early_stop else None
-        language = ClosedSet.of(model.config, model.tokenizer)
-        decode = GroupDecoder(
-            model, language, args.groups, args.noise_feedback, sampling, early_stop=stop, head=head_for(model)
-        )
-        return ClosedSetDetector(decode, selection)
+        return ClosedSetDetector(closed_set_decoder(args, model, sampling), selection)
     prompter = Prompter(model, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
     # Checkpoints are trained to segment one class at a time.
@@ -156,10 +161,29 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
     return OpenSetDetector(prompter, names, per_prompt, selection, codec)
 
 
+def closed_set_decoder(
+    args: argparse.Namespace, model: PaliGemma, sampling: Sampling
+) -> GroupDecoder | ParallelDecoder:
+    """The decoder of --decode."""
+    language, head = ClosedSet.of(model.config, model.tokenizer), head_for(model)
+    if args.decode == "parallel":
+        return ParallelDecoder(model, language, args.branches or BRANCHES, head=head)
+    stop = EarlyStop(*args.early_stop) if args.early_stop else None
+    return GroupDecoder(
+        model, language, args.groups, args.noise_feedback, sampling, early_stop=stop, head=head
+    )
+
+
 def check_mode(args: argparse.Namespace) -> None:
-    """Refuse options of the mode that --classes, or its absence, does not choose."""
+    """Refuse options of the mode that --classes, or its absence, or --decode does not choose."""
     open_set = args.classes is not None
     for name in CLOSED_SET_ONLY if open_set else OPEN_SET_ONLY:
         if getattr(args, name):
             mode = "closed-set detection, without" if open_set else "open-set detection, with"
             raise ValueError(f"--{name.replace('_', '-')} is for {mode} --classes")
+    if open_set and args.decode == "parallel":
+        raise ValueError("--decode parallel is for closed-set detection, without --classes")
+    for name in SEQUENCE_ONLY if args.decode == "parallel" else ("branches",):
+        if getattr(args, name):
+            form = "sequence" if args.decode == "parallel" else "parallel"
+            raise ValueError(f"--{name.replace('_', '-')} is for --decode {form}")

@@ -55,6 +55,7 @@ SPLITS = {
     "train": Split(0, USUAL_COUNTS, held_out_textures=False),
     "same": Split(1, USUAL_COUNTS),
     "vendor": Split(2, USUAL_COUNTS, held_out_sources=True),
+    "development": Split(4, USUAL_COUNTS),  # for decisions, such as on constants: no reported figure is of it
     "crowded": Split(3, (0,) * 6 + (1,) * 6, sides=(18, 52), crowding=0.6),
 }
 

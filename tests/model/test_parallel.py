@@ -1,0 +1,150 @@
+"""Boxes in parallel: a branch is what the plain sequence would be with that box as its first group."""
+
+import pytest
+import torch
+from reference import ARCHITECTURES, LANGUAGE, noisy
+
+from model.attention import branch_mask
+from model.decoding import parallel
+from model.decoding.closed_set import GROUP
+from model.decoding.parallel import COORDINATES, ParallelDecoder, Reading, peaks
+from model.io.tokenizer import LOCS
+
+K = 6
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request, tmp_path_factory):
+    """Gemma 1 and 2, with and without windows and soft caps."""
+    return noisy(tmp_path_factory.mktemp("noisy"), **ARCHITECTURES[request.param])[1]
+
+
+def pictures(model, batch, seed=2):
+    size = model.config.vision.image_size
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def watched(model, images, monkeypatch, change=None, branches=K):
+    """The answer, and the hidden states [B, K, D] of the four steps. change(step, bins): what is fed then."""
+    hidden, real = [], ParallelDecoder._step
+
+    def step(self, bins, parents):
+        bins = change(len(hidden), bins) if change else bins
+        hidden.append(real(self, bins, parents))
+        return hidden[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParallelDecoder, "_step", step)
+        answer = ParallelDecoder(model, LANGUAGE, branches)(images)
+    return answer, hidden
+
+
+@torch.inference_mode()
+def test_a_branch_is_a_sequence(model, monkeypatch):
+    """Logits of every step equal those of the whole text with the box as its first group, in float32."""
+    images = pictures(model, 2)
+    answer, hidden = watched(model, images, monkeypatch)
+    prompt = torch.tensor(LANGUAGE.prompt)
+    for k in range(K):
+        text = torch.cat((prompt.expand(2, -1), answer.tokens[:, k, :COORDINATES]), dim=1)
+        plain = model(images, text, len(prompt))[:, len(prompt) :]  # after y0, x0, y1, x1
+        ours = torch.stack([h[:, k] for h in hidden[1:]], dim=1)  # the first step's branches were of y0 alone
+        assert (model.decoder.logits(ours) - plain[:, 1:]).abs().max() < 1e-4
+        p = plain[:, -1, LANGUAGE.class0 : LANGUAGE.noise + 1].softmax(-1)
+        assert torch.allclose(answer.noise[:, k], p[:, -1], atol=1e-5)
+        assert (answer.labels[:, k] == p[:, :-1].argmax(-1)).all()
+
+
+@torch.inference_mode()
+def test_branches_never_see_each_other(model, monkeypatch):
+    """Another coordinate in one branch leaves the states of all others bit for bit as they were."""
+    images = pictures(model, 1)
+    _, before = watched(model, images, monkeypatch)
+
+    def change(step, bins):
+        bins = bins.clone()
+        bins[:, 3] = (bins[:, 3] + 100) % LOCS if step == 2 else bins[:, 3]
+        return bins
+
+    _, after = watched(model, images, monkeypatch, change)
+    others = [k for k in range(K) if k != 3]
+    for step in (2, 3):
+        assert not torch.equal(before[step][:, 3], after[step][:, 3])
+        assert torch.equal(before[step][:, others], after[step][:, others])
+
+
+def test_the_number_of_branches_changes_nothing(model):
+    """A pair of y0 and x0 that is followed ends in the same box, whatever other pairs are."""
+    images, followed = pictures(model, 2), []
+    for branches in (K, 3 * K):
+        answer = ParallelDecoder(model, LANGUAGE, branches)(images)
+        boxes = torch.cat((answer.locs, answer.labels[..., None]), dim=-1).tolist()
+        scores = answer.scores.tolist()
+        followed.append(
+            {(i, *box[:2]): (box[2:], score) for i in (0, 1) for box, score in zip(boxes[i], scores[i])}
+        )
+    both = followed[0].keys() & followed[1].keys()
+    assert len(both) >= K
+    for pair in both:
+        (one, its_score), (other, score) = followed[0][pair], followed[1][pair]
+        assert one == other and its_score == pytest.approx(score, rel=1e-4)
+
+
+def test_the_order_of_branches_changes_nothing(model, monkeypatch):
+    """The peaks of y0 turned round: the same boxes, in the order of their mass."""
+    images = pictures(model, 1)
+    want = ParallelDecoder(model, LANGUAGE, K)(images)
+
+    def turned(p, count, radius):
+        at, mass = peaks(p, count, radius)
+        return (at.flip(1), mass.flip(1)) if count == K else (at, mass)
+
+    monkeypatch.setattr(parallel, "peaks", turned)
+    found = ParallelDecoder(model, LANGUAGE, K)(images)
+    assert torch.equal(found.tokens, want.tokens) and torch.allclose(found.scores, want.scores, rtol=1e-5)
+
+
+def test_alone_and_in_a_batch(model):
+    """And one decoder for batches of different sizes, one after the other."""
+    images, decoder = pictures(model, 3), ParallelDecoder(model, LANGUAGE, K)
+    together = decoder(images)
+    for i in range(3):
+        alone = decoder(images[i : i + 1])
+        assert torch.equal(alone.tokens[0], together.tokens[i])
+        assert torch.allclose(alone.scores[0], together.scores[i], rtol=1e-5)
+    assert torch.equal(decoder(images).tokens, together.tokens)
+
+
+def test_answer(model):
+    """Its form is that of the sequence's; a score is the class's probability times a power of the mass."""
+    answer = ParallelDecoder(model, LANGUAGE, K, Reading(mass_power=0))(pictures(model, 2))
+    assert answer.tokens.shape == (2, K, GROUP) and answer.live.all()
+    assert ((answer.locs >= 0) & (answer.locs < LOCS)).all()
+    assert torch.equal(answer.tokens[..., :-1], answer.locs + LANGUAGE.loc0)
+    assert torch.equal(answer.tokens[..., -1], answer.labels + LANGUAGE.class0)
+    assert (answer.scores + answer.noise <= 1 + 1e-6).all()
+    lower = ParallelDecoder(model, LANGUAGE, K, Reading(mass_power=1))(pictures(model, 2))
+    assert (lower.scores < answer.scores).all()
+
+
+# The parts --------------------------------------------------------------------------------------------------
+
+
+def test_branch_mask():
+    """By hand: two y0, of which the second has both x0; their y1 and x1 go on from them."""
+    parents = torch.tensor([[0, 1, 1, 1, 2, 3]])
+    seen = [[0], [1], [1, 2], [1, 3], [1, 2, 4], [1, 3, 5]]
+    assert [row.nonzero()[:, 0].tolist() for row in branch_mask(parents)[0]] == seen
+
+
+def test_peaks_by_hand():
+    """The window that holds most comes first, though another bin is the likeliest; its own likeliest bin is
+    the peak. What it holds is taken out."""
+    p = torch.zeros(1, LOCS)
+    p[0, 500:503] = torch.tensor([0.1, 0.2, 0.1])
+    p[0, 1023], p[0, 0], p[0, 505] = 0.3, 0.25, 0.05
+    at, mass = peaks(p, 4, radius=2)
+    assert at.tolist()[0][:3] == [501, 1023, 0] and torch.allclose(
+        mass[0, :3], torch.tensor([0.4, 0.3, 0.25])
+    )
+    assert at[0, 3] == 505 and mass[0, 3] == pytest.approx(0.05)
