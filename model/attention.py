@@ -25,18 +25,21 @@ def prefix_lm_mask(valid: Tensor, is_suffix: Tensor) -> Tensor:
 
 
 def branch_mask(parents: Tensor) -> Tensor:
-    """int64 [B, N] -> bool [B, N, N]: True where branch token s is t itself or one of its ancestors.
+    """Parents int64 [B, N] -> bool [B, N, N]: True where key s is query t itself or one of its ancestors.
 
-    For answers that branch: N tokens behind a common prefix, each with the token before it as its parent; the
-    first ones of a branch are their own parents. Branches never see each other.
-    parents 0 1 0 0 1  ->  tokens 0 and 1 see themselves, 2 and 3 also 0, 4 also 1.
+    For answers that branch: of N tokens after a common prefix, each has the token before it in its branch as
+    parent, and the first of a branch itself. Branches do not read each other:
+
+        parents    0 1 0 0 1          token 0 reads 0, 1 reads 1, 2 reads 0 2, 3 reads 0 3, 4 reads 1 4
     """
     ids = torch.arange(parents.shape[1], device=parents.device)
-    sees, ancestor = ids[:, None] == ids, parents
-    for _ in range(3):  # a branch has at most four tokens
-        sees = sees | (ancestor[..., None] == ids)  # [B, N, N]
+    reads, ancestor = ids[:, None] == ids, parents
+    # The ancestors one, two and four steps up, where a step from the first token stays there: all that a
+    # branch of at most four tokens has.
+    for _ in range(3):
+        reads = reads | (ancestor[..., None] == ids)  # [B, N, N]
         ancestor = ancestor.gather(1, ancestor)
-    return sees
+    return reads
 
 
 def window_mask(

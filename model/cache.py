@@ -28,7 +28,7 @@ class KVCache:
         # The newest token's slot. A graph would keep a Python number as it was at the capture; this one it
         # reads from memory at every replay.
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self.slots: Tensor | None = None  # those of the newest tokens, after a step
+        self.slots: Tensor | None = None  # of the newest tokens; None after the prefill
         self.seen = self.used = 0  # slots that the queries read; slots in use
 
     def start(self, valid: Tensor, positions: Tensor) -> None:
@@ -44,9 +44,9 @@ class KVCache:
         self.slot.fill_(T - 1)
 
     def extend(self, count: int = 1) -> Tensor:
-        """Take the next slots of every sequence for `count` tokens: their positions [B, count].
+        """Take the next slots for `count` tokens of every sequence; returns their positions [B, count].
 
-        Several tokens are of branches that go on from the same one: they have the same position, one on.
+        Several tokens belong to branches, not to one text: all of them have the next position.
         """
         self.used = self._room_for(self.used + count)
         self.seen = self.valid.shape[1]

@@ -79,12 +79,7 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
     add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
     add("--classes-per-call", type=positive, help=f"asked for in one prompt (default: {CLASSES_PER_PROMPT})")
     forms = ["sequence", "parallel"]
-    add(
-        "--decode",
-        choices=forms,
-        default=forms[0],
-        help="boxes one after the other, or in branches, in five steps",
-    )
+    add("--decode", choices=forms, default=forms[0], help="one box after the other, or all in five steps")
     add("--branches", type=positive, help=f"boxes decoded in parallel for an image (default: {BRANCHES})")
     add("--groups", type=positive, help="boxes decoded for an image instead of the checkpoint's number")
     feedback = dict(action=argparse.BooleanOptionalAction, default=False)

@@ -9,8 +9,8 @@ branches after one prompt follow K of them at once:
                   `-> x0 d -> y1 -> x1 -> class         a y0 may have several x0, or none
            `> y0 b -> x0 e -> y1 -> x1 -> class
 
-Each step feeds K tokens at the same position. They lie next to each other in the cache, where each sees the
-prompt and its own ancestors (attention.branch_mask): nothing of the cache is copied. Where decoding is bound
+Each step feeds K tokens at the same position. They lie next to each other in the cache, where each reads the
+prompt and its own ancestors (attention.branch_mask): nothing in the cache is copied. Where decoding is bound
 by reading the weights, K branches cost hardly more than one, so five steps do the work of 255.
 
 Axes: B batch, K branches, M rows of probabilities, R = 1,024 coordinates, S slots of the cache, D width.
@@ -60,8 +60,8 @@ def peaks(p: Tensor, count: int, radius: int) -> tuple[Tensor, Tensor]:
 
 
 class ParallelDecoder:
-    """Decodes the answers to batches of images in branches. It has the form of closed_set.GroupDecoder: its
-    groups are the K branches, best first."""
+    """Decodes the answers to batches of images in branches. It is used like closed_set.GroupDecoder; the
+    groups of its answers are the K branches, best first."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class ParallelDecoder:
         y0_of = pairs // x0_peaks
         locs, parents = [y0.gather(1, y0_of), x0.view(B, -1).gather(1, pairs)], torch.cat((roots, y0_of), 1)
         hidden = self._step(locs[-1], parents)
-        for depth in (2, 3):  # y1 and x1: each goes on from the token before it in its own branch
+        for depth in (2, 3):  # y1 and x1: each continues its own branch
             edge, _ = peaks(self._coordinates(hidden).flatten(0, 1), 1, radius)
             locs.append(edge.view(B, K))
             parents = torch.cat((parents, roots + (depth - 1) * K), dim=1)
