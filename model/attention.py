@@ -89,7 +89,8 @@ def attend(
     Query heads j * N/K to (j + 1) * N/K - 1 share kv head j. mask: bool [B, T, S], True where reading is
     allowed; None: everywhere; or a BlockMask of model/flex.py. cap: scores become cap * tanh(scores / cap).
     """
-    if mask is None and cap is None:  # the vision tower: PyTorch's fused kernel does all of it
+    training_on_cpu = q.requires_grad and q.device.type == "cpu"  # where the fused kernel's gradient is slow
+    if mask is None and cap is None and not training_on_cpu:  # the vision tower: one fused kernel does it
         q = q.transpose(1, 2)  # [B, N, T, H]
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
     if not isinstance(mask, Tensor | None):  # a BlockMask: a long prefill on a GPU

@@ -106,6 +106,7 @@ class PaliGemmaConfig:
     eos: int = 1
     pad: int = 0
     groups: int = 51  # boxes in a closed-set answer
+    answers: str = "sequence"  # or "parallel", if closed-set answers were taught in branches
     classes: tuple[str, ...] = field(default=COCO_CLASSES, repr=False)
     open_vocabulary: bool = True  # False: it knows no words except its classes, like nano
 
@@ -117,6 +118,7 @@ class PaliGemmaConfig:
         _check(good, self, "classes", f"must be a list of 1 to {MAX_CLASSES} names")
         _check(isinstance(self.open_vocabulary, bool), self, "open_vocabulary", "must be true or false")
         _check_positive(self, "groups")
+        _check(self.answers in ("sequence", "parallel"), self, "answers", "must be sequence or parallel")
         for name in ("bos", "eos", "pad"):
             value = getattr(self, name)
             in_vocab = isinstance(value, int) and 0 <= value < self.text.vocab_size

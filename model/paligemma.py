@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import prefix_lm_mask, window_mask
+from model.attention import branch_mask, prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
 from model.gemma import Gemma, at
@@ -61,6 +62,24 @@ class PaliGemma(nn.Module):
         x, _, positions, masks = self._sequence(image_tokens, tokens, prefix_len)
         return self.decoder(x, positions, _fused(masks, image_tokens))[:, image_tokens.shape[1] :]
 
+    def read_branches(self, image_tokens: Tensor, prompt: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens [B, P, D], a prompt [T], and K branches of N tokens, int64 [B, K, N], each of which
+        follows the prompt as if there were no other -> hidden states at the end of the prompt [B, D] and of
+        the branches [B, K, N, D]. N is at most 4 (attention.branch_mask)."""
+        (B, P, D), (K, N) = image_tokens.shape, branches.shape[1:]
+        start, ids = P + len(prompt), torch.arange(K * N, device=prompt.device)
+        depth = ids % N
+        mask = torch.zeros(1, start + K * N, start + K * N, dtype=torch.bool, device=prompt.device)
+        mask[:, :, :start] = True
+        mask[:, start:, start:] = branch_mask(torch.where(depth > 0, ids - 1, ids)[None])
+        positions = torch.cat((torch.arange(1, start + 1, device=prompt.device), start + 1 + depth))[None]
+        is_suffix = positions > start
+        local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
+        text = torch.cat((prompt.expand(B, -1), branches.flatten(1)), dim=1)
+        x = torch.cat((image_tokens, self.decoder.embed_tokens(text).to(image_tokens.dtype)), dim=1)
+        hidden = self.decoder(x, positions, (local, mask))
+        return hidden[:, start - 1], hidden[:, start:].view(B, K, N, D)
+
     def _sequence(
         self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -81,7 +100,9 @@ class PaliGemma(nn.Module):
     def new_cache(self, batch: int, text_tokens: int) -> KVCache:
         """A cache for `batch` sequences of an image and `text_tokens` tokens of prompt and answer."""
         weight, slots = self.projector.weight, self.config.vision.tokens + text_tokens
-        return KVCache(self.config.text, batch, slots, weight.dtype, weight.device)
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return KVCache(self.config.text, batch, slots, dtype, weight.device)
 
     def prefill(self, image_tokens: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:
         """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache, which forgets what it
@@ -100,6 +121,21 @@ class PaliGemma(nn.Module):
         is_suffix = torch.ones_like(positions, dtype=torch.bool)
         local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
         return self.decoder(self.decoder.embed_tokens(tokens[:, None]), positions, (local, mask), cache)[:, 0]
+
+    def step_branches(self, tokens: Tensor, parents: Tensor, cache: KVCache) -> Tensor:
+        """Append one token to each of K branches, tokens [B, K]; returns their hidden states [B, K, D].
+
+        parents [B, N]: of all branch tokens so far, these K last (see attention.branch_mask). All K have the
+        same position, and lie next to each other in the cache: nothing in it is copied.
+        """
+        K, N = tokens.shape[1], parents.shape[1]
+        positions = cache.extend(K)  # [B, K]
+        prefix = cache.valid[:, None, : cache.used - N].expand(-1, K, -1)
+        mask = torch.cat((prefix, branch_mask(parents)[:, -K:]), dim=-1)
+        mask = F.pad(mask, (0, cache.valid.shape[1] - mask.shape[-1]))  # [B, K, S]: later slots hold nothing
+        is_suffix = torch.ones_like(positions, dtype=torch.bool)
+        local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
+        return self.decoder(self.decoder.embed_tokens(tokens), positions, (local, mask), cache)
 
     # ---- answers in words ----------------------------------------------------------------------------------
 

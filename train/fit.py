@@ -32,14 +32,14 @@ from model.io.writing import read_json, write_json
 from train.data.coco import CocoIndex
 from train.data.jsonl import is_jsonl
 from train.data.open import classes_for, open_data, read_coco_index
-from train.data.samples import TEXT_MULTIPLE, StepSampler, collate
+from train.data.samples import TEXT_MULTIPLE, StepSampler, collate, weight_of
 from train.loss import Objective
 from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import Run, load_trainer_state, newest, save_checkpoint, save_model
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
-from train.run.options import arguments, as_json, caps_of, changed_options, noise_of
+from train.run.options import arguments, as_json, branches_of, caps_of, changed_options, noise_of
 from train.run.plan import print_plan
 from train.run.processes import all_gather, join_processes, own_device, use_gpu
 from train.run.program import run as run_program
@@ -69,6 +69,8 @@ def load_model(
     """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
     before, to be trained further; index: of --data, if it is a COCO file."""
     overrides = caps_of(args)
+    if not args.data or index is not None:
+        overrides["answers"] = args.answers
     if args.data:
         overrides["classes"] = classes_for(index, load_config(base).classes)
         if index is None:  # lines of text: any class can be asked for
@@ -105,6 +107,7 @@ def load_data(
             tokenizer=model.tokenizer,
             codec=codec,
             noise=noise_of(args),
+            branches=branches_of(args),
         )
     if args.patch_weight:
         raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
@@ -118,6 +121,7 @@ def load_data(
         allow_outside=args.allow_outside,
         noise=noise_of(args),
         index=index,
+        branches=branches_of(args),
     )
 
 
@@ -144,7 +148,7 @@ def agree(parts: list[dict[str, Tensor]], stopping: bool, world: int) -> tuple[T
     """What all processes must know before a step: the weights of the whole batch, by which losses are
     divided, and whether any process was asked to stop. One message carries both numbers: its cost is that of
     sending it, not of its length."""
-    weights = sum(part["weights"].sum() for part in parts)
+    weights = sum(map(weight_of, parts))
     sums = torch.stack((weights, weights.new_tensor(stopping)))  # [2]
     if world > 1:
         dist.all_reduce(sums)
@@ -217,7 +221,16 @@ def train(args: argparse.Namespace) -> int:
     # What is minimised, how it is computed, and what updates the weights.
     allowed = language if data.closed_set and args.loss == "allowed" else None
     class_names = [tokenizer.encode(f" {name}") for name in model.config.classes]
-    objective = Objective(model, allowed, args.patch_weight, args.accumulate, class_names).to(device).train()
+    objective = Objective(
+        model,
+        allowed,
+        args.patch_weight,
+        args.accumulate,
+        class_names,
+        branches=language,
+        location_smoothing=args.location_smoothing,
+    )
+    objective.to(device).train()
     compute = distribute(objective, args)
     optimizers = make_optimizers(objective, args)
     trainer = load_trainer_state(found, objective, optimizers) if found else {"step": 0}

@@ -16,6 +16,7 @@ from model import PaliGemma
 from model.decoding.closed_set import GROUP, ClosedSet
 from model.gemma import Gemma
 from model.io.image import to_network
+from train.branches import branches_loss, location_losses, smoothed_locations
 from train.data.samples import TEXT_MULTIPLE
 from train.nano.patch_head import PatchHead
 
@@ -32,34 +33,44 @@ class Objective(nn.Module):
         patch_weight: float = 0.0,
         micro_batches: int = 1,
         names: list[list[int]] | None = None,
+        branches: ClosedSet | None = None,
+        location_smoothing: float = 0.0,
     ):
-        """language: the loss is over the ids that it allows; None: over the whole vocabulary. micro_batches:
-        of a step. names: the token ids of each class's name, which a helper head needs."""
+        """language: the loss of texts is over the ids that it allows; None: over the whole vocabulary.
+        micro_batches: of a step. names: the token ids of each class's name, which a helper head needs.
+        branches: the language of answers in branches, if there are any. location_smoothing: in bins, see
+        smoothed_locations; 0: none."""
         super().__init__()
-        self.model, self.language, self.patch_weight = model, language, patch_weight
+        self.model, self.language, self.branches = model, language, branches
+        self.patch_weight = patch_weight
         self.micro_batches = micro_batches
         width, image_tokens = model.config.text.width, model.config.vision.tokens
+        smoothed = smoothed_locations(location_smoothing) if location_smoothing else None
+        self.register_buffer("smoothed", smoothed, persistent=False)
         self.patch_head = PatchHead(width, names, image_tokens) if patch_weight else None
 
     def forward(self, batch: dict[str, Tensor], patch_only: bool = False) -> tuple[Tensor, Tensor]:
         """A micro-batch -> (what to minimise, the model's own loss for the log). batch["total"]: the weights
         of the whole batch, by which each part is divided, so that the parts add up to its mean."""
         image_tokens = self.model.encode(to_network(batch["image"]))  # bytes until now; [B, P, D]
-        patch_loss = batch["weights"].new_zeros(())  # float32, as all losses are
+        patch_loss = batch["total"].new_zeros(())  # float32, as all losses are
         if self.patch_head is not None:
             embed = self.model.decoder.embed.weight
             patch_loss = self.patch_head(image_tokens, embed, batch["patch_labels"], batch["patch_boxes"])
             patch_loss = patch_loss / self.micro_batches  # a mean already, so the parts' means are averaged
         if patch_only:
             return patch_loss, patch_loss.detach()
-        prompts = len(batch["text"]) // len(image_tokens)  # about each image: texts are [B * prompts, T]
-        if prompts == 1:
-            loss = self._answers_loss(image_tokens, batch)
-        else:
-            # Most texts are much shorter than closed-set answers. The shorter half of the batch is read
+        loss = batch["total"].new_zeros(())
+        if "branches" in batch:
+            loss = branches_loss(self.model, self.branches, image_tokens, batch, self.smoothed)
+        # About each image: texts are [B * prompts, T].
+        prompts = len(batch.get("text", ())) // len(image_tokens)
+        if prompts == 1 and "branches" not in batch:
+            loss = loss + self._answers_loss(image_tokens, batch)
+        elif prompts:
+            # Several tasks, whose texts differ much in length. The shorter half of the batch is read
             # separately, so that it need not be padded to the length of the longer half.
             lengths = (batch["text"] != self.model.config.pad).sum(-1)
-            loss = batch["weights"].new_zeros(())
             for rows in lengths.argsort(stable=True).chunk(2):
                 end = -(-int(lengths[rows].max()) // TEXT_MULTIPLE) * TEXT_MULTIPLE  # a GPU sync
                 texts = {name: batch[name][rows, :end] for name in ("text", "labels", "weights")}
@@ -73,21 +84,26 @@ class Objective(nn.Module):
         hidden = self.model.read(image_tokens, batch["text"], batch["prefix_len"])  # [B, T, D]
         labels, weights = batch["labels"], batch["weights"]
         if self.language is not None:
-            return allowed_loss(self.model.decoder, hidden, labels, weights, self.language)
+            return allowed_loss(self.model.decoder, hidden, labels, weights, self.language, self.smoothed)
         return vocabulary_loss(self.model.decoder, hidden, labels, weights)
 
 
 def allowed_loss(
-    decoder: Gemma, hidden: Tensor, labels: Tensor, weights: Tensor, language: ClosedSet
+    decoder: Gemma,
+    hidden: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    language: ClosedSet,
+    smoothed: Tensor | None = None,
 ) -> Tensor:
     """Closed-set: cross-entropy over the ids allowed at each position. The eos after the last group is the
-    only id allowed there, so it has nothing to teach."""
+    only id allowed there, so it has nothing to teach. smoothed: see location_losses."""
     total = weights.new_zeros((), dtype=torch.float32)
     for slot in (0, GROUP - 1):  # coordinates, whose four slots allow the same ids, and the class
         first, last = language.allowed(slot)
         chosen = (weights > 0) & (labels >= first) & (labels < last)  # [B, T]; indexing with it is a GPU sync
         logits = decoder.logits(hidden[chosen], first, last)  # [n, last - first]
-        losses = F.cross_entropy(logits, labels[chosen] - first, reduction="none")
+        losses = location_losses(logits, labels[chosen] - first, None if slot else smoothed)
         total = total + (losses * weights[chosen]).sum()  # no matmul: autocast would round it
     return total
 

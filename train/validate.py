@@ -19,14 +19,15 @@ from model import PaliGemma
 from model.decoding.closed_set import ClosedSet, GroupDecoder
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
+from model.decoding.parallel import ParallelDecoder
 from model.io.image import to_network
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
 from train.data.open import open_data
-from train.data.samples import collate
+from train.data.samples import collate, weight_of
 from train.measures import make_coco, run_cocoeval, to_results
 from train.practice.write import write_coco
-from train.run.options import noise_of
+from train.run.options import branches_of, noise_of
 from train.run.processes import all_gather, rank_and_world
 
 BATCH = 16
@@ -50,11 +51,12 @@ class Validation:
         file, images = args.val, args.val_images
         if file is None:
             self._scenes = tempfile.TemporaryDirectory()  # held until the program ends
-            file = Path(self._scenes.name) / "same" / "instances.json"
-            write_coco(file.parent, args.val_count, "same", model.config.vision.image_size)
+            file = Path(self._scenes.name) / "instances.json"
+            write_coco(file.parent, args.val_count, "development", model.config.vision.image_size)
         # Noise as in training, or val_loss would be about other answers; but no picture is left out.
         noise = replace(noise_of(args), skip_empty=False)
-        self.data = open_data(file, images, model, tokenizer, args.seed, augment=False, noise=noise)
+        branches = branches_of(args)
+        self.data = open_data(file, images, model, tokenizer, args.seed, noise=noise, branches=branches)
         items = range(min(args.val_count, len(self.data)))
         self.mine = items[rank :: self.world]
         self.loader = DataLoader(
@@ -66,7 +68,8 @@ class Validation:
         if self.data.closed_set and args.shard and rank_and_world()[0] == 0:
             print("--shard: validation computes val_loss only; for val_mAP, evaluate a checkpoint")
         if self.data.closed_set and not args.shard:
-            decoder = GroupDecoder(model, ClosedSet.of(model.config, tokenizer))
+            decoder = GroupDecoder if branches is None else ParallelDecoder
+            decoder = decoder(model, ClosedSet.of(model.config, tokenizer))
             self.detector = ClosedSetDetector(decoder, Selection(nms_iou=0.5))
             self.truth = truth_of(self.data, items)
 
@@ -83,7 +86,7 @@ class Validation:
             batch = {name: x.to(self.device) for name, x in batch.items()}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 _, loss = self.objective(batch | {"total": torch.ones((), device=self.device)})
-            sums += torch.stack((loss, batch["weights"].sum()))
+            sums += torch.stack((loss, weight_of(batch)))
             if self.detector:
                 results += self._detect(batch["image"], items)
         self.objective.patch_head = patch_head

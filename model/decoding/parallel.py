@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import branch_mask, window_mask
 from model.decoding.closed_set import GROUP, Answer, ClosedSet, Head, capture_graph
 from model.decoding.generate import GREEDY
 from model.io.tokenizer import LOCS
@@ -137,17 +136,5 @@ class ParallelDecoder:
         return self.model.decoder.logits(hidden, loc0, loc0 + LOCS).softmax(-1)
 
     def _step(self, bins: Tensor, parents: Tensor) -> Tensor:
-        """Feed a coordinate [B, K] to every branch -> hidden states [B, K, D].
-
-        parents [B, N]: of all branch tokens so far, these K last (see branch_mask).
-        """
-        cache, decoder = self.cache, self.model.decoder
-        positions = cache.extend(self.groups)  # [B, K], all alike
-        seen = branch_mask(parents)[:, -self.groups :]  # [B, K, N]
-        prefix = cache.valid[:, None, : self.prefix].expand(-1, self.groups, -1)
-        mask = torch.cat((prefix, seen), dim=-1)
-        mask = F.pad(mask, (0, cache.valid.shape[1] - mask.shape[-1]))  # [B, K, S]: later slots hold nothing
-        suffix = torch.ones_like(positions, dtype=torch.bool)
-        window = decoder.config.sliding_window
-        local = window_mask(mask, positions, cache.positions, suffix, window)
-        return decoder(decoder.embed_tokens(bins + self.language.loc0), positions, (local, mask), cache)
+        """Feed a coordinate [B, K] to every branch -> hidden states [B, K, D]."""
+        return self.model.step_branches(bins + self.language.loc0, parents, self.cache)

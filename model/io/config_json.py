@@ -39,7 +39,8 @@ _GEMMA2_KEYS = {
     "final_logit_softcapping": "final_cap",
     "sliding_window": "sliding_window",
 }
-DETECTION_FIELDS = ("groups", "classes", "open_vocabulary")  # a section of our own: keys are our fields
+# A section of our own: keys are our fields.
+DETECTION_FIELDS = ("groups", "classes", "open_vocabulary", "answers")
 
 # What a key missing from a published config.json means: the default of the transformers class that wrote it.
 _VISION_DEFAULTS = dict(

@@ -15,8 +15,8 @@ from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import check_size, load_image, square
 from model.io.writing import explain
 from train.data.augment import augment
-from train.data.samples import answer_sample
-from train.data.targets import NANO_NOISE, Noise, closed_set_target
+from train.data.samples import closed_set_sample
+from train.data.targets import NANO_NOISE, Noise
 
 
 def read_records(
@@ -182,8 +182,10 @@ class CocoDetections(Dataset):
         seed: int = 0,
         augment: bool = False,
         noise: Noise = NANO_NOISE,
+        branches: int | None = None,
     ):
-        """label_of: the model's class number of each of the file's classes. size: S, the image's side."""
+        """label_of: the model's class number of each of the file's classes. size: S, the image's side.
+        branches: objects of a picture that are taught in parallel; None: they are taught in sequence."""
         self.label_of = np.asarray(label_of, np.int64)
         if self.label_of.shape != (len(index.classes),):
             raise ValueError(
@@ -199,7 +201,13 @@ class CocoDetections(Dataset):
         self.rows = (rows[index.offsets.diff() > 0] if noise.skip_empty else rows).share_memory_()
         # If all real boxes are on whole pixels, noise boxes must be too: fractions would tell them apart.
         self.grid = float((index.boxes == index.boxes.round()).all())
-        self.text_tokens = len(language.prompt) + GROUP * language.groups
+        self.branches = branches
+        if branches is None:
+            self.text_positions = self.text_tokens = len(language.prompt) + GROUP * language.groups
+        else:  # every branch has the positions right after the prompt
+            largest = min(branches, int(index.offsets.diff().max()))
+            self.text_positions = len(language.prompt) + GROUP - 1
+            self.text_tokens = len(language.prompt) + (GROUP - 1) * (largest + noise.boxes)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -227,7 +235,7 @@ class CocoDetections(Dataset):
             changed, moved, kept = augment(rng, image, boxes)
             if len(kept) or not self.noise.skip_empty:  # else no object is left: take the image unchanged
                 image, boxes, labels = changed, moved, labels[kept]
-        target = closed_set_target(
-            rng, boxes, labels, *image.size, language=self.language, grid=self.grid, noise=self.noise
+        pixels = square(image, self.size)
+        return closed_set_sample(
+            rng, pixels, boxes, labels, image.size, self.language, self.branches, self.grid, self.noise
         )
-        return answer_sample(square(image, self.size), self.language.prompt, target)

@@ -111,6 +111,7 @@ class JsonlPairs(Dataset):
             self.text_tokens = max(self.text_tokens, prompt + answer)
         if not offsets:
             raise ValueError(f"{file} has no lines")
+        self.text_positions = self.text_tokens
         self.offsets = torch.tensor(offsets).share_memory_()
 
     def __len__(self) -> int:

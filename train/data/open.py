@@ -34,26 +34,28 @@ def open_data(
     allow_outside: bool = False,
     noise: Noise = NANO_NOISE,
     index: CocoIndex | None = None,
+    branches: int | None = None,
 ) -> Dataset:
-    """The data set of a file, checked against the model. index: of a COCO file, if it is read already."""
+    """The data set of a file, checked against the model. index: of a COCO file, if it is read already;
+    branches: see CocoDetections."""
     images, size = image_folder(file, images), model.config.vision.image_size
     index = read_coco_index(file, images) if index is None else index
     if index is None:
         if changed := noise.changed():
             what = f"{', '.join(changed)}: only closed-set detection has noise"
             raise ValueError(f"{what}, and {file} holds lines of text, not COCO instances")
+        if branches is not None:
+            raise ValueError(f"--answers parallel: {file} holds lines of text, not COCO instances")
         data = JsonlPairs(
             file, images, tokenizer, size, seed=seed, augment=augment, allow_outside=allow_outside
         )
     else:
         language = ClosedSet.of(model.config, tokenizer)
         label_of = [language.classes.index(name) for name in index.classes]
-        data = CocoDetections(
-            index, images, language, label_of, size, seed=seed, augment=augment, noise=noise
-        )
+        data = CocoDetections(index, images, language, label_of, size, seed, augment, noise, branches)
     if not len(data):
         raise ValueError(f"{file} has no samples with objects, and --skip-empty leaves out the others")
-    check_length(data.text_tokens, model)
+    check_length(data.text_positions, model)
     return data
 
 

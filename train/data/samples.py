@@ -7,10 +7,14 @@ A sample is a dict of tensors. Axes: S image side, T text positions.
     weights     float32 [T]     of each position in the loss
     prefix_len  int64 []        length of the prompt; its last position predicts the answer's first token
 
+A closed-set answer that is taught in parallel is no text, but the fields of a targets.BranchTarget:
+    objects [n, 5], branches [M, 5], branch_weights [M, 5], own_weights [K], uniform [K, 4]
+
 A data set is asked for a sample by its key (draw, item): the sample's number in the run, and its number in
 the data. All randomness is derived from the seed and the key, so a sample is the same in every process. Data
 sets have `closed_set` (whether all answers are in the closed-set language) and `name(item)` for messages;
-those of files also have `len` and `text_tokens`, the largest T of their samples.
+those of files also have `len`, `text_tokens`, the largest T of their samples (branches count), and
+`text_positions`, the last position that they use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,9 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.data.targets import Target
+from model.decoding.closed_set import ClosedSet
+from train.data.targets import Noise, Target, branch_target, closed_set_target
 
 TEXT_MULTIPLE = 16  # with several tasks, texts are padded to a multiple of it: few shapes to compile for
+BRANCH_MULTIPLE = 4  # and so are branches
+NOTHING = -1  # the class number of padding among objects
 
 
 def answer_sample(image: np.ndarray, prompt: Sequence[int], target: Target) -> dict[str, Tensor]:
@@ -38,6 +45,38 @@ def answer_sample(image: np.ndarray, prompt: Sequence[int], target: Target) -> d
         weights=torch.from_numpy(np.concatenate((np.zeros(unsupervised, np.float32), target.weights))),
         prefix_len=torch.tensor(len(prompt)),
     )
+
+
+def closed_set_sample(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    size: tuple[float, float],
+    language: ClosedSet,
+    branches: int | None,
+    grid: float,
+    noise: Noise,
+) -> dict[str, Tensor]:
+    """A sample of closed-set detection: in sequence, or of that many branches. Boxes are in pixels of a
+    picture of `size`, width and height; image is uint8 [S, S, 3]. grid, noise: see closed_set_target."""
+    if branches is None:
+        target = closed_set_target(rng, boxes, labels, *size, language, grid, noise)
+        return answer_sample(image, language.prompt, target)
+    target = branch_target(rng, boxes, labels, *size, language, branches, grid, noise)
+    return dict(
+        image=torch.tensor(image),
+        objects=torch.from_numpy(target.objects),
+        branches=torch.from_numpy(target.branches),
+        branch_weights=torch.from_numpy(target.weights),
+        own_weights=torch.from_numpy(target.own_weights),
+        uniform=torch.from_numpy(target.uniform),
+    )
+
+
+def weight_of(batch: dict[str, Tensor]) -> Tensor:
+    """The sum of all weights in a batch, by which its losses are divided."""
+    return sum(column.sum() for name, column in batch.items() if name.endswith("weights"))
 
 
 class StepSampler:
@@ -110,6 +149,10 @@ def collate(
             batch[name] = F.pad(batch[name], (0, -batch[name].shape[1] % multiple), value=fill)
             if name == "weights" and per_example:
                 batch[name] /= batch[name].sum(1, keepdim=True)  # never 0: eos always weighs 1
+        elif name in ("objects", "branches", "branch_weights"):
+            fill = NOTHING if name == "objects" else 0
+            batch[name] = torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill)
+            batch[name] = F.pad(batch[name], (0, 0, 0, -batch[name].shape[1] % BRANCH_MULTIPLE), value=fill)
         else:
             batch[name] = torch.stack(column)
     return batch

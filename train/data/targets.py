@@ -4,7 +4,10 @@ To `detect all classes` (PaliGemma 2 paper, appendix C; Pix2seq, arXiv 2109.1085
 in random order, then noise boxes up to the number of groups, then eos. A noise box is supervised at its class
 token only: it should be recognised as noise, but its random coordinates should not be learned.
 
-Axes: G groups, n objects, T = 5 G + 1 tokens of such an answer.
+Taught in parallel, every object and every noise box is a branch of its own after the prompt, as if it were
+the first group of an answer (model/decoding/parallel.py).
+
+Axes: G groups, n objects, T = 5 G + 1 tokens of an answer in sequence; M branches.
 """
 
 from dataclasses import dataclass, fields
@@ -30,18 +33,24 @@ class Noise:
     near: float = 0.5  # share of noise boxes near a real one and of similar size; the others are anywhere
     apart: bool = False  # MAX_NOISE_IOU holds between noise boxes as well
     skip_empty: bool = False  # leave out images without objects, whose whole answer is noise
+    copies: float = 0.0  # share of noise boxes that are jittered copies of real ones, as in Pix2seq
+    # In parallel only, where noise does not fill up an answer: how many, and whether they are the model's
+    # own, drawn from its current weights (train/branches.py), or made up here.
+    boxes: int = 16
+    own: bool = False
 
     def __post_init__(self):
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"--noise-weight {self.weight}: must be at least 0")
-        for name in ("disguise", "near"):
+        for name in ("disguise", "near", "copies"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--noise-{name} {getattr(self, name)}: must lie between 0 and 1")
 
     def changed(self) -> list[str]:
         """The options of fit.py whose values differ from the defaults."""
+        special = {"skip_empty": "--skip-empty", "own": "--noise"}
         names = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
-        return ["--skip-empty" if name == "skip_empty" else f"--noise-{name}" for name in names]
+        return [special.get(name, f"--noise-{name}") for name in names]
 
 
 NANO_NOISE = Noise()
@@ -87,13 +96,19 @@ def noise_boxes(
         shifted = (example[:, 2:] + example[:, :2]) / 2 + rng.uniform(-1.2, 1.2, (n, 2)) * example_sides
         centres = np.where(near, shifted, centres)
     boxes = np.concatenate((centres - sides / 2, centres + sides / 2), axis=1)  # [n, 4]
+    copied = rng.random(n) < noise.copies if len(real) and noise.copies else np.zeros(n, bool)
+    if copied.any():
+        # Every edge moves by up to a fifth of the box's side.
+        example = real[rng.integers(0, len(real), copied.sum())]
+        moves = rng.uniform(-0.2, 0.2, example.shape) * np.tile(example[:, 2:] - example[:, :2], 2)
+        boxes[copied] = example + moves
     if grid:
         boxes = np.round(boxes / grid) * grid
     boxes = boxes.clip(0, np.tile(size, 2))
     too_thin = (boxes[:, 2:] - boxes[:, :2]).min(1) < max(grid, 1) * 3
     overlap = iou(boxes, real).max(1) if len(real) else np.zeros(n)
     # In a full image no candidate may keep MAX_NOISE_IOU: then those with the least overlap are taken.
-    badness = np.where(overlap <= MAX_NOISE_IOU, 0.0, overlap) + 2.0 * too_thin
+    badness = np.where((overlap <= MAX_NOISE_IOU) | copied, 0.0, overlap) + 2.0 * too_thin
     if noise.apart:
         return boxes[_choose_apart(boxes, badness, count)]
     return boxes[np.argsort(badness, kind="stable")[:count]]
@@ -141,4 +156,49 @@ def closed_set_target(
         tokens=np.append(groups, language.eos),
         inputs=np.append(inputs, language.eos),
         weights=np.append(weights, np.float32(1)),
+    )
+
+
+@dataclass
+class BranchTarget:
+    """What is taught about an image in branches. A row is y0, x0, y1, x1 as bins and the class number, where
+    the number of classes stands for noise."""
+
+    objects: np.ndarray  # int64 [n, 5], all of the image: what the model's own boxes are compared with
+    branches: np.ndarray  # int64 [M, 5], objects first, then made-up noise
+    weights: np.ndarray  # float32 [M, 5], of each token of them in the loss
+    own_weights: np.ndarray  # float32 [K], of the classes of K boxes that the model draws itself
+    uniform: np.ndarray  # float32 [K, 4] in [0, 1), from which it draws them
+
+
+def branch_target(
+    rng: np.random.Generator,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    width: float,
+    height: float,
+    language: ClosedSet,
+    limit: int,
+    grid: float = 0,
+    noise: Noise = NANO_NOISE,
+) -> BranchTarget:
+    """Boxes [n, 4] in pixels and labels [n] -> target. Of more than `limit` objects a random choice is
+    taught."""
+    order = rng.permutation(len(boxes))
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)[order]
+    objects = np.column_stack((boxes_to_locs(boxes, width, height), np.asarray(labels, np.int64)[order]))
+    own, made_up = (noise.boxes, 0) if noise.own else (0, noise.boxes)
+    filler = noise_boxes(rng, boxes, made_up, width, height, grid, noise)
+    filler = np.column_stack(
+        (boxes_to_locs(filler, width, height), np.full(made_up, len(language.classes), np.int64))
+    )
+    taught = objects[:limit]
+    weights = np.ones((len(taught) + made_up, GROUP), np.float32)
+    weights[len(taught) :] = 0, 0, 0, 0, noise.weight
+    return BranchTarget(
+        objects=objects,
+        branches=np.concatenate((taught, filler)),
+        weights=weights,
+        own_weights=np.full(own, noise.weight, np.float32),
+        uniform=rng.random((own, GROUP - 1), np.float32),
     )

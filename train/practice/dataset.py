@@ -8,12 +8,12 @@ from torch.utils.data import Dataset
 from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.tokenizer import Tokenizer
-from train.data.samples import answer_sample
-from train.data.targets import NANO_NOISE, Noise, closed_set_target, text_target
+from train.data.samples import answer_sample, closed_set_sample
+from train.data.targets import NANO_NOISE, Noise, text_target
 from train.practice.scenes import Scene, make_scene
 from train.practice.tasks import TASK_SHARES, make_tasks
 
-PROMPTS_PER_SCENE = 3  # when there are several tasks: the scene is drawn and encoded once
+PROMPTS_PER_SCENE = 2  # when there are several tasks: the scene is drawn and encoded once
 WORD_TASKS = ("caption", "answer")
 MIN_ANSWER_WEIGHT = 10  # in tokens: a "yes" that weighed one token would drown among boxes
 # The first location or two decide which object is meant: the 16 codes after them must not drown them out.
@@ -58,10 +58,13 @@ class PracticeScenes(Dataset):
         tokenizer: Tokenizer | None = None,
         codec: MaskCodec | None = None,
         noise: Noise = NANO_NOISE,
+        branches: int | None = None,
     ):
-        """size: pixels a side; patch: of the vision tower, in pixels; noise: of closed-set targets."""
+        """size: pixels a side; patch: of the vision tower, in pixels; noise: of closed-set targets; branches:
+        objects that are taught in parallel, None: they are taught in sequence."""
         self.language, self.size, self.patch = language, size, patch
-        self.first, self.split, self.tokenizer, self.noise = first, split, tokenizer, noise
+        self.first, self.split, self.tokenizer = first, split, tokenizer
+        self.noise, self.branches = noise, branches
         self.tasks = make_tasks(codec) if codec else {}
         self.closed_set = not self.tasks
 
@@ -71,22 +74,22 @@ class PracticeScenes(Dataset):
         seed = self.first + key[1]
         scene = make_scene(seed, self.size, self.split)
         rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
-        if self.closed_set:
-            sample = self._sample(rng, scene, "closed-set")
-        else:
-            drawn = rng.choice(list(TASK_SHARES), PROMPTS_PER_SCENE - 1, p=list(TASK_SHARES.values()))
-            samples = [self._sample(rng, scene, task) for task in ("closed-set", *drawn)]
-            sample = {name: [each[name] for each in samples] for name in samples[0]}
-            sample["image"] = samples[0]["image"]
+        shares, drawn = list(TASK_SHARES.values()), ()
+        if not self.closed_set:
+            drawn = rng.choice(list(TASK_SHARES), PROMPTS_PER_SCENE - 1, p=shares)
+        size = scene.owner.shape[::-1]
+        sample = closed_set_sample(
+            rng, scene.image, scene.boxes, scene.labels, size, self.language, self.branches, 1, self.noise
+        )
+        if not self.closed_set:
+            samples = [self._in_words(rng, scene, task) for task in drawn]
+            if self.branches is None:  # a text, like the others
+                samples.insert(0, sample)
+            sample |= {name: [each[name] for each in samples] for name in samples[0] if name != "image"}
         labels, boxes = patch_targets(scene, self.patch, background=len(self.language.classes))
         return sample | dict(patch_labels=torch.tensor(labels), patch_boxes=torch.tensor(boxes))
 
-    def _sample(self, rng: np.random.Generator, scene: Scene, task: str) -> dict[str, Tensor]:
-        if task == "closed-set":
-            target = closed_set_target(
-                rng, scene.boxes, scene.labels, self.size, self.size, self.language, grid=1, noise=self.noise
-            )
-            return answer_sample(scene.image, self.language.prompt, target)
+    def _in_words(self, rng: np.random.Generator, scene: Scene, task: str) -> dict[str, Tensor]:
         prefix, suffix = self.tasks[task](rng, scene)
         target = text_target(self.tokenizer, suffix)
         if task in WORD_TASKS:

@@ -34,6 +34,7 @@ def distribute(objective: nn.Module, args: argparse.Namespace) -> nn.Module:
     if args.compile:  # all but the loss, which picks a different number of positions in every batch
         model.encode = torch.compile(model.encode, dynamic=False)
         model.read = torch.compile(model.read, dynamic=False)
+        model.read_branches = torch.compile(model.read_branches, dynamic=False)
     if args.shard:
         compute = torch.bfloat16 if args.amp and args.dtype == "float32" else None
         # Weights are cast, inputs are not: the batch's totals and RoPE's angles would be rounded with them.

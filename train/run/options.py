@@ -48,6 +48,16 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--freeze-vision", action=switch, default=False, help="leave the vision tower as it is")
 
     add = options.add_argument_group("closed-set targets (defaults: nano's)").add_argument
+    add("--answers", choices=["sequence", "parallel"], default="sequence",
+        help="objects one after the other in an answer, or each in a branch of its own")  # fmt: skip
+    add("--branches", type=positive, default=64, help="parallel: objects of a picture that are taught")
+    add("--noise", choices=["own", "made-up"],
+        help="parallel: noise is boxes drawn from the current weights, or made up (default own)")  # fmt: skip
+    add("--noise-boxes", type=not_negative, default=Noise.boxes, help="parallel: of a picture")
+    add("--noise-copies", type=float, default=Noise.copies,
+        help="share of made-up noise boxes that are jittered copies of real ones")  # fmt: skip
+    add("--location-smoothing", type=float, default=0.0, metavar="SIGMA",
+        help="teach locations as a Gaussian of so many bins (of 1,024) around the right one")  # fmt: skip
     add("--noise-weight", type=float, default=Noise.weight, help="of a noise box's class in the loss")
     add("--noise-disguise", type=float, default=Noise.disguise,
         help="share of the noise boxes whose class, as an input, is a random real one")  # fmt: skip
@@ -116,6 +126,22 @@ def arguments(argv=None) -> argparse.Namespace:
         )
     if args.shard and args.muon_lr:
         raise ValueError("--shard splits matrices that --muon-lr needs whole: use one of the two")
+    if not args.location_smoothing >= 0:
+        raise ValueError(f"--location-smoothing {args.location_smoothing:g}: must be at least 0")
+    parallel = args.answers == "parallel"
+    args.noise = args.noise or ("own" if parallel else "made-up")
+    if parallel and args.loss_mean == "example":
+        raise ValueError("--loss-mean example is for texts, and answers in parallel are none")
+    if parallel and args.loss == "vocabulary":
+        raise ValueError("--loss vocabulary is for --answers sequence; parallel always takes the allowed ids")
+    if args.location_smoothing and args.loss == "vocabulary":
+        raise ValueError("--location-smoothing needs --loss allowed")
+    if not parallel:
+        usual = dict(branches=64, noise_boxes=Noise.boxes, noise="made-up")
+        for name in (name for name, value in usual.items() if getattr(args, name) != value):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is for --answers parallel")
+    if args.noise == "own" and args.noise_copies:
+        raise ValueError("--noise-copies is for noise that is made up: add --noise made-up")
     if args.tasks == "all" and args.data:
         raise ValueError("--tasks all is of practice scenes: leave --data out; what lines ask for is in them")
     if args.val_every and args.data and not args.val:
@@ -143,7 +169,15 @@ def noise_of(args: argparse.Namespace) -> Noise:
         near=args.noise_near,
         apart=args.noise_apart,
         skip_empty=args.skip_empty,
+        copies=args.noise_copies,
+        boxes=args.noise_boxes,
+        own=args.noise == "own",
     )
+
+
+def branches_of(args: argparse.Namespace) -> int | None:
+    """How many objects of a picture are taught in branches; None: they are taught in sequence."""
+    return args.branches if args.answers == "parallel" else None
 
 
 def caps_of(args: argparse.Namespace) -> dict[str, float]:

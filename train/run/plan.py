@@ -10,7 +10,7 @@ from model.io.hub import resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import DTYPES, load_config
 from train.data.open import check_length, classes_for, open_data, read_coco_index
-from train.run.options import caps_of, noise_of
+from train.run.options import branches_of, caps_of, noise_of
 
 GIB = 2**30
 
@@ -44,6 +44,7 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
             allow_outside=args.allow_outside,
             noise=noise_of(args),
             index=index,
+            branches=branches_of(args),
         )
         epochs = args.steps * args.batch_size / len(data)
         print(f"data        {args.data}: {len(data):,} samples, {epochs:.2f} epochs")
