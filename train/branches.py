@@ -30,7 +30,8 @@ def own_boxes(model: PaliGemma, language: ClosedSet, image_tokens: Tensor, unifo
 
     image_tokens [B, P, D]; uniform [B, K, 4]: random numbers in [0, 1).
     """
-    B, K, _ = uniform.shape
+    (B, K, _), training = uniform.shape, model.training
+    model.eval()  # an adapter's dropout is for what is taught, not for what is drawn
     prompt = torch.tensor(language.prompt, device=uniform.device).expand(B, -1)
     cache = model.new_cache(B, prompt.shape[1] + (GROUP - 2) * K)  # the last coordinate is not fed back
     hidden = model.prefill(image_tokens, prompt, cache)[:, None].expand(-1, K, -1)  # [B, K, D]
@@ -42,6 +43,7 @@ def own_boxes(model: PaliGemma, language: ClosedSet, image_tokens: Tensor, unifo
             hidden = model.step_branches(bins[-1] + language.loc0, parents, cache)
         p = model.decoder.logits(hidden, language.loc0, language.loc0 + LOCS).softmax(-1)  # [B, K, R]
         bins.append(draw(p.flatten(0, 1), uniform[..., depth].flatten()).view(B, K))
+    model.train(training)
     return torch.stack(bins, dim=-1)
 
 

@@ -148,7 +148,7 @@ def agree(parts: list[dict[str, Tensor]], stopping: bool, world: int) -> tuple[T
     """What all processes must know before a step: the weights of the whole batch, by which losses are
     divided, and whether any process was asked to stop. One message carries both numbers: its cost is that of
     sending it, not of its length."""
-    weights = sum(map(weight_of, parts))
+    weights = sum(map(weight_of, parts)).clamp(min=1e-6)  # pictures without anything to teach have none
     sums = torch.stack((weights, weights.new_tensor(stopping)))  # [2]
     if world > 1:
         dist.all_reduce(sums)

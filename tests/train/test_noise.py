@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import language_of, random_objects
 from PIL import Image
-from training import AS_OPTIONS, PUBLISHED, run, run_complaint
+from training import AS_OPTIONS, PUBLISHED, parsed, run, run_complaint
 
 from model.decoding.boxes import iou, locs_to_boxes
 from model.decoding.closed_set import GROUP, ClosedSet
@@ -44,8 +44,14 @@ def test_defaults_are_what_nano_was_trained_with():
 def test_options_become_noise():
     args = train.arguments(["--model", "x", "--out", "x", "--data", "x", *AS_OPTIONS.split()])
     assert train.noise_of(args) == PUBLISHED
-    assert len(PUBLISHED.changed()) == len(fields(Noise)) and not Noise().changed()
-    assert all(option in AS_OPTIONS for option in PUBLISHED.changed())
+    assert all(option in AS_OPTIONS for option in PUBLISHED.changed()) and not Noise().changed()
+    others = "--answers parallel --noise own --noise-boxes 3", "--noise-copies 0.1"
+    changed = [train.noise_of(parsed(options)) for options in others]
+    assert changed == [Noise(own=True, boxes=3), Noise(copies=0.1)]
+    options = [option for noise in (PUBLISHED, *changed) for option in noise.changed()]
+    assert len(options) == len(fields(Noise)) and all(
+        option in " ".join((AS_OPTIONS, *others)) for option in options
+    )
 
 
 def test_noise_weight_and_disguise():
