@@ -77,9 +77,10 @@ class PracticeScenes(Dataset):
         shares, drawn = list(TASK_SHARES.values()), ()
         if not self.closed_set:
             drawn = rng.choice(list(TASK_SHARES), PROMPTS_PER_SCENE - 1, p=shares)
-        size = scene.owner.shape[::-1]
+        size, boxes = scene.owner.shape[::-1], scene.boxes
+        grid = float((boxes == boxes.round()).all())  # made-up noise must not be told apart by its fractions
         sample = closed_set_sample(
-            rng, scene.image, scene.boxes, scene.labels, size, self.language, self.branches, 1, self.noise
+            rng, scene.image, boxes, scene.labels, size, self.language, self.branches, grid, self.noise
         )
         if not self.closed_set:
             samples = [self._in_words(rng, scene, task) for task in drawn]

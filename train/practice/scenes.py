@@ -13,7 +13,7 @@ Axes: H, W pixels; n objects of a scene. Colours are floats 0..255 until the cam
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from train.practice.backgrounds import (
     random_colours,
     simulate_camera,
 )
+from train.practice.camera import develop, frame
 
 SPRITES = Path(__file__).parents[2] / "media" / "sprites"
 DISTRACTOR = -1  # label of sprites outside COCO's classes
@@ -48,11 +49,13 @@ class Split:
     held_out_sources: bool = False
     held_out_textures: bool = True
     crowding: float = 0.1  # probability that an object is put next to an earlier one
+    framed: float = 0.0  # probability that the edges fall anywhere, and of a camera's effects (camera.py)
+    developed: float = 0.0
 
 
 USUAL_COUNTS = (10, 20, 22, 18, 12, 8, 4, 2, 1, 1, 1, 1)
 SPLITS = {
-    "train": Split(0, USUAL_COUNTS, held_out_textures=False),
+    "train": Split(0, USUAL_COUNTS, held_out_textures=False, framed=0.7, developed=0.5),
     "same": Split(1, USUAL_COUNTS),
     "vendor": Split(2, USUAL_COUNTS, held_out_sources=True),
     "development": Split(4, USUAL_COUNTS),  # for decisions, such as on constants: no reported figure is of it
@@ -250,4 +253,9 @@ def make_scene(seed, size=128, split="train", folder=SPRITES):
                 labels.append(label)
                 centres.append(centre)
                 break
-    return Scene(simulate_camera(rng, canvas), stack.boxes(), np.array(labels, np.int64), stack.owner)
+    scene = Scene(simulate_camera(rng, canvas), stack.boxes(), np.array(labels, np.int64), stack.owner)
+    if rng.random() < how.framed:
+        scene = frame(rng, scene)
+    if rng.random() < how.developed:
+        scene = replace(scene, image=develop(rng, scene.image))
+    return scene
