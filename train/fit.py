@@ -24,14 +24,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from model import PaliGemma, lora
-from model.decoding.closed_set import ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.hub import codec_file, resolve
 from model.io.weights import DTYPES, load_config
 from model.io.writing import read_json, write_json
 from train.data.coco import CocoIndex
 from train.data.jsonl import is_jsonl
-from train.data.open import classes_for, open_data, read_coco_index
+from train.data.open import check_length, classes_for, open_data, read_coco_index
 from train.data.samples import TEXT_MULTIPLE, StepSampler, collate
 from train.loss import Objective
 from train.practice.dataset import PracticeScenes
@@ -39,7 +39,7 @@ from train.run.checkpoint import Run, load_trainer_state, newest, save_checkpoin
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
-from train.run.options import arguments, as_json, caps_of, changed_options, noise_of
+from train.run.options import arguments, as_json, changed_options, noise_of, overrides_of
 from train.run.plan import print_plan
 from train.run.processes import all_gather, join_processes, own_device, use_gpu
 from train.run.program import run as run_program
@@ -68,7 +68,7 @@ def load_model(
 ) -> PaliGemma:
     """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
     before, to be trained further; index: of --data, if it is a COCO file."""
-    overrides = caps_of(args)
+    overrides = overrides_of(args)
     if args.data:
         overrides["classes"] = classes_for(index, load_config(base).classes)
         if index is None:  # lines of text: any class can be asked for
@@ -95,6 +95,7 @@ def load_data(
 ) -> Dataset:
     """The training data: --data, or practice scenes. index: of --data, if it is a COCO file."""
     if not args.data:
+        check_length(len(language.prompt) + GROUP * language.groups, model)
         codec = MaskCodec.load(codec_file(model.folder)) if args.tasks == "all" else None
         vision = model.config.vision
         return PracticeScenes(

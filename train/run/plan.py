@@ -10,7 +10,7 @@ from model.io.hub import resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import DTYPES, load_config
 from train.data.open import check_length, classes_for, open_data, read_coco_index
-from train.run.options import caps_of, noise_of
+from train.run.options import noise_of, overrides_of
 
 GIB = 2**30
 
@@ -20,7 +20,7 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
     folder = resolve(args.model, weights=False)
     config = load_config(folder)
     index = read_coco_index(args.data, args.images) if args.data else None
-    config = config.override(classes=classes_for(index, config.classes), **caps_of(args))
+    config = config.override(classes=classes_for(index, config.classes), **overrides_of(args))
     with torch.device("meta"):
         model = PaliGemma(config).to(DTYPES[args.dtype])
         if args.lora:
