@@ -58,8 +58,8 @@ class Block(nn.Module):
 def resample_positions(positions: Tensor, tokens: int) -> Tensor:
     """Position embeddings [P, D] of a square grid of patches -> those of a grid of `tokens` patches.
 
-    Linear between the four nearest of the old grid, whose corners the new grid's corners lie on. big_vision
-    starts training at another resolution in this way (`resample_posemb` of its ViT).
+    Bilinear; the corners of the two grids coincide. big_vision starts training at another resolution in this
+    way (`resample_posemb` of its ViT).
     """
     if len(positions) == tokens:
         return positions

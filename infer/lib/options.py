@@ -33,8 +33,7 @@ def add_model_arguments(options: argparse.ArgumentParser) -> None:
     add = options.add_argument
     add("--model", default="nano", help="a folder, a hub id (owner/name or owner/name@revision), or nano")
     add("--adapter", metavar="PATH_OR_ID", help="a LoRA adapter for it, as PEFT or fit.py writes them")
-    size = "pixels a side instead of the checkpoint's (train/fit.py makes it used to another size)"
-    add("--image-size", type=positive, help=size)
+    add("--image-size", type=positive, help="pixels a side, not the checkpoint's: fine-tune at it first")
     add_device_argument(options)
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 for small models on a CPU")
     add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")

@@ -184,7 +184,7 @@ def save_adapter(
     }
     detection = {name: getattr(model.config, name) for name in DETECTION_FIELDS}
     detection |= {name: getattr(model.config.text, name) for name in CAPS}
-    detection["image_size"] = model.config.vision.image_size  # the base's, resampled again when it is loaded
+    detection["image_size"] = model.config.vision.image_size  # to which loading resamples the base
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / "adapter_model.safetensors")
     write_json(detection, folder / DETECTION)

@@ -39,8 +39,8 @@ _NAMES = {
     ".pre_mlp_norm.": ".pre_feedforward_layernorm.",
     ".post_mlp_norm.": ".post_feedforward_layernorm.",
 }
-_POSITIONS = "vision.position_embedding.weight"
 _GEMMA1_NAMES = {".pre_mlp_norm.": ".post_attention_layernorm."}  # a name that means another norm in Gemma 2
+_POSITIONS = "vision.position_embedding.weight"
 
 
 def official_name(name: str, version: int) -> str:

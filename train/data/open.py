@@ -59,8 +59,8 @@ def open_data(
 
 
 def check_length(text: int, model: PaliGemma) -> None:
-    """Refuse image and text that need more positions than the checkpoint is meant for. No table ends there,
-    as RoPE computes any position; but it is what other programs, too, take its config to promise."""
+    """Refuse image and text that need more positions than the checkpoint is meant for. RoPE could compute
+    more, but its config promises no more, and programs that load the result may rely on that."""
     vision, have = model.config.vision, model.config.text.max_positions
     need = vision.tokens + text
     if need > have:
