@@ -13,7 +13,6 @@ the decode loop.
 
 import argparse
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -110,8 +109,7 @@ def growth(args: argparse.Namespace) -> None:
         return 1000 * min(seconds(partial(decoder, images), "cpu") for _ in range(args.repeats))
 
     def resized(side: int) -> PaliGemma:
-        config = replace(model.config, vision=replace(model.config.vision, image_size=side))
-        return PaliGemma(config).eval()
+        return PaliGemma(model.config.override(image_size=side)).eval()
 
     patch = model.config.vision.patch_size
     curves = {

@@ -52,7 +52,10 @@ class VisionConfig:
     def __post_init__(self):
         _check_positive(self, "image_size", "patch_size", "width", "layers", "heads", "mlp", "channels")
         _check_positive(self, "norm_eps", kind=int | float)
-        _check_multiple(self, "image_size", "patch_size")
+        below = max(1, self.image_size // self.patch_size) * self.patch_size
+        nearest = f"the nearest are {below} and {below + self.patch_size}"
+        why = f"not a multiple of patch_size {self.patch_size}; {nearest}"
+        _check(self.image_size % self.patch_size == 0, self, "image_size", why)
         _check_multiple(self, "width", "heads")
 
     @property
@@ -125,16 +128,31 @@ class PaliGemmaConfig:
             _check(in_vocab, self, name, f"not an id below vocab_size {self.text.vocab_size}")
 
     def override(self, **changes) -> "PaliGemmaConfig":
-        """A copy with fields replaced wherever they live, e.g. override(attn_cap=None, groups=20)."""
-        config = self
+        """A copy with fields replaced wherever they live, e.g. override(attn_cap=None, groups=20). Of the
+        vision tower there is only image_size, which lengthens the sliding window too."""
+        config = self.at_image_size(changes.pop("image_size")) if "image_size" in changes else self
         for name, value in changes.items():
             if name in _OWN_FIELDS:
                 config = replace(config, **{name: value})
             elif name in _TEXT_FIELDS:
                 config = replace(config, text=replace(config.text, **{name: value}))
             else:
-                raise ValueError(f"no config field {name!r}; there are {sorted(_OWN_FIELDS | _TEXT_FIELDS)}")
+                known = sorted(_OWN_FIELDS | _TEXT_FIELDS | {"image_size"})
+                raise ValueError(f"no config field {name!r}; there are {known}")
         return config
+
+    def at_image_size(self, image_size: int) -> "PaliGemmaConfig":
+        """A copy for images of another size.
+
+        The window of the local layers grows by the image tokens that are added: a token of the answer then
+        has no more of them out of its reach than at the old size. Nano's window, 112 positions, would end in
+        the middle of an image of 224 px; an official one, 4,096, above 896 px. It does not shrink for smaller
+        images, of which it leaves out less.
+        """
+        vision = replace(self.vision, image_size=image_size)
+        added = max(0, vision.tokens - self.vision.tokens)
+        window = self.text.sliding_window and self.text.sliding_window + added
+        return replace(self, vision=vision, text=replace(self.text, sliding_window=window))
 
 
 _TEXT_FIELDS = {f.name for f in fields(TextConfig)}

@@ -182,21 +182,24 @@ class PaliGemma(nn.Module):
         """Load a folder, a hub id ("owner/name" or "owner/name@revision"), or the shipped "nano".
 
         dtype: torch.bfloat16 or torch.float32; adapter: a LoRA adapter's folder or hub id. config_overrides:
-        fields of the config, e.g. attn_cap=None. An error names every tensor that is missing, unexpected or
-        of another shape.
+        fields of the config, e.g. attn_cap=None, or image_size=448 to start training at another resolution.
+        An error names every tensor that is missing, unexpected or of another shape.
         """
         from model.io.adapter import detection_overrides, load_adapter
         from model.io.hub import resolve
         from model.io.weights import check_dtype, load_config, load_weights, without_memory
+        from model.io.writing import located
 
         check_dtype(dtype)
         folder = resolve(source)
         if adapter is not None:
             config_overrides = detection_overrides(adapter) | config_overrides
-        config = load_config(folder).override(**config_overrides)
+        stored = load_config(folder)
+        with located(f"{source} with the adapter {adapter}" if adapter is not None else str(source)):
+            config = stored.override(**config_overrides)
         with without_memory():
             model = cls(config)
-        load_weights(model, folder, dtype, device)
+        load_weights(model, folder, stored.vision.tokens, dtype, device)
         if adapter is not None:
             load_adapter(model, adapter)
         model.folder = folder

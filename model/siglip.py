@@ -3,6 +3,8 @@
 Axes: B batch, P patches, N heads, H head dim, D width.
 """
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,6 +53,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+def resample_positions(positions: Tensor, tokens: int) -> Tensor:
+    """Position embeddings [P, D] of a square grid of patches -> those of a grid of `tokens` patches.
+
+    Bilinear; the corners of the two grids coincide. big_vision starts training at another resolution in this
+    way (`resample_posemb` of its ViT).
+    """
+    if len(positions) == tokens:
+        return positions
+    old, new = math.isqrt(len(positions)), math.isqrt(tokens)
+    grid = positions.double().T.unflatten(1, (old, old))  # [D, old, old]
+    grid = F.interpolate(grid[None], (new, new), mode="bilinear", align_corners=True)
+    return grid[0].flatten(1).T.float().contiguous()  # [tokens, D]
 
 
 class SigLIP(nn.Module):

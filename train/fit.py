@@ -31,15 +31,15 @@ from model.io.weights import DTYPES, load_config
 from model.io.writing import read_json, write_json
 from train.data.coco import CocoIndex
 from train.data.jsonl import is_jsonl
-from train.data.open import classes_for, open_data, read_coco_index
-from train.data.samples import TEXT_MULTIPLE, StepSampler, collate, weight_of
+from train.data.open import check_length, classes_for, open_data, read_coco_index
+from train.data.samples import TEXT_MULTIPLE, StepSampler, closed_set_lengths, collate, weight_of
 from train.loss import Objective
 from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import Run, load_trainer_state, newest, save_checkpoint, save_model
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
-from train.run.options import arguments, as_json, branches_of, caps_of, changed_options, noise_of
+from train.run.options import arguments, as_json, branches_of, changed_options, noise_of, overrides_of
 from train.run.plan import print_plan
 from train.run.processes import all_gather, join_processes, own_device, use_gpu
 from train.run.program import run as run_program
@@ -68,7 +68,7 @@ def load_model(
 ) -> PaliGemma:
     """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
     before, to be trained further; index: of --data, if it is a COCO file."""
-    overrides = caps_of(args)
+    overrides = overrides_of(args)
     if not args.data or index is not None:
         overrides["answers"] = args.answers
     if args.data:
@@ -97,6 +97,8 @@ def load_data(
 ) -> Dataset:
     """The training data: --data, or practice scenes. index: of --data, if it is a COCO file."""
     if not args.data:
+        prompt, branches, noise = len(language.prompt), branches_of(args), noise_of(args)
+        check_length(closed_set_lengths(prompt, language.groups, 0, branches, noise)[1], model)
         codec = MaskCodec.load(codec_file(model.folder)) if args.tasks == "all" else None
         vision = model.config.vision
         return PracticeScenes(
@@ -106,8 +108,8 @@ def load_data(
             first=args.first_scene,
             tokenizer=model.tokenizer,
             codec=codec,
-            noise=noise_of(args),
-            branches=branches_of(args),
+            noise=noise,
+            branches=branches,
         )
     if args.patch_weight:
         raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")

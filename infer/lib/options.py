@@ -33,6 +33,7 @@ def add_model_arguments(options: argparse.ArgumentParser) -> None:
     add = options.add_argument
     add("--model", default="nano", help="a folder, a hub id (owner/name or owner/name@revision), or nano")
     add("--adapter", metavar="PATH_OR_ID", help="a LoRA adapter for it, as PEFT or fit.py writes them")
+    add("--image-size", type=positive, help="pixels a side, not the checkpoint's: fine-tune at it first")
     add_device_argument(options)
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 for small models on a CPU")
     add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")
@@ -118,7 +119,7 @@ def load_model(args: argparse.Namespace) -> PaliGemma:
     """The model that the options ask for, ready to decode."""
     torch.manual_seed(args.seed)
     device = usable_device(args.device)
-    caps = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
+    overrides = dict(image_size=args.image_size, attn_cap=args.attn_cap, final_cap=args.final_cap)
     return load_for_decoding(
         args.model,
         dtype=DTYPES.get(args.dtype),
@@ -126,7 +127,7 @@ def load_model(args: argparse.Namespace) -> PaliGemma:
         adapter=args.adapter,
         int8=args.int8,
         compiled=args.compile,
-        **{name: cap for name, cap in caps.items() if cap is not None},
+        **{name: value for name, value in overrides.items() if value is not None},
     )
 
 

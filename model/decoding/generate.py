@@ -93,8 +93,8 @@ def generate(
     length, room = prompt_length + max_new_tokens, config.text.max_positions - config.vision.tokens
     if length > room:
         raise ValueError(
-            f"prompt and answer have {length} tokens, the model has positions for {room}: "
-            "shorten the prompt, or allow fewer new tokens"
+            f"prompt and answer have {length} tokens, the model has positions for {max(0, room)} after those "
+            "of the image: shorten the prompt, allow fewer new tokens, or take a smaller image size"
         )
     padded = [ids + [config.pad] * (prompt_length - len(ids)) for ids in prompts]
     cache = model.new_cache(len(prompts), length)

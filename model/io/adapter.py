@@ -23,7 +23,7 @@ from model.io.writing import explain, read_json, save_tensors, write_json
 from model.lora import lora_layers, replace_linear
 
 PEFT_PREFIX = "base_model.model."  # of every tensor in PEFT's file
-DETECTION = "detection.json"  # beside it, ours: what the adapter was trained to detect, and with which caps
+DETECTION = "detection.json"  # beside it, ours: fields of the config that the adapter was trained with
 CAPS = ("attn_cap", "final_cap")  # of the config's text part
 
 # Keys of adapter_config.json that are honoured here, or change nothing; any other key must be empty.
@@ -131,11 +131,11 @@ def _by_pattern(patterns: dict | None, path: str, default):
 
 
 def detection_overrides(source: str | Path) -> dict:
-    """What an adapter was trained to detect and with which caps, as fields of the config; {} if its folder
-    does not say."""
+    """What an adapter was trained to detect, at which image size and with which caps, as fields of the
+    config; {} if its folder does not say."""
     file = resolve(source) / DETECTION
     raw = read_json(file) if file.exists() else {}
-    return {name: value for name, value in raw.items() if name in DETECTION_FIELDS + CAPS}
+    return {name: raw[name] for name in (*DETECTION_FIELDS, *CAPS, "image_size") if name in raw}
 
 
 # ---- to disk -----------------------------------------------------------------------------------------------
@@ -184,6 +184,7 @@ def save_adapter(
     }
     detection = {name: getattr(model.config, name) for name in DETECTION_FIELDS}
     detection |= {name: getattr(model.config.text, name) for name in CAPS}
+    detection["image_size"] = model.config.vision.image_size  # to which loading resamples the base
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / "adapter_model.safetensors")
     write_json(detection, folder / DETECTION)

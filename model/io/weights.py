@@ -18,6 +18,7 @@ from model.config import PaliGemmaConfig
 from model.io.config_json import config_from_json, config_to_json
 from model.io.hub import CODEC, resolve
 from model.io.writing import explain, read_json, save_tensors, write_json
+from model.siglip import resample_positions
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # those that weights may be loaded in
 
@@ -39,6 +40,7 @@ _NAMES = {
     ".post_mlp_norm.": ".post_feedforward_layernorm.",
 }
 _GEMMA1_NAMES = {".pre_mlp_norm.": ".post_attention_layernorm."}  # a name that means another norm in Gemma 2
+_POSITIONS = "vision.position_embedding.weight"
 
 
 def official_name(name: str, version: int) -> str:
@@ -89,10 +91,17 @@ def without_memory() -> Iterator[None]:
         yield
 
 
-def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Give a model made without memory the tensors of a folder. One error names all that do not fit."""
+def load_weights(
+    model: nn.Module, folder: Path, image_tokens: int, dtype: torch.dtype, device: str | torch.device
+) -> None:
+    """Give a model made without memory the tensors of a folder. One error names all that do not fit.
+
+    image_tokens: by the folder's own config. The model may be for another image size; then its position
+    embeddings are resampled from the folder's.
+    """
     version = model.config.text.version
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes[_POSITIONS][0] = image_tokens
     shards = _open_shards(folder)
     ours = {short_name(official_name(name, version)): name for name in shapes}  # {short name: ours}
     stored = {short_name(name): name for name in shards}  # {short name: the file's}
@@ -120,6 +129,8 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: str
     for key, name in ours.items():
         tensor = read(stored[key])
         _mark_mapped(tensor)
+        if name == _POSITIONS:
+            tensor = resample_positions(tensor, model.config.vision.tokens)
         state[name] = tensor.to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)  # not copied: the model takes these very tensors
 

@@ -186,6 +186,7 @@ def test_options(run_detect, here):
     assert {round(found["score"], 2) for found in boxes("--final-cap", 0.01)[0]} <= {0.01}  # 81 ids alike
     assert boxes("--attn-cap", 0.01)[1] != tokens
     assert boxes("--no-noise-feedback")[1] != tokens
+    assert boxes("--image-size", 64) == (everything, tokens) != boxes("--image-size", 96)
     assert boxes("--device", "cpu", "--dtype", "float32")[1] == tokens
     assert len(boxes("--dtype", "bfloat16")[1]) == 60
     assert boxes("--early-stop", 0.0, 1)[1] == tokens[:5]
@@ -206,6 +207,7 @@ def test_options(run_detect, here):
         (["--image", "a.png", "--device", "nonsense"], ["--device nonsense", "cpu"]),
         (["--image", "a.png", "--device", "cuda:99"], ["--device cuda:99", "cpu"]),
         (["--image", "a.png", "--attn-cap", "-1"], ["attn_cap", "-1"]),
+        (["--image", "a.png", "--image-size", "100"], ["image_size = 100", "96 and 112"]),
         (["--image", "a.png", "--json", "no/out.json"], ["--json", "no"]),
         (["--image", "a.png", "--json", "empty"], ["empty"]),
         (["--image", "a.png", "--out", "a.png"], ["a.png"]),

@@ -73,6 +73,16 @@ def test_practice_sets(run_evaluate, here):
     assert [path.name for path in here.iterdir()] == ["figures.json"]
 
 
+def test_practice_set_of_another_size(run_evaluate, here):
+    """The scenes are drawn as large as the model reads them, and not taken for those of the usual size."""
+    options = ("--sets", "same", "--count", 2, "--groups", 2, "--out", "out")
+    assert run_evaluate(*options, "--image-size", 96)[0] == 0
+    records = json.loads((here / "out" / "same" / "scenes" / "instances.json").read_text())["images"]
+    assert {(record["width"], record["height"]) for record in records} == {(96, 96)}
+    code, _, err = run_evaluate(*options)
+    assert code == 1 and "image_size" in err
+
+
 def test_a_set_of_ones_own(run_evaluate, here):
     """Written by train/practice/write.py; the images lie beside the file, or elsewhere."""
     write_coco(here / "set", 5, "vendor")

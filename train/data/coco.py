@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model.config import MAX_CLASSES
-from model.decoding.closed_set import GROUP, ClosedSet
+from model.decoding.closed_set import ClosedSet
 from model.io.image import check_size, load_image, square
 from model.io.writing import explain
 from train.data.augment import augment
-from train.data.samples import closed_set_sample
+from train.data.samples import closed_set_lengths, closed_set_sample
 from train.data.targets import NANO_NOISE, Noise
 
 
@@ -201,13 +201,10 @@ class CocoDetections(Dataset):
         self.rows = (rows[index.offsets.diff() > 0] if noise.skip_empty else rows).share_memory_()
         # If all real boxes are on whole pixels, noise boxes must be too: fractions would tell them apart.
         self.grid = float((index.boxes == index.boxes.round()).all())
-        self.branches = branches
-        if branches is None:
-            self.text_positions = self.text_tokens = len(language.prompt) + GROUP * language.groups
-        else:  # every branch has the positions right after the prompt
-            largest = min(branches, int(index.offsets.diff().max()))
-            self.text_positions = len(language.prompt) + GROUP - 1
-            self.text_tokens = len(language.prompt) + (GROUP - 1) * (largest + noise.boxes)
+        self.branches, most = branches, int(index.offsets.diff().max())
+        self.text_tokens, self.text_positions = closed_set_lengths(
+            len(language.prompt), language.groups, most, branches, noise
+        )
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,5 +1,6 @@
 """Opening --data: a COCO instances file or JSON lines, told apart by content."""
 
+import math
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -60,10 +61,13 @@ def open_data(
 
 
 def check_length(text: int, model: PaliGemma) -> None:
-    """Refuse image and text that need more positions than the checkpoint has."""
-    need, have = model.config.vision.tokens + text, model.config.text.max_positions
+    """Refuse image and text that need more positions than the checkpoint is meant for. RoPE could compute
+    more, but its config promises no more, and programs that load the result may rely on that."""
+    vision, have = model.config.vision, model.config.text.max_positions
+    need = vision.tokens + text
     if need > have:
-        raise ValueError(
-            f"{need} positions needed ({text} of text), the checkpoint has {have}: shorten the text, or take "
-            "a checkpoint of a smaller image size"
-        )
+        parts = f"{vision.tokens} of an image of {vision.image_size} px, {text} of text"
+        how = "shorten the text"
+        if have > text:
+            how += f", or take an --image-size of at most {math.isqrt(have - text) * vision.patch_size}"
+        raise ValueError(f"{need} positions needed ({parts}), the checkpoint has {have}: {how}")

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.decoding.closed_set import ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet
 from train.data.targets import Noise, Target, branch_target, closed_set_target
 
 TEXT_MULTIPLE = 16  # with several tasks, texts are padded to a multiple of it: few shapes to compile for
@@ -72,6 +72,16 @@ def closed_set_sample(
         own_weights=torch.from_numpy(target.own_weights),
         uniform=torch.from_numpy(target.uniform),
     )
+
+
+def closed_set_lengths(
+    prompt: int, groups: int, objects: int, branches: int | None, noise: Noise
+) -> tuple[int, int]:
+    """The tokens of prompt and answer, and their last position. objects: the most that a picture has."""
+    if branches is None:
+        return prompt + GROUP * groups, prompt + GROUP * groups
+    # Each branch has the positions right after the prompt.
+    return prompt + (GROUP - 1) * (min(branches, objects) + noise.boxes), prompt + GROUP - 1
 
 
 def weight_of(batch: dict[str, Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
     add = options.add_argument_group("what").add_argument
     add("--model", required=True, help="what to start from: a folder, a hub id, or nano")
+    add("--image-size", type=positive, help="pixels a side, a multiple of the patch size (default: its own)")
     add("--out", type=Path, required=True, help="folder of this run: checkpoints, metrics, result")
     add("--data", type=Path, help="COCO instances or JSONL, recognised by content (default: practice scenes)")
     add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
@@ -180,10 +181,10 @@ def branches_of(args: argparse.Namespace) -> int | None:
     return args.branches if args.answers == "parallel" else None
 
 
-def caps_of(args: argparse.Namespace) -> dict[str, float]:
+def overrides_of(args: argparse.Namespace) -> dict[str, float]:
     """The config's fields that the options override."""
-    caps = dict(attn_cap=args.attn_cap, final_cap=args.final_cap)
-    return {name: cap for name, cap in caps.items() if cap is not None}
+    fields = {name: getattr(args, name) for name in ("image_size", "attn_cap", "final_cap")}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def changed_options(before: dict, args: argparse.Namespace) -> list[str]:

@@ -5,12 +5,12 @@ import argparse
 import torch
 
 from model import PaliGemma, lora
-from model.decoding.closed_set import GROUP
 from model.io.hub import resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import DTYPES, load_config
 from train.data.open import check_length, classes_for, open_data, read_coco_index
-from train.run.options import branches_of, caps_of, noise_of
+from train.data.samples import closed_set_lengths
+from train.run.options import branches_of, noise_of, overrides_of
 
 GIB = 2**30
 
@@ -20,7 +20,7 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
     folder = resolve(args.model, weights=False)
     config = load_config(folder)
     index = read_coco_index(args.data, args.images) if args.data else None
-    config = config.override(classes=classes_for(index, config.classes), **caps_of(args))
+    config = config.override(classes=classes_for(index, config.classes), **overrides_of(args))
     with torch.device("meta"):
         model = PaliGemma(config).to(DTYPES[args.dtype])
         if args.lora:
@@ -34,7 +34,8 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
     print(f"trained     {trainable:,} parameters" + (f" in {len(matrices)} adapters" if args.lora else ""))
 
     tokenizer = folder / "tokenizer.model"
-    text = 8 + GROUP * config.groups  # of the closed-set language; its prompt has five tokens or a few more
+    # Of the closed-set language: its prompt has five tokens or a few more.
+    text, positions = closed_set_lengths(8, config.groups, config.groups, branches_of(args), noise_of(args))
     if args.data and tokenizer.exists():
         data = open_data(
             args.data,
@@ -48,11 +49,11 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
         )
         epochs = args.steps * args.batch_size / len(data)
         print(f"data        {args.data}: {len(data):,} samples, {epochs:.2f} epochs")
-        text = data.text_tokens
-    check_length(text, model)
-    positions = config.vision.tokens + text
+        text, positions = data.text_tokens, data.text_positions
+    check_length(positions, model)
+    tokens = config.vision.tokens + text
     micro = args.batch_size // (world * args.accumulate)
-    print(f"a sample    {config.vision.tokens} image tokens + {text} text tokens = {positions} positions")
+    print(f"a sample    {config.vision.tokens} image tokens + {text} text tokens = {tokens} tokens")
     print(f"a step      {args.batch_size} samples = {world} processes x {args.accumulate} x {micro}")
     print(f"steps       {args.steps:,}, learning rate {args.lr:g} to {args.min_lr:g}, {args.warmup} warm-up")
 
@@ -60,7 +61,7 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / split
     gradients = sum(p.numel() * p.element_size() for p in trained) / split
     moments = 2 * gradients
-    activations = micro * activation_bytes(model, positions, args.recompute)
+    activations = micro * activation_bytes(model, tokens, args.recompute)
     rows = dict(weights=weights, gradients=gradients, optimizer=moments, activations=activations)
     for name, size in rows.items():
         print(f"{name:<12}{size / GIB:8.2f} GiB a process{' (estimate)' if name == 'activations' else ''}")
@@ -68,7 +69,7 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
     return 0
 
 
-def activation_bytes(model: PaliGemma, positions: int, recompute: bool) -> float:
+def activation_bytes(model: PaliGemma, tokens: int, recompute: bool) -> float:
     """A rough figure for one sample: two bytes each for what the layers keep for the gradient.
 
     A block keeps about 14 tensors of its width, 4 of its MLP, and the attention scores three times; with
@@ -80,8 +81,8 @@ def activation_bytes(model: PaliGemma, positions: int, recompute: bool) -> float
         return 2 * tokens * (14 * width + 4 * mlp) + 2 * 3 * heads * tokens**2
 
     encoder = block(vision.tokens, vision.width, vision.mlp, vision.heads)
-    decoder = block(positions, text.width, text.mlp, text.heads)
+    decoder = block(tokens, text.width, text.mlp, text.heads)
     if not recompute:
         return vision.layers * encoder + text.layers * decoder
-    inputs = 2 * (vision.layers * vision.tokens * vision.width + text.layers * positions * text.width)
+    inputs = 2 * (vision.layers * vision.tokens * vision.width + text.layers * tokens * text.width)
     return inputs + max(encoder, decoder)
