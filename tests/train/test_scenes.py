@@ -43,7 +43,7 @@ def test_scenes_are_well_formed(split):
         for k, box in enumerate(scene.boxes):
             seen = scene.owner == k
             assert seen.sum() >= 36 - 9 * SPLITS[split].framed  # the window's edge may have cut a small one
-            # Of a scene as it was painted, exactly; a pixel seen through a window is on one side or the other.
+            # Exactly, if the scene is as it was painted; a window's edge may lie within a pixel.
             assert np.abs(tight_box(seen) - box).max() <= SPLITS[split].framed
 
 
