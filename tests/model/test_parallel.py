@@ -6,7 +6,7 @@ from reference import ARCHITECTURES, LANGUAGE, noisy
 
 from model.attention import branch_mask
 from model.decoding import parallel
-from model.decoding.closed_set import GROUP
+from model.decoding.closed_set import GROUP, Head
 from model.decoding.parallel import COORDINATES, ParallelDecoder, Reading, peaks
 from model.io.tokenizer import LOCS
 
@@ -125,6 +125,21 @@ def test_answer(model):
     assert (answer.scores + answer.noise <= 1 + 1e-6).all()
     lower = ParallelDecoder(model, LANGUAGE, K, Reading(mass_power=1))(pictures(model, 2))
     assert (lower.scores < answer.scores).all()
+
+
+def test_fused_head(tmp_path):
+    """Through the kernel, in Triton's interpreter or on a GPU: 384 rows, the branches of 16 images."""
+    head_kernel = pytest.importorskip("model.decoding.head_kernel")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = noisy(tmp_path)[1].to(device)
+    images = pictures(model, 16).to(device)
+    plain, fused = (
+        ParallelDecoder(model, LANGUAGE, 24, head=head)(images) for head in (Head, head_kernel.FusedHead)
+    )
+    assert plain.noise.numel() == 384
+    assert torch.equal(plain.tokens, fused.tokens)
+    for name in ("scores", "noise"):
+        assert torch.allclose(getattr(plain, name), getattr(fused, name), rtol=1e-5, atol=1e-6)
 
 
 # The parts --------------------------------------------------------------------------------------------------
