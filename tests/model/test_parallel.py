@@ -1,7 +1,10 @@
 """Boxes in parallel: a branch is what the plain sequence would be with that box as its first group."""
 
+import copy
+
 import pytest
 import torch
+from helpers import equal
 from reference import ARCHITECTURES, LANGUAGE, noisy
 
 from model.attention import branch_mask
@@ -140,6 +143,61 @@ def test_fused_head(tmp_path):
     assert torch.equal(plain.tokens, fused.tokens)
     for name in ("scores", "noise"):
         assert torch.allclose(getattr(plain, name), getattr(fused, name), rtol=1e-5, atol=1e-6)
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------
+
+
+def test_replays_decode_every_batch(model, taped_graphs):
+    """The operations of the five steps, captured once for a size of batch, read each batch's own prefill and
+    start from the end of its prompt; what they write to stays in its place."""
+    batches = [pictures(model, 2, 0), pictures(model, 2, 1), pictures(model, 1, 2)]
+    plain = [ParallelDecoder(model, LANGUAGE, K)(images) for images in batches]
+    tapes, decoder = taped_graphs(ParallelDecoder), ParallelDecoder(model, LANGUAGE, K)
+    order, answers, places = (0, 1, 0), [], set()
+    for i in order:
+        answers.append(decoder(batches[i]))
+        cache = decoder.cache
+        places.add((cache.keys.data_ptr(), cache.slot.data_ptr(), decoder.hidden.data_ptr()))
+        assert cache.slot.item() + 1 == cache.valid.shape[1] == decoder.prefix + COORDINATES * K
+        assert cache.valid.all() and (cache.last == decoder.prefix + COORDINATES).all()
+    assert len(tapes) == len(places) == 1
+    # Compared at the end: a later replay leaves an earlier answer alone.
+    assert all(equal(answer, plain[i]) for i, answer in zip(order, answers, strict=True))
+    assert not torch.equal(plain[0].tokens, plain[1].tokens)
+    assert equal(decoder(batches[2]), plain[2]) and len(tapes) == 2, "another size, another graph"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_graph_and_kernel_equal_the_plain_steps(model):
+    """In float32: the replayed graph with the fused head finds the boxes of the plain steps on the CPU."""
+    from model.decoding.head_kernel import FusedHead
+
+    on_gpu = ParallelDecoder(copy.deepcopy(model).cuda(), LANGUAGE, K, head=FusedHead)
+    plain = ParallelDecoder(model, LANGUAGE, K)
+    for batch, seed in ((3, 0), (3, 1), (1, 2)):
+        images = pictures(model, batch, seed)
+        ours, theirs = on_gpu(images.cuda()), plain(images)
+        assert torch.equal(ours.tokens.cpu(), theirs.tokens)
+        assert torch.allclose(ours.scores.cpu(), theirs.scores, atol=1e-4)
+
+
+def test_decoding_is_on_the_gpu_of_the_images(model, current, monkeypatch):
+    """The buffers and the graph are made, and the steps taken, with the images' device current."""
+    seen, images = [], pictures(model, 2)
+
+    def note(function):
+        def noted(*args, **kwargs):
+            seen.append(bool(current) and current[-1] is images)
+            return function(*args, **kwargs)
+
+        return noted
+
+    for name in ("_prepare", "_decode_branches"):
+        monkeypatch.setattr(ParallelDecoder, name, note(getattr(ParallelDecoder, name)))
+    ParallelDecoder(model, LANGUAGE, K)(images)
+    assert seen == [True, True] and not current
 
 
 # The parts --------------------------------------------------------------------------------------------------
