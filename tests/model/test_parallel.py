@@ -4,22 +4,31 @@ import copy
 
 import pytest
 import torch
-from helpers import equal
+from helpers import PlainSteps, equal
 from reference import ARCHITECTURES, LANGUAGE, noisy
 
 from model.attention import branch_mask
 from model.decoding import parallel
 from model.decoding.closed_set import GROUP, Head
+from model.decoding.packing import PackedLinear, pack, quantize
 from model.decoding.parallel import COORDINATES, ParallelDecoder, Reading, peaks
 from model.io.tokenizer import LOCS
+from model.lora import TARGETS, add_lora, lora_layers
 
 K = 6
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, "int8", "an adapter"])
 def model(request, tmp_path_factory):
-    """Gemma 1 and 2, with and without windows and soft caps."""
-    return noisy(tmp_path_factory.mktemp("noisy"), **ARCHITECTURES[request.param])[1]
+    """Gemma 1 and 2, with and without windows and soft caps; and other matrices."""
+    model = noisy(tmp_path_factory.mktemp("noisy"), **ARCHITECTURES.get(request.param, {}))[1]
+    if request.param == "int8":
+        quantize(model)
+    if request.param == "an adapter":
+        add_lora(model, TARGETS["published"], rank=4)
+        for layer in lora_layers(model).values():  # at first, B is zero
+            layer.B.data.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
+    return model
 
 
 def pictures(model, batch, seed=2):
@@ -56,6 +65,16 @@ def test_a_branch_is_a_sequence(model, monkeypatch):
         p = plain[:, -1, LANGUAGE.class0 : LANGUAGE.noise + 1].softmax(-1)
         assert torch.allclose(answer.noise[:, k], p[:, -1], atol=1e-5)
         assert (answer.labels[:, k] == p[:, :-1].argmax(-1)).all()
+
+
+@torch.inference_mode()
+def test_five_steps_find_the_boxes_of_plain_steps(model):
+    """Of each image, against every box as a text of its own: five tokens, one after the other."""
+    images = pictures(model, 2)
+    answer = ParallelDecoder(model, LANGUAGE, K)(images)
+    for i in range(2):
+        found = list(zip(answer.locs[i].tolist(), answer.labels[i].tolist()))
+        assert found == PlainSteps(model, LANGUAGE, images[i : i + 1]).boxes(K, Reading())
 
 
 @torch.inference_mode()
@@ -143,6 +162,33 @@ def test_fused_head(tmp_path):
     assert torch.equal(plain.tokens, fused.tokens)
     for name in ("scores", "noise"):
         assert torch.allclose(getattr(plain, name), getattr(fused, name), rtol=1e-5, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_many_image_tokens(tmp_path):
+    """The layout of 896 px: 4,096 image tokens, of which local layers show the answer only the last."""
+    model = noisy(tmp_path, image_size=896, window=300, layers=2, heads=2, kv_heads=1)[1]
+    images, prompt = pictures(model, 1), torch.tensor(LANGUAGE.prompt)
+    assert model.config.vision.tokens == 4096
+    answer = ParallelDecoder(model, LANGUAGE, K)(images)
+    found = list(zip(answer.locs[0].tolist(), answer.labels[0].tolist()))
+    assert found == PlainSteps(model, LANGUAGE, images).boxes(K, Reading())
+    text = torch.cat((prompt, answer.tokens[0, 0, :COORDINATES]))
+    p = model(images, text[None], len(prompt))[0, -1, LANGUAGE.class0 : LANGUAGE.noise + 1].softmax(-1)
+    assert answer.noise[0, 0] == pytest.approx(p[-1].item(), abs=1e-5)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here")
+@torch.inference_mode()
+def test_packed(tmp_path):
+    """Matrices in oneDNN's layout, in bfloat16: a branch's class is its text's, up to rounding."""
+    model = noisy(tmp_path)[1].bfloat16()
+    pack(model)
+    assert isinstance(model.decoder.layers[0].mlp.up_proj, PackedLinear)
+    images = pictures(model, 1)
+    answer, steps = ParallelDecoder(model, LANGUAGE, K)(images), PlainSteps(model, LANGUAGE, images)
+    for locs, noise in zip(answer.locs[0].tolist(), answer.noise[0].tolist(), strict=True):
+        assert noise == pytest.approx(steps.probabilities(*locs)[0, -1].item(), abs=0.02)
 
 
 # On a GPU ---------------------------------------------------------------------------------------------------
