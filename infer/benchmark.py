@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from infer.lib.measuring import installed, print_table, random_checkpoint, run_child, seconds
-from infer.lib.options import add_device_argument, check_output, head_for, usable_device
+from infer.lib.options import add_device_argument, check_output, usable_device
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
+from model.decoding.detector import head_for
 from model.decoding.packing import load_for_decoding
 from model.io.hub import NANO
 from model.io.tokenizer import LOCS, Tokenizer
