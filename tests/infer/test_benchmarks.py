@@ -99,11 +99,19 @@ def test_early_stop(run, here):
 
 
 def test_growth(run, here):
-    few = "--groups 1 2 --batch-size 1 2 --sides 32 64"
+    """Both forms, in each panel; mAP is of the boxes that were decoded, so it rises with their number."""
+    few = "--count 3 --groups 1 12 --batch-size 1 2 --sides 32 64"
     out = run(tradeoffs, *f"growth --repeats 1 {few} --out plot.png".split())
-    names = [re.sub(r"\d+ ms", "ms", line) for line in out.splitlines()]
-    assert names == ["groups: 1 ms, 2 ms", "images a batch: 1 ms, 2 ms", "image tokens: 4 ms, 16 ms"]
-    assert (here / "plot.png").exists()
+    lines = [line for line in out.splitlines() if " against " in line]
+    names = [re.sub(r"(\d+) [\d.e+]+", r"\1", line) for line in lines]
+    panels = ["mAP against boxes, {}: 1, 12", "milliseconds against boxes, {}: 1, 12"]
+    panels += ["milliseconds against images a batch, {}: 1, 2"]
+    panels += ["milliseconds against image tokens, {}: 4, 16"]
+    assert names == [panel.format(form) for panel in panels for form in ("in sequence", "in parallel")]
+    for line in lines[:2]:
+        one, twelve = (float(word.split()[1]) for word in line.split(": ")[1].split(", "))
+        assert 0 < one < twelve < 1
+    assert Image.open(here / "plot.png").size == (1170, 780)
 
 
 def test_head(run):
