@@ -1,8 +1,9 @@
 """How fast closed-set detection is, beside transformers (which only tests and benchmarks need).
 
     python infer/benchmark.py                                                # the shipped nano
-    python infer/benchmark.py --model paligemma2-3b-224 --batch-size 1       # a random 3B: 7 GB of disk
-    python infer/benchmark.py --model paligemma2-3b-448 --device cuda --batch-size 1 8 32 --compile
+    python infer/benchmark.py --groups 12 --batch-size 1 16                  # whole answers, not extrapolated
+    python infer/benchmark.py --model paligemma2-3b-224 --branches 51        # a random 3B: 7 GB of disk
+    python infer/benchmark.py --model paligemma2-3b-448 --branches 51 --device cuda --batch-size 1 8 32
 
 Official sizes get random weights in bfloat16, without a hub. All sides read the same files and images,
 take turns in one process, and decode the same number of tokens under the same grammar (transformers by a
