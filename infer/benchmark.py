@@ -1,17 +1,21 @@
 """How fast closed-set detection is, beside transformers (which only tests and benchmarks need).
 
     python infer/benchmark.py                                                # the shipped nano
-    python infer/benchmark.py --model paligemma2-3b-224 --batch-size 1       # a random 3B: 7 GB of disk
-    python infer/benchmark.py --model paligemma2-3b-448 --device cuda --batch-size 1 8 32 --compile
+    python infer/benchmark.py --groups 12 --batch-size 1 16                  # whole answers, not extrapolated
+    python infer/benchmark.py --model paligemma2-3b-224 --branches 51        # a random 3B: 7 GB of disk
+    python infer/benchmark.py --model paligemma2-3b-448 --branches 51 --device cuda --batch-size 1 8 32
 
 Official sizes get random weights in bfloat16, without a hub. All sides read the same files and images,
 take turns in one process, and decode the same number of tokens under the same grammar (transformers by a
-LogitsProcessor); in float32 their tokens are compared. Peak memory is that of a process of its own. The floor
-of a token is the time to read the decoder's weights once, at the speed at which this machine copies memory.
+LogitsProcessor); in float32 their tokens are compared. The time of an answer with all its groups follows from
+the prefill and a token; "ours, parallel" decodes its --branches at once, and is timed as a whole. Peak memory
+is that of a process of its own. The floor of a token is the time to read the decoder's weights once, at the
+speed at which this machine copies memory.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import statistics
 from functools import partial
@@ -21,11 +25,13 @@ import torch
 from torch import Tensor
 
 from infer.lib.measuring import installed, print_table, random_checkpoint, run_child, seconds
-from infer.lib.options import add_device_argument, check_output, head_for, usable_device
+from infer.lib.options import add_device_argument, check_output, usable_device
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
+from model.decoding.detector import head_for
 from model.decoding.packing import load_for_decoding
+from model.decoding.parallel import BRANCHES, ParallelDecoder
 from model.io.hub import NANO
 from model.io.tokenizer import LOCS, Tokenizer
 from model.io.weights import DTYPES, load_config
@@ -49,10 +55,17 @@ def language_of(folder: Path) -> ClosedSet:
     return ClosedSet(**OFFICIAL_IDS, classes=config.classes, groups=config.groups)
 
 
+@functools.cache
+def our_model(folder: Path, dtype: str, device: str, int8: bool, compiled: bool) -> PaliGemma:
+    """Shared by the sides that read the same matrices: a full-size model fits once."""
+    return load_for_decoding(folder, dtype=DTYPES[dtype], device=device, int8=int8, compiled=compiled)
+
+
 class Ours:
+    in_sequence = True
+
     def __init__(self, folder: Path, args: argparse.Namespace, int8=False, compiled=False, fused_head=True):
-        how = dict(dtype=DTYPES[args.dtype], device=args.device, int8=int8, compiled=compiled)
-        self.model = load_for_decoding(folder, **how)
+        self.model = our_model(folder, args.dtype, args.device, int8, compiled)
         self.language = language_of(folder)
         self.decoders = {}
         self.head = head_for(self.model) if fused_head else Head
@@ -70,8 +83,23 @@ class Ours:
         return self.decoders[groups](images).tokens.flatten(1)
 
 
+class Parallel(Ours):
+    """All boxes in five steps, however many groups the others decode."""
+
+    in_sequence = False
+
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        super().__init__(folder, args)
+        self.decoder = ParallelDecoder(self.model, self.language, args.branches, head=self.head)
+
+    def decode(self, images: Tensor, groups: int) -> Tensor:
+        return self.decoder(images).tokens.flatten(1)
+
+
 class Peer:
     """transformers, with its eager attention: its other kinds leave out Gemma 2's soft caps."""
+
+    in_sequence = True
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         from transformers import PaliGemmaForConditionalGeneration
@@ -123,6 +151,7 @@ SIDES = {
     "ours, int8": partial(Ours, int8=True),
     "ours, compiled": partial(Ours, compiled=True),
     "ours, plain head": partial(Ours, fused_head=False),
+    "ours, parallel": Parallel,
     "transformers": Peer,
 }
 
@@ -161,14 +190,20 @@ def time_sides(sides: dict, batch: int, folder: Path, args: argparse.Namespace) 
         for name in reversed(sides) if turn % 2 else sides:
             prefill = seconds(partial(sides[name].prefill, images), args.device)
             whole = seconds(partial(sides[name].decode, images, groups), args.device)
-            times[name].append((prefill, (whole - prefill) / (GROUP * groups)))
+            times[name].append((prefill, whole, (whole - prefill) / (GROUP * groups)))
     rows = []
-    for name in sides:
-        prefill, token = (statistics.median(column) for column in zip(*times[name], strict=True))
-        answer = prefill + token * GROUP * language_of(folder).groups
-        equal = bool((tokens[name] == tokens["ours"]).all()) if args.dtype == "float32" else None
-        row = dict(batch=batch, side=name, prefill=prefill, token=token, images_s=batch / answer)
-        rows.append(row | dict(tokens_equal=equal))
+    for name, side in sides.items():
+        prefill, answer, token = (statistics.median(column) for column in zip(*times[name], strict=True))
+        equal = None
+        if side.in_sequence:
+            answer = prefill + token * GROUP * side.language.groups
+            equal = bool((tokens[name] == tokens["ours"]).all()) if args.dtype == "float32" else None
+        else:
+            token = None
+        row = dict(batch=batch, side=name, prefill=prefill, token=token, answer=answer)
+        rows.append(row | dict(images_s=batch / answer, tokens_equal=equal))
+    for row in rows:
+        row["of_ours"] = row["answer"] / rows[0]["answer"]
     return rows
 
 
@@ -187,7 +222,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Print all figures of a checkpoint; the same for --json."""
     on_gpu = args.device.startswith("cuda")
     asked = {"ours, int8": args.int8, "ours, compiled": args.compile, "transformers": args.peer}
-    asked |= {"ours": True, "ours, plain head": on_gpu}
+    asked |= {"ours": True, "ours, plain head": on_gpu, "ours, parallel": args.parallel}
     names = [name for name in SIDES if asked[name]]
     size, bandwidth = weight_bytes(folder, args), copy_bandwidth(args.device)
     floor = size / bandwidth
@@ -210,8 +245,10 @@ def as_text(row: dict, floor: float) -> dict[str, str]:
     return {
         "batch": f"{row['batch']:5} {row['side']}",
         "prefill s": f"{row['prefill']:.3f}",
-        "ms a token": f"{1000 * row['token']:.2f}",
-        "of floor": f"{floor / row['token']:.0%}",
+        "ms a token": f"{1000 * row['token']:.2f}" if row["token"] else "",
+        "of floor": f"{floor / row['token']:.0%}" if row["token"] else "",
+        "answer s": f"{row['answer']:.3f}",
+        "of ours": f"{row['of_ours']:.2f}x",
         "images/s": f"{row['images_s']:.3f}",
         "peak GB": f"{row['peak'] / 1e9:.2f}" if "peak" in row else "",
         "": "other tokens than ours" if row["tokens_equal"] is False else "",
@@ -230,6 +267,8 @@ def main() -> None:
     add("--rounds", type=positive, default=3, help="timings of each side; their median is shown")
     add("--int8", action=switch, default=False, help="ours with 8-bit decoder matrices, too")
     add("--compile", action=switch, default=False, help="ours with torch.compile, too")
+    add("--parallel", action=switch, default=True, help="ours with all boxes in five steps, too")
+    add("--branches", type=positive, default=BRANCHES, help="boxes in parallel; 51 is an official answer")
     add("--peer", action=switch, default=installed("transformers"), help="transformers, too")
     add("--memory", action=switch, default=True, help="peak memory of each side, in a process of its own")
     add("--folder", type=Path, help="a random checkpoint is built there, or found and used")

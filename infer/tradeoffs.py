@@ -1,7 +1,7 @@
 """What detection costs, and what it loses when it costs less: tables, and plots of two of them.
 
     python infer/tradeoffs.py early-stop --out media/early_stop.png    # mAP and time of --early-stop, on nano
-    python infer/tradeoffs.py growth --out media/growth.png    # time against groups, batch, image tokens
+    python infer/tradeoffs.py growth --out media/growth.png    # mAP and time of both forms of decoding
     python infer/tradeoffs.py head    # a choice among the ids that a position allows, three ways
 
 growth uses random weights of nano's form where images are of another size than nano's. The three ways of
@@ -31,6 +31,7 @@ from model.decoding.closed_set import GROUP, ClosedSet, EarlyStop, GroupDecoder,
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
+from model.decoding.parallel import BRANCHES, ParallelDecoder
 from model.io.image import load_image
 from model.io.tokenizer import LOCS
 from model.io.weights import DTYPES
@@ -98,30 +99,49 @@ def early_stop(args: argparse.Namespace) -> None:
 
 
 def growth(args: argparse.Namespace) -> None:
-    """Milliseconds of a call, each of three quantities varied alone: groups, images, image tokens."""
+    """Of both forms of decoding: mAP on held-out scenes against the number of boxes, and milliseconds of a
+    call against boxes, images and image tokens, each varied alone."""
     require_matplotlib()
     model, language = load_nano()
+    forms = {"in sequence": (GroupDecoder, 12), "in parallel": (ParallelDecoder, BRANCHES)}
 
-    def measure(model: PaliGemma, batch: int = 1, groups: int = 12) -> float:
-        decoder, side = GroupDecoder(model, language, groups), model.config.vision.image_size
+    def decoder_of(form: str, model: PaliGemma, boxes: int | None) -> GroupDecoder | ParallelDecoder:
+        make, usual = forms[form]
+        return make(model, language, boxes or usual)
+
+    def mean_ap(form: str, boxes: int) -> float:
+        detector = ClosedSetDetector(decoder_of(form, model, boxes), Selection(nms_iou=0.5))
+        return evaluate(detector, scenes / "instances.json", scenes / "images", BATCH, form)["AP"]
+
+    def measure(form: str, boxes: int | None = None, batch: int = 1, model: PaliGemma = model) -> float:
+        decoder, side = decoder_of(form, model, boxes), model.config.vision.image_size
         images = torch.rand(batch, 3, side, side)
         decoder(images)  # warms up: makes the cache
         return 1000 * min(seconds(partial(decoder, images), "cpu") for _ in range(args.repeats))
 
-    def resized(side: int) -> PaliGemma:
-        return PaliGemma(model.config.override(image_size=side)).eval()
+    def resized(tokens: int) -> PaliGemma:
+        return PaliGemma(model.config.override(image_size=sides[tokens])).eval()
 
-    patch = model.config.vision.patch_size
-    curves = {
-        "groups": {groups: measure(model, groups=groups) for groups in args.groups},
-        "images a batch": {batch: measure(model, batch=batch) for batch in args.batch_size},
-        "image tokens": {(side // patch) ** 2: measure(resized(side)) for side in args.sides},
-    }
-    with new_figure(args.out, 11, 3.2) as figure:
-        for axes, (name, curve) in zip(figure.subplots(1, 3), curves.items(), strict=True):
-            print(f"{name}: " + ", ".join(f"{x} {y:.0f} ms" for x, y in curve.items()))
-            axes.plot(list(curve), list(curve.values()), "o-")
-            axes.set(xlabel=name, ylabel="milliseconds", xlim=(0, None), ylim=(0, None))
+    sides = {(side // model.config.vision.patch_size) ** 2: side for side in args.sides}
+    panels = [
+        ("boxes", "mAP", args.groups, mean_ap),
+        ("boxes", "milliseconds", args.groups, measure),
+        ("images a batch", "milliseconds", args.batch_size, lambda form, n: measure(form, batch=n)),
+        ("image tokens", "milliseconds", sides, lambda form, n: measure(form, model=resized(n))),
+    ]
+    with tempfile.TemporaryDirectory() as temporary, new_figure(args.out, 9, 6) as figure:
+        scenes = Path(temporary) / "scenes"
+        write_coco(scenes, args.count, "same", model.config.vision.image_size)
+        for axes, (x, y, points, value) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            # The forms take turns at each point, as the machine's speed drifts.
+            rows = [[value(form, point) for form in forms] for point in points]
+            for form, values in zip(forms, zip(*rows, strict=True), strict=True):
+                shown = ", ".join(f"{point} {v:.3g}" for point, v in zip(points, values, strict=True))
+                print(f"{y} against {x}, {form}: {shown}", flush=True)
+                label = form if x == "boxes" else f"{forms[form][1]} boxes {form}"
+                axes.plot(list(points), values, "o-", label=label)
+            axes.set(xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
+            axes.legend()
 
 
 # ---- the head ----------------------------------------------------------------------------------------------
@@ -192,7 +212,9 @@ def main() -> None:
     add("--noise", nargs="+", type=float, default=[0.5, 0.8, 0.95, 0.99], metavar="P", help="as --early-stop")
     add("--patience", nargs="+", type=positive, default=[1, 2], metavar="K", help="as --early-stop")
     add = parsers["growth"].add_argument
-    add("--groups", nargs="+", type=positive, default=[1, 3, 6, 12, 24, 51])
+    add("--count", type=positive, default=1000, help="held-out scenes, for mAP")
+    what = "boxes decoded, groups or branches"
+    add("--groups", nargs="+", type=positive, default=[1, 3, 6, 12, 24, 51], help=what)
     add("--batch-size", nargs="+", type=positive, default=[1, 2, 4, 8, 16, 32])
     add("--sides", nargs="+", type=positive, default=[128, 224, 320, 448, 640], help="of images, in pixels")
     add = parsers["head"].add_argument

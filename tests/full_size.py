@@ -1,4 +1,5 @@
-"""PaliGemma 2 3B at its real size, beside transformers: load time, peak memory, next-token distributions.
+"""PaliGemma 2 3B at its real size, beside transformers: load time, peak memory, next-token distributions; and
+the boxes of its branches beside those of plain steps, each box a text of its own.
 
     python tests/full_size.py                       # minutes; 8 GB of disk, 8 GB of memory
     python tests/full_size.py --float32             # both in float32 too, as the yardstick: 16 GB of memory
@@ -22,12 +23,16 @@ import time
 from pathlib import Path
 
 import torch
+from helpers import PlainSteps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from infer.benchmark import language_of
 from infer.lib.measuring import build_checkpoint, print_table, run_child
 from model import PaliGemma
 from model.config import VARIANTS
+from model.decoding.closed_set import Head
+from model.decoding.parallel import ParallelDecoder
 from model.io.weights import DTYPES
 from train.run.program import parser, run
 
@@ -36,10 +41,12 @@ VARIANT = "paligemma2-3b-224"
 T, PREFIX = 12, 8  # text tokens, how many of these are the prompt
 BOS, NEWLINE = 2, 108
 SIDES = ["ours bfloat16", "transformers bfloat16", "ours float32", "transformers float32"]
+BOXES, BRANCHES = ["boxes bfloat16", "boxes float32"], 24
 STAGES = ["load", "read", "forward"]
 # In file sizes: float32 weights are two, and the mapped file stays resident until all of it is converted.
 MAX_PEAK = {"ours bfloat16": 1.1, "ours float32": 3.2}
 MAX_KL = {"bfloat16": 0.1, "float32": 1e-6}  # nats, at every position; measured: 0.07 and 4e-10
+MIN_EQUAL = {"bfloat16": 18, "float32": BRANCHES}  # boxes; measured: 23 and 24
 
 
 # Child processes --------------------------------------------------------------------------------------------
@@ -129,11 +136,37 @@ def measure(side: str, folder: Path) -> dict:
     return report
 
 
+class WatchedHead(Head):
+    """Keeps the last logits."""
+
+    def __call__(self, hidden, slot, uniform):
+        self.logits = self.decoder.logits(hidden, *self.allowed[slot])
+        return super().__call__(hidden, slot, uniform)
+
+
+@torch.inference_mode()
+def boxes_both_ways(side: str, folder: Path) -> dict:
+    """The boxes of K branches, and of K texts that are read token by token: how many are equal, and how far
+    the class's distribution of a branch is from that of a text with its coordinates (KL, nats)."""
+    model = PaliGemma.from_pretrained(str(folder), dtype=DTYPES[side.split()[1]])
+    language = language_of(folder)
+    image, _ = inputs()
+    decoder = ParallelDecoder(model, language, BRANCHES, head=WatchedHead)
+    answer = decoder(image)
+    plain = PlainSteps(model, language, image)
+    in_text = plain.boxes(BRANCHES, decoder.reading)
+    in_branches = zip(answer.locs[0].tolist(), answer.labels[0].tolist())
+    log_p = decoder.head.logits.double().log_softmax(-1)  # [K, classes and noise]
+    log_q = torch.cat([plain.probabilities(*locs) for locs in answer.locs[0].tolist()]).double().log()
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).max().item()
+    return dict(equal=sum(box in in_text for box in in_branches), kl=kl)
+
+
 # The parent process ---------------------------------------------------------------------------------------
 
 
 def measure_in_child(side: str, folder: Path) -> dict:
-    """What `measure` returns in a new process, which finds no weights in the page cache."""
+    """What a side's function returns in a new process, which finds no weights in the page cache."""
     print(f"{side} ...", flush=True)
     for path in folder.glob("*.safetensors"):
         with path.open("r+b") as file:
@@ -208,14 +241,28 @@ def compare_logits(logits: dict[str, Tensor]) -> list[str]:
     return complaints
 
 
+def compare_boxes(found: dict[str, dict]) -> list[str]:
+    """Print how alike the boxes of branches and of plain steps are; returns the complaints."""
+    rows, complaints = [], []
+    for side, of in found.items():
+        dtype, equal, kl = side.split()[1], f"{of['equal']} of {BRANCHES}", f"{of['kl']:.1e}"
+        rows.append({"branches || plain steps": dtype, "equal boxes": equal, "KL of classes": kl})
+        if of["equal"] < MIN_EQUAL[dtype] or not of["kl"] <= MAX_KL[dtype]:
+            complaints.append(f"{side}: {equal} are those of plain steps, KL up to {kl} nats")
+    print()
+    print_table(rows)
+    return complaints
+
+
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     options.add_argument("--float32", action=argparse.BooleanOptionalAction, default=False)
-    options.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    options.add_argument("--child", choices=SIDES + BOXES, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.child:
-        print(json.dumps(measure(args.child, args.folder)))
+        child = boxes_both_ways if args.child in BOXES else measure
+        print(json.dumps(child(args.child, args.folder)))
         return 0
     check_room(args.folder, disk=8, wanted=16 if args.float32 else 8)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("FAILED: ended from outside"))  # removes the folder
@@ -225,8 +272,9 @@ def main() -> int:
         build_checkpoint(VARIANT, folder)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         reports = {side: measure_in_child(side, folder) for side in sides}
+        boxes = {side: measure_in_child(side, folder) for side in BOXES[: len(sides) // 2]}
         logits = {side: load_file(folder / f"logits of {side}")["logits"] for side in sides}
-    complaints = compare_memory(reports, size) + compare_logits(logits)
+    complaints = compare_memory(reports, size) + compare_logits(logits) + compare_boxes(boxes)
     print("\nFAILED: " + "; ".join(complaints) if complaints else "\npassed")
     return int(bool(complaints))
 

@@ -3,6 +3,7 @@
 Fixtures are in conftest.py, the models of transformers in reference.py.
 """
 
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from model import PaliGemma
 from model.config import PaliGemmaConfig
 from model.decoding.closed_set import ClosedSet
 from model.decoding.detections import Detections
+from model.decoding.parallel import COORDINATES, Reading, peaks
 from model.io.tokenizer import Tokenizer
 from train.nano.untrained import nano_config
 from train.run import program as frame
@@ -225,6 +227,45 @@ def equal(a, b) -> bool:
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference."""
     return (a - b).abs().max().item()
+
+
+# Boxes in parallel ------------------------------------------------------------------------------------------
+
+
+class PlainSteps:
+    """The boxes of model/decoding/parallel.py without branches: each is a text of its own, token by token."""
+
+    def __init__(self, model: PaliGemma, language: ClosedSet, image: torch.Tensor):
+        """image [1, 3, S, S]"""
+        self.model, self.language = model, language
+        self.cache = model.new_cache(1, len(language.prompt) + COORDINATES)
+        self.hidden = model.prefill(model.encode(image), torch.tensor([language.prompt]), self.cache)
+
+    def after(self, *locs: int) -> torch.Tensor:
+        """Prompt and coordinates -> the hidden state [1, D] that predicts what follows."""
+        cache, hidden = copy.deepcopy(self.cache), self.hidden
+        for loc in locs:
+            hidden = self.model.step(torch.tensor([self.language.loc0 + loc]), cache)
+        return hidden
+
+    def probabilities(self, *locs: int) -> torch.Tensor:
+        """Of what follows: [1, 1024] of a coordinate, or after four of them [1, C + 1] of a class."""
+        first, last = self.language.allowed(len(locs))
+        return self.model.decoder.logits(self.after(*locs), first, last).softmax(-1)
+
+    def boxes(self, count: int, reading: Reading) -> list[tuple[list[int], int]]:
+        """The coordinates and the class of each box, best first."""
+        y0s, y0_masses = peaks(self.probabilities(), count, reading.radius)
+        pairs = []
+        for y0, y0_mass in zip(y0s[0].tolist(), y0_masses[0].tolist()):
+            x0s, masses = peaks(self.probabilities(y0), reading.x0_peaks, reading.radius)
+            pairs += [(-y0_mass * mass, y0, x0) for x0, mass in zip(x0s[0].tolist(), masses[0].tolist())]
+        found = []
+        for _, *locs in sorted(pairs)[:count]:
+            for _ in range(2):
+                locs.append(peaks(self.probabilities(*locs), 1, reading.radius)[0].item())
+            found.append((locs, self.probabilities(*locs)[0, :-1].argmax().item()))
+        return found
 
 
 # Answers in words -------------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 
 from model import PaliGemma
-from model.decoding.closed_set import ClosedSet, EarlyStop, GroupDecoder
+from model.decoding.closed_set import EarlyStop
 from model.decoding.detections import Selection
-from model.decoding.detector import ClosedSetDetector, head_for
+from model.decoding.detector import FORMS, ClosedSetDetector, closed_set_decoder
 from model.decoding.generate import Prompter, Sampling
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
-from model.decoding.parallel import BRANCHES, ParallelDecoder
+from model.decoding.parallel import BRANCHES
 from model.io.hub import OFFICIAL_CODEC, codec_file
 from model.io.weights import DTYPES
 from model.io.writing import explain
@@ -79,8 +79,7 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
         return
     add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
     add("--classes-per-call", type=positive, help=f"asked for in one prompt (default: {CLASSES_PER_PROMPT})")
-    forms = ["sequence", "parallel"]
-    add("--decode", choices=forms, default=forms[0], help="one box after the other, or all in five steps")
+    add("--decode", choices=FORMS, default=FORMS[0], help="one box after the other, or all in five steps")
     add("--branches", type=positive, help=f"boxes decoded in parallel for an image (default: {BRANCHES})")
     add("--groups", type=positive, help="boxes decoded for an image instead of the checkpoint's number")
     feedback = dict(action=argparse.BooleanOptionalAction, default=False)
@@ -149,7 +148,8 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
     codec = load_codec(args) if masks else None
     model = load_model(args)
     if args.classes is None:
-        return ClosedSetDetector(closed_set_decoder(args, model, sampling), selection)
+        decoder = closed_set_decoder(model, args.decode, args.branches, **sequence_options(args, sampling))
+        return ClosedSetDetector(decoder, selection)
     prompter = Prompter(model, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
     # Checkpoints are trained to segment one class at a time.
@@ -157,17 +157,13 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
     return OpenSetDetector(prompter, names, per_prompt, selection, codec)
 
 
-def closed_set_decoder(
-    args: argparse.Namespace, model: PaliGemma, sampling: Sampling
-) -> GroupDecoder | ParallelDecoder:
-    """The decoder of --decode."""
-    language, head = ClosedSet.of(model.config, model.tokenizer), head_for(model)
+def sequence_options(args: argparse.Namespace, sampling: Sampling) -> dict:
+    """What only decoding in sequence has: arguments of GroupDecoder. Empty with --decode parallel."""
     if args.decode == "parallel":
-        return ParallelDecoder(model, language, args.branches or BRANCHES, head=head)
+        return {}
     stop = EarlyStop(*args.early_stop) if args.early_stop else None
-    return GroupDecoder(
-        model, language, args.groups, args.noise_feedback, sampling, early_stop=stop, head=head
-    )
+    own = dict(groups=args.groups, noise_feedback=args.noise_feedback)
+    return own | dict(sampling=sampling, early_stop=stop)
 
 
 def check_mode(args: argparse.Namespace) -> None:

@@ -24,9 +24,12 @@ from model.decoding.generate import Prompter
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
+from model.decoding.parallel import BRANCHES, ParallelDecoder
 from model.io.hub import codec_file
 from model.io.image import load_image
 from model.paligemma import PaliGemma
+
+FORMS = "sequence", "parallel"  # of decoding the closed-set language; the first is the default
 
 
 def head_for(model: PaliGemma) -> type:
@@ -38,10 +41,30 @@ def head_for(model: PaliGemma) -> type:
     return Head
 
 
+def closed_set_decoder(
+    model: PaliGemma, decode: str = FORMS[0], branches: int | None = None, **options
+) -> GroupDecoder | ParallelDecoder:
+    """The decoder of the model's closed-set language: of one box after the other ("sequence"), or of all in
+    five steps ("parallel").
+
+    branches: how many boxes in parallel, BRANCHES if None. options: further ones of that form's decoder.
+    """
+    if decode not in FORMS:
+        raise ValueError(f"decode={decode!r}: must be one of {', '.join(map(repr, FORMS))}")
+    if branches is not None and decode != "parallel":
+        raise ValueError(f'branches={branches} is for decode="parallel"')
+    if branches is not None and branches < 1:
+        raise ValueError(f"branches={branches}: must be at least 1")
+    language, head = ClosedSet.of(model.config, model.tokenizer), head_for(model)
+    if decode == "parallel":
+        return ParallelDecoder(model, language, branches or BRANCHES, head=head, **options)
+    return GroupDecoder(model, language, head=head, **options)
+
+
 class ClosedSetDetector:
     """Detects the classes that the checkpoint was trained on: "detect all classes" (closed_set.py)."""
 
-    def __init__(self, decode: GroupDecoder, selection: Selection = KEEP_ALL):
+    def __init__(self, decode: GroupDecoder | ParallelDecoder, selection: Selection = KEEP_ALL):
         self.decode, self.model, self.selection = decode, decode.model, selection
         self.classes = decode.language.classes
 
@@ -74,10 +97,16 @@ class ClosedSetDetector:
 class Detector:
     """Finds objects in images: of the checkpoint's own classes, or of those you name."""
 
-    def __init__(self, model: PaliGemma, selection: Selection = KEEP_ALL):
+    def __init__(
+        self,
+        model: PaliGemma,
+        selection: Selection = KEEP_ALL,
+        decode: str = FORMS[0],
+        branches: int | None = None,
+    ):
+        """decode, branches: how the model's own classes are decoded, see closed_set_decoder."""
         self.model, self.selection = model, selection
-        language = ClosedSet.of(model.config, model.tokenizer)
-        self.closed_set = ClosedSetDetector(GroupDecoder(model, language, head=head_for(model)), selection)
+        self.closed_set = ClosedSetDetector(closed_set_decoder(model, decode, branches), selection)
         self.prompter = Prompter(model, MAX_ANSWER_TOKENS)
 
     @classmethod
@@ -92,18 +121,21 @@ class Detector:
         score_threshold: float = 0.6,
         nms_iou: float = 0.5,
         min_size: float = 0.0,
+        decode: str = FORMS[0],
+        branches: int | None = None,
         **config_overrides,
     ) -> "Detector":
         """Load a folder, a hub id ("owner/name" or "owner/name@revision"), or the shipped "nano".
 
         dtype, int8: see load_for_decoding. device: None for a GPU if there is one. score_threshold, nms_iou,
-        min_size: which objects are kept, see Selection. config_overrides: see PaliGemma.from_pretrained.
+        min_size: which objects are kept, see Selection. decode: "sequence" or "parallel"; branches: of the
+        latter, see closed_set_decoder. config_overrides: see PaliGemma.from_pretrained.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_for_decoding(
             source, dtype=dtype, device=device, adapter=adapter, int8=int8, **config_overrides
         )
-        return cls(model, Selection(score_threshold, nms_iou, min_size))
+        return cls(model, Selection(score_threshold, nms_iou, min_size), decode, branches)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -34,19 +34,35 @@ def run(monkeypatch, capsys, here):
 
 
 def test_benchmark(run, here):
-    """Nano beside transformers: the tokens of all sides are equal, and every figure is there."""
+    """Nano beside transformers: the tokens of all sides are equal, and every figure is there. Boxes in
+    parallel are timed as a whole, against the same answers."""
     options = "--groups 1 --rounds 2 --batch-size 1 2 --no-memory --peer --device cpu --json f.json".split()
-    out = run(benchmark, *options)
-    figures = json.loads((here / "f.json").read_text())
-    assert [(row["batch"], row["side"]) for row in figures["rows"]] == [
-        (batch, side) for batch in (1, 2) for side in ("ours", "transformers")
-    ]
-    assert all(row["tokens_equal"] and row["prefill"] > 0 for row in figures["rows"])
-    assert "prefill s" in out and "other tokens" not in out
+    out = run(benchmark, *options, "--branches", 7)
+    rows = json.loads((here / "f.json").read_text())["rows"]
+    sides = "ours", "ours, parallel", "transformers"
+    assert [(row["batch"], row["side"]) for row in rows] == [(n, side) for n in (1, 2) for side in sides]
+    for row in rows:
+        in_sequence = row["side"] != "ours, parallel"
+        assert row["tokens_equal"] is (True if in_sequence else None)
+        assert (row["token"] is None) != in_sequence
+        assert row["prefill"] > 0 and row["images_s"] * row["answer"] == pytest.approx(row["batch"])
+        if in_sequence:
+            assert row["answer"] == pytest.approx(row["prefill"] + 60 * row["token"])
+        (ours,) = (other for other in rows if (other["batch"], other["side"]) == (row["batch"], "ours"))
+        assert row["of_ours"] == pytest.approx(row["answer"] / ours["answer"])
+    assert "prefill s" in out and "of ours" in out and "other tokens" not in out
+
+
+def test_sides_in_parallel(model):
+    """--branches of them in one call, through the model of the other sides, which memory holds once."""
+    args = argparse.Namespace(device="cpu", dtype="float32", branches=7)
+    ours, side = benchmark.Ours(model, args), benchmark.Parallel(model, args)
+    assert side.model is ours.model
+    assert side.decode(benchmark.random_images(model, 2, "cpu"), groups=1).shape == (2, 5 * 7)
 
 
 def test_peak_memory_is_of_a_process_of_its_own(run, here):
-    run(benchmark, *"--groups 1 --rounds 1 --no-peer --device cpu --json f.json".split())
+    run(benchmark, *"--groups 1 --rounds 1 --no-peer --no-parallel --device cpu --json f.json".split())
     (row,) = json.loads((here / "f.json").read_text())["rows"]
     assert 5e7 < row["peak"] < 5e9
 
@@ -99,11 +115,19 @@ def test_early_stop(run, here):
 
 
 def test_growth(run, here):
-    few = "--groups 1 2 --batch-size 1 2 --sides 32 64"
+    """Both forms, in each panel; mAP is of the boxes that were decoded, so it rises with their number."""
+    few = "--count 3 --groups 1 12 --batch-size 1 2 --sides 32 64"
     out = run(tradeoffs, *f"growth --repeats 1 {few} --out plot.png".split())
-    names = [re.sub(r"\d+ ms", "ms", line) for line in out.splitlines()]
-    assert names == ["groups: 1 ms, 2 ms", "images a batch: 1 ms, 2 ms", "image tokens: 4 ms, 16 ms"]
-    assert (here / "plot.png").exists()
+    lines = [line for line in out.splitlines() if " against " in line]
+    names = [re.sub(r"(\d+) [\d.e+]+", r"\1", line) for line in lines]
+    panels = ["mAP against boxes, {}: 1, 12", "milliseconds against boxes, {}: 1, 12"]
+    panels += ["milliseconds against images a batch, {}: 1, 2"]
+    panels += ["milliseconds against image tokens, {}: 4, 16"]
+    assert names == [panel.format(form) for panel in panels for form in ("in sequence", "in parallel")]
+    for line in lines[:2]:
+        one, twelve = (float(word.split()[1]) for word in line.split(": ")[1].split(", "))
+        assert 0 < one < twelve < 1
+    assert Image.open(here / "plot.png").size == (1170, 780)
 
 
 def test_head(run):

@@ -197,6 +197,40 @@ def test_options(run_detect, here):
     assert drawn[0] == drawn[1] != drawn[2] and tokens not in drawn
 
 
+def test_in_parallel(run_detect, here):
+    """Five steps for all boxes, however many; a seed changes nothing."""
+    file = picture(here / "a.png")
+
+    def tokens(*options):
+        code, _, err = run_detect("--image", file, "--json", "out.json", "--tokens", *options)
+        assert (code, err) == (0, [])
+        return json.loads((here / "out.json").read_text())[0]["tokens"]
+
+    in_parallel = tokens("--decode", "parallel")
+    assert len(in_parallel) == 5 * 24 and len(tokens("--decode", "parallel", "--branches", 7)) == 5 * 7
+    assert tokens("--decode", "parallel", "--seed", 3) == in_parallel
+    assert tokens("--decode", "sequence") == tokens() != in_parallel
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--decode parallel --groups 3", "--groups is for --decode sequence"),
+        ("--decode parallel --noise-feedback", "--noise-feedback is for --decode sequence"),
+        ("--decode parallel --early-stop 0.5 2", "--early-stop is for --decode sequence"),
+        ("--decode parallel --temperature 1", "--temperature is for --decode sequence"),
+        ("--branches 4", "--branches is for --decode parallel"),
+        ("--decode parallel --classes cat", "parallel is for closed-set detection, without --classes"),
+        ("--branches 4 --classes cat", "--branches is for closed-set detection, without --classes"),
+    ],
+)
+def test_options_of_the_other_form(options, words, run_detect, here, monkeypatch):
+    """Refused in words before the model is loaded."""
+    monkeypatch.setattr("infer.lib.options.load_model", None)
+    code, _, err = run_detect("--image", picture(here / "a.png"), *options.split())
+    assert code == 1 and len(err) == 1 and err[0].endswith(words)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -234,6 +268,8 @@ def test_bad_input(argv, words, run_detect, here):
         ["--image", "a.png", "--groups", "0"],
         ["--image", "a.png", "--groups", "-3"],
         ["--image", "a.png", "--batch-size", "0"],
+        ["--image", "a.png", "--decode", "parallel", "--branches", "0"],
+        ["--image", "a.png", "--decode", "both"],
     ],
     ids=lambda value: " ".join(value[-2:]),
 )

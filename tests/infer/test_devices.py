@@ -114,6 +114,7 @@ def test_benchmarks_ask_their_gpu(gpus, monkeypatch):
 
     monkeypatch.setitem(benchmark.SIDES, "ours", begin)
     options = dict(model="nano", device="cuda:1", dtype="float32", int8=False, compile=False, peer=False)
+    options |= dict(parallel=False)
     with pytest.raises(Stop):
         benchmark.measure(NANO, argparse.Namespace(memory=False, **options))
     asked = [device for name, device in gpus if name != "current"]

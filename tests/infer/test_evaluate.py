@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from infer import evaluate
+from infer import evaluate, report
 from infer.lib import predictions
 from model.decoding.detections import Detections
 from train import measures
@@ -81,6 +81,21 @@ def test_practice_set_of_another_size(run_evaluate, here):
     assert {(record["width"], record["height"]) for record in records} == {(96, 96)}
     code, _, err = run_evaluate(*options)
     assert code == 1 and "image_size" in err
+
+
+def test_in_parallel(run_evaluate, monkeypatch, capsys, here):
+    """The boxes that count are those of the branches, of which there are four; report.py draws them."""
+    write_coco(here / "set", 3)
+    options = "--data set/instances.json --decode parallel --branches 4 --nms-iou 1 --out eval"
+    code, out, _ = run_evaluate(*options.split())
+    assert code == 0 and re.match(r"mAP 0\.\d{3} \(instances\)\n", out)
+    settings = json.loads((here / "eval" / "settings.json").read_text())
+    assert settings["decode"] == "parallel" and settings["branches"] == 4
+    images = [result["image_id"] for result in json.loads((here / "eval" / "results.json").read_text())]
+    assert images and max(images.count(image) for image in images) <= 4
+    code, _, err = call(monkeypatch, capsys, report, "--eval", "eval", "--out", "page", "--images", 1)
+    assert code == 0, err
+    assert (here / "page" / "index.html").exists()
 
 
 def test_a_set_of_ones_own(run_evaluate, here):
@@ -225,6 +240,7 @@ def test_other_settings_are_refused(evaluate_data, data, tmp_path):
         (["--min-size", 3], "min_size"),
         (["--groups", 4], "groups"),
         (["--noise-feedback"], "noise_feedback"),
+        (["--decode", "parallel"], "decode"),
         (["--images", tmp_path], "images"),
     ):
         code, printed, err = evaluate_data(*usual, *more)
@@ -284,10 +300,11 @@ def test_every_process_has_its_gpu(asked, gpus, device, monkeypatch):
     assert args.device == device and started == [("gloo",)]
 
 
-def test_two_processes(model, tmp_path):
+@pytest.mark.parametrize("decode", ["sequence", "parallel"])
+def test_two_processes(decode, model, tmp_path):
     """torchrun with two, on a practice set: the figures of one, printed once; the scenes drawn once."""
     program = [ROOT / "infer" / "evaluate.py", "--model", model, "--count", "5", "--device", "cpu"]
-    program += ["--sets", "same", "--batch-size", "1"]
+    program += ["--sets", "same", "--batch-size", "1", "--decode", decode]
     printed = [
         python(*launcher, *program, "--out", tmp_path / out)
         for launcher, out in (((), "one"), (torchrun(2), "two"))

@@ -102,3 +102,10 @@ def test_segment_needs_a_codec(monkeypatch, capsys, model, here):
     for options, word in (([], "vae-oid.npz"), (["--codec", here / "a.png"], "a.png")):
         code, _, err = run(monkeypatch, capsys, segment, *argv, *options)
         assert code == 1 and len(err) == 1 and err[0].startswith("segment.py: ") and word in err[0]
+
+
+@pytest.mark.parametrize("option", ["--decode=parallel", "--branches=4", "--groups=3"])
+def test_segment_has_no_closed_set(monkeypatch, capsys, here, option):
+    """Masks are asked for by name, so how the closed-set language is decoded is no option of it."""
+    code, _, err = run(monkeypatch, capsys, segment, "--image", "a.png", "--classes", "cat", option)
+    assert code == 2 and f"unrecognized arguments: {option}" in err[-1]

@@ -254,6 +254,15 @@ def test_capture(graphs):
     assert replay() is outputs and replay() is outputs and graphs == ["replay", "replay"]
 
 
+def test_replays_decode_what_the_loop_does(model, taped_graphs):
+    """The operations of one group, captured once for a size, decode every group of every batch."""
+    plain = [GroupDecoder(model, LANGUAGE)(pictures(model, 2, seed)) for seed in (0, 1)]
+    tapes, decoder = taped_graphs(GroupDecoder), GroupDecoder(model, LANGUAGE)
+    answers = [decoder(pictures(model, 2, seed)) for seed in (0, 1, 0)]
+    assert all(equal(answer, plain[seed]) for seed, answer in zip((0, 1, 0), answers, strict=True))
+    assert len(tapes) == 1 and not torch.equal(plain[0].tokens, plain[1].tokens)
+
+
 def test_trial_runs_draw_from_numbers_in_range(model, monkeypatch):
     """A graph is tried before there are random numbers: what memory held could choose ids that are none."""
     decoder = GroupDecoder(model, LANGUAGE)

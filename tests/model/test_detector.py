@@ -18,6 +18,7 @@ from model.config import COCO_CLASSES
 from model.decoding import detector as module
 from model.decoding.detections import Detections, Selection
 from model.decoding.masks import tight_box
+from model.decoding.parallel import ParallelDecoder
 
 EXAMPLE = ROOT / "media" / "example.png"
 SEEN = ["wine glass", "kite", "person", "tennis racket", "car", "remote"]  # in it, by nano
@@ -70,6 +71,32 @@ def test_as_the_program(nano, monkeypatch, capsys, here):
         assert theirs and theirs == [
             (label, c, round(float(score), 4), box.round(2).tolist()) for label, c, score, box in ours
         ]
+
+
+def test_in_parallel(nano, monkeypatch, capsys, here):
+    """Five steps for all boxes: the same objects, and the program's own boxes; open-set goes on in words."""
+    detector = Detector.from_pretrained("nano", device="cpu", decode="parallel", score_threshold=0.3)
+    decoder = detector.closed_set.decode
+    assert isinstance(decoder, ParallelDecoder) and decoder.groups == 24
+    found = detector(EXAMPLE)
+    assert set(found.labels) == set(SEEN) and found.tokens.shape == (24, 5)
+    assert np.array_equal(detector([EXAMPLE, EXAMPLE])[1].boxes, found.boxes)
+    assert equal(detector(EXAMPLE, classes=["kite"]), nano(EXAMPLE, classes=["kite"]))
+    few = Detector(nano.model, Selection(0.3, 0.5), decode="parallel", branches=8)(EXAMPLE)
+    assert few.tokens.shape == (8, 5)
+    for argv, ours in (([], found), (["--branches", 8], few)):
+        argv = ["--score-threshold", 0.3, "--decode", "parallel", *argv]
+        call(monkeypatch, capsys, detect, "--image", EXAMPLE, "--json", "out.json", "--tokens", *argv)
+        (record,) = json.loads((here / "out.json").read_text())
+        assert record["tokens"] == ours.tokens.flatten().tolist()
+        assert [d["label"] for d in record["detections"]] == ours.labels
+    for options, words in (
+        (dict(decode="both"), "'both': must be one of 'sequence', 'parallel'"),
+        (dict(branches=8), 'branches=8 is for decode="parallel"'),
+        (dict(decode="parallel", branches=0), "branches=0: must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            Detector(nano.model, **options)
 
 
 def test_classes_by_name(nano):

@@ -57,11 +57,14 @@ def test_kernel_greedy(batch, width, classes, noise_feedback, cap):
         check(plain(hidden, slot, uniform), fused(hidden, slot, uniform))
 
 
-def test_kernel_largest_batch():
-    """Of classes only: 1,024 coordinates for this many rows take the interpreter half a minute."""
-    plain, fused = heads(33, classes=5)
-    hidden, uniform = inputs(256, 33)
-    check(plain(hidden, 4, uniform), fused(hidden, 4, uniform))
+def test_kernel_many_rows():
+    """The branches of 16 images, 24 each; then fewer rows, in the same buffers. Of classes only, which is all
+    that parallel decoding chooses here; 1,024 coordinates for this many rows take the interpreter half a
+    minute."""
+    plain, fused = heads(33, noise_feedback=False)
+    for count in (16 * 24, 20, 16 * 24):
+        hidden, uniform = inputs(count, 33, seed=count)
+        check(plain(hidden, 4, uniform), fused(hidden, 4, uniform))
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.3), (1.0, 1e-6)])
@@ -148,13 +151,18 @@ from triton.compiler import ASTSource
 from model.decoding.head_kernel import BLOCKS, restricted_head
 numbers = dict.fromkeys(["B", "D", "loc0", "class0", "classes"], "i32")
 numbers |= dict.fromkeys(["cap", "temperature", "top_p"], "fp32")
-for (weight, sample), target in product([("*bf16", False), ("*fp32", True)], [80, 90]):
-    print(weight, sample, target)
+# In sequence, sampled, and the classes of parallel branches: nothing is fed back, and numbers and addresses
+# are known to be multiples of 16, as 384 rows are.
+variants = [("*bf16", False, True, False), ("*fp32", True, True, False), ("*bf16", False, False, True)]
+for (weight, sample, feedback, aligned), target in product(variants, [80, 90]):
+    print(weight, sample, feedback, aligned, target)
     pointers = dict(hidden=weight, embed=weight, position="*i64", uniform="*fp32", scratch="*fp32")
     pointers |= dict(arrived="*i32", fed="*i64", best_id="*i64", score="*fp32", noise="*fp32")
-    constants = dict(GROUP=5, NOISE_FEEDBACK=True, SAMPLE=sample, WIDEN=False) | BLOCKS
+    constants = dict(GROUP=5, NOISE_FEEDBACK=feedback, SAMPLE=sample, WIDEN=False) | BLOCKS
     signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(restricted_head, signature, constants)
+    arguments = [i for i, name in enumerate(signature) if name in pointers or name in ("B", "D", "classes")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in arguments if aligned}
+    source = ASTSource(restricted_head, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
     assert len(compiled.asm["cubin"]) > 1000
     assert ("mma" in compiled.asm["ptx"]) == (weight == "*bf16")

@@ -1,22 +1,34 @@
 """Boxes in parallel: a branch is what the plain sequence would be with that box as its first group."""
 
+import copy
+
 import pytest
 import torch
+from helpers import PlainSteps, equal
 from reference import ARCHITECTURES, LANGUAGE, noisy
 
 from model.attention import branch_mask
 from model.decoding import parallel
-from model.decoding.closed_set import GROUP
+from model.decoding.closed_set import GROUP, Head
+from model.decoding.packing import PackedLinear, pack, quantize
 from model.decoding.parallel import COORDINATES, ParallelDecoder, Reading, peaks
 from model.io.tokenizer import LOCS
+from model.lora import TARGETS, add_lora, lora_layers
 
 K = 6
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, "int8", "an adapter"])
 def model(request, tmp_path_factory):
-    """Gemma 1 and 2, with and without windows and soft caps."""
-    return noisy(tmp_path_factory.mktemp("noisy"), **ARCHITECTURES[request.param])[1]
+    """Gemma 1 and 2, with and without windows and soft caps; and other matrices."""
+    model = noisy(tmp_path_factory.mktemp("noisy"), **ARCHITECTURES.get(request.param, {}))[1]
+    if request.param == "int8":
+        quantize(model)
+    if request.param == "an adapter":
+        add_lora(model, TARGETS["published"], rank=4)
+        for layer in lora_layers(model).values():  # at first, B is zero
+            layer.B.data.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
+    return model
 
 
 def pictures(model, batch, seed=2):
@@ -53,6 +65,16 @@ def test_a_branch_is_a_sequence(model, monkeypatch):
         p = plain[:, -1, LANGUAGE.class0 : LANGUAGE.noise + 1].softmax(-1)
         assert torch.allclose(answer.noise[:, k], p[:, -1], atol=1e-5)
         assert (answer.labels[:, k] == p[:, :-1].argmax(-1)).all()
+
+
+@torch.inference_mode()
+def test_five_steps_find_the_boxes_of_plain_steps(model):
+    """Of each image, against every box as a text of its own: five tokens, one after the other."""
+    images = pictures(model, 2)
+    answer = ParallelDecoder(model, LANGUAGE, K)(images)
+    for i in range(2):
+        found = list(zip(answer.locs[i].tolist(), answer.labels[i].tolist()))
+        assert found == PlainSteps(model, LANGUAGE, images[i : i + 1]).boxes(K, Reading())
 
 
 @torch.inference_mode()
@@ -125,6 +147,103 @@ def test_answer(model):
     assert (answer.scores + answer.noise <= 1 + 1e-6).all()
     lower = ParallelDecoder(model, LANGUAGE, K, Reading(mass_power=1))(pictures(model, 2))
     assert (lower.scores < answer.scores).all()
+
+
+def test_fused_head(tmp_path):
+    """Through the kernel, in Triton's interpreter or on a GPU: 384 rows, the branches of 16 images."""
+    head_kernel = pytest.importorskip("model.decoding.head_kernel")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = noisy(tmp_path)[1].to(device)
+    images = pictures(model, 16).to(device)
+    plain, fused = (
+        ParallelDecoder(model, LANGUAGE, 24, head=head)(images) for head in (Head, head_kernel.FusedHead)
+    )
+    assert plain.noise.numel() == 384
+    assert torch.equal(plain.tokens, fused.tokens)
+    for name in ("scores", "noise"):
+        assert torch.allclose(getattr(plain, name), getattr(fused, name), rtol=1e-5, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_many_image_tokens(tmp_path):
+    """The layout of 896 px: 4,096 image tokens, of which local layers show the answer only the last."""
+    model = noisy(tmp_path, image_size=896, window=300, layers=2, heads=2, kv_heads=1)[1]
+    images, prompt = pictures(model, 1), torch.tensor(LANGUAGE.prompt)
+    assert model.config.vision.tokens == 4096
+    answer = ParallelDecoder(model, LANGUAGE, K)(images)
+    found = list(zip(answer.locs[0].tolist(), answer.labels[0].tolist()))
+    assert found == PlainSteps(model, LANGUAGE, images).boxes(K, Reading())
+    text = torch.cat((prompt, answer.tokens[0, 0, :COORDINATES]))
+    p = model(images, text[None], len(prompt))[0, -1, LANGUAGE.class0 : LANGUAGE.noise + 1].softmax(-1)
+    assert answer.noise[0, 0] == pytest.approx(p[-1].item(), abs=1e-5)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here")
+@torch.inference_mode()
+def test_packed(tmp_path):
+    """Matrices in oneDNN's layout, in bfloat16: a branch's class is its text's, up to rounding."""
+    model = noisy(tmp_path)[1].bfloat16()
+    pack(model)
+    assert isinstance(model.decoder.layers[0].mlp.up_proj, PackedLinear)
+    images = pictures(model, 1)
+    answer, steps = ParallelDecoder(model, LANGUAGE, K)(images), PlainSteps(model, LANGUAGE, images)
+    for locs, noise in zip(answer.locs[0].tolist(), answer.noise[0].tolist(), strict=True):
+        assert noise == pytest.approx(steps.probabilities(*locs)[0, -1].item(), abs=0.02)
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------
+
+
+def test_replays_decode_every_batch(model, taped_graphs):
+    """The operations of the five steps, captured once for a size of batch, read each batch's own prefill and
+    start from the end of its prompt; what they write to stays in its place."""
+    batches = [pictures(model, 2, 0), pictures(model, 2, 1), pictures(model, 1, 2)]
+    plain = [ParallelDecoder(model, LANGUAGE, K)(images) for images in batches]
+    tapes, decoder = taped_graphs(ParallelDecoder), ParallelDecoder(model, LANGUAGE, K)
+    order, answers, places = (0, 1, 0), [], set()
+    for i in order:
+        answers.append(decoder(batches[i]))
+        cache = decoder.cache
+        places.add((cache.keys.data_ptr(), cache.slot.data_ptr(), decoder.hidden.data_ptr()))
+        assert cache.slot.item() + 1 == cache.valid.shape[1] == decoder.prefix + COORDINATES * K
+        assert cache.valid.all() and (cache.last == decoder.prefix + COORDINATES).all()
+    assert len(tapes) == len(places) == 1
+    # Compared at the end: a later replay leaves an earlier answer alone.
+    assert all(equal(answer, plain[i]) for i, answer in zip(order, answers, strict=True))
+    assert not torch.equal(plain[0].tokens, plain[1].tokens)
+    assert equal(decoder(batches[2]), plain[2]) and len(tapes) == 2, "another size, another graph"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_graph_and_kernel_equal_the_plain_steps(model):
+    """In float32: the replayed graph with the fused head finds the boxes of the plain steps on the CPU."""
+    from model.decoding.head_kernel import FusedHead
+
+    on_gpu = ParallelDecoder(copy.deepcopy(model).cuda(), LANGUAGE, K, head=FusedHead)
+    plain = ParallelDecoder(model, LANGUAGE, K)
+    for batch, seed in ((3, 0), (3, 1), (1, 2)):
+        images = pictures(model, batch, seed)
+        ours, theirs = on_gpu(images.cuda()), plain(images)
+        assert torch.equal(ours.tokens.cpu(), theirs.tokens)
+        assert torch.allclose(ours.scores.cpu(), theirs.scores, atol=1e-4)
+
+
+def test_decoding_is_on_the_gpu_of_the_images(model, current, monkeypatch):
+    """The buffers and the graph are made, and the steps taken, with the images' device current."""
+    seen, images = [], pictures(model, 2)
+
+    def note(function):
+        def noted(*args, **kwargs):
+            seen.append(bool(current) and current[-1] is images)
+            return function(*args, **kwargs)
+
+        return noted
+
+    for name in ("_prepare", "_decode_branches"):
+        monkeypatch.setattr(ParallelDecoder, name, note(getattr(ParallelDecoder, name)))
+    ParallelDecoder(model, LANGUAGE, K)(images)
+    assert seen == [True, True] and not current
 
 
 # The parts --------------------------------------------------------------------------------------------------
