@@ -59,6 +59,21 @@ def test_sample(tiny):
     assert sample["labels"][-1] == language.eos and (sample["weights"][: prompt - 1] == 0).all()
 
 
+def test_noise_is_where_objects_are(tiny):
+    """Made-up noise lies on whole pixels in scenes as they were painted, between pixels in the others: else
+    fractions would give it away."""
+    language, seen = language_of(tiny), set()
+    data = PracticeScenes(language, 64, 16)
+    for seed in range(20):
+        groups = data[0, seed]["text"][len(language.prompt) :].view(12, 5)
+        whole = ((groups[:, :4] - language.loc0) % 16 == 0) | (groups[:, :4] == language.loc0 + 1023)
+        objects = len(make_scene(seed, 64).labels)
+        on_pixels = whole[:objects].all().item()
+        assert whole[objects:].all() == on_pixels, seed
+        seen.add(on_pixels)
+    assert seen == {True, False}
+
+
 def test_training_sees_what_detection_sees():
     """An image goes into the network alike, whether drawn for training or read from a file."""
     pixels = make_scene(0).image

@@ -26,6 +26,7 @@ from train.practice.scenes import (
     make_scene,
     paste,
 )
+from train.practice.surfaces import SURFACES
 from train.practice.write import COCO_IDS, answer_lines, main
 
 
@@ -104,6 +105,27 @@ def test_classes_are_cocos():
     assert json.loads((SPRITES / "sprites.json").read_text())["classes"] == list(COCO_CLASSES)
     tables = runpy.run_path(str(SPRITES / "sources.py"))
     assert list(tables["classes"]()) == list(COCO_CLASSES)
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_surfaces(name):
+    """Of any size; no two alike; the same generator, the same surface."""
+    for size in (32, 100, 128):
+        drawn = [SURFACES[name](np.random.default_rng(seed), size) for seed in (*range(12), 0)]
+        assert all(image.shape == (size, size, 3) and image.dtype == np.uint8 for image in drawn)
+        assert len({image.tobytes() for image in drawn}) == 12 and (drawn[0] == drawn[-1]).all()
+
+
+def test_surfaces_are_for_training_only(monkeypatch):
+    """The held-out sets ask for backgrounds that training has not seen, and stay what they are."""
+    painted = []
+    for name, surface in SURFACES.items():
+        monkeypatch.setitem(SURFACES, name, lambda *args, s=surface: painted.append(s.__name__) or s(*args))
+    for split in SPLITS:
+        painted.clear()
+        for seed in range(80):
+            make_scene(seed, split=split)
+        assert set(painted) == (set(SURFACES) if split == "train" else set()), split
 
 
 def test_crowded_is_crowded():

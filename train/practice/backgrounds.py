@@ -1,8 +1,8 @@
 """Practice scenes without their objects: surfaces, horizons, floors, clutter, and the effects of a camera.
 
 A surface is a scalar field in 0..1 (a formula from a table) looked up in a random palette; a layout combines
-one or two of them. Variety matters more than beauty: a detector learns to ignore only the backgrounds that it
-has seen. Axes: H = W = size, in pixels. Colours are 0..255.
+one or two of them. Training has more surfaces, of surfaces.py. Variety matters more than beauty: a detector
+learns to ignore only the backgrounds that it has seen. Axes: H = W = size, in pixels. Colours are 0..255.
 """
 
 import math
@@ -71,8 +71,12 @@ def smooth_noise(rng, size, bumps):
 
 
 def draw_texture(rng, size, table):
-    """A random texture of the table, in a smooth or a stepped palette: uint8 [size, size, 3]."""
-    low, high, formula = pick(rng, list(table.values()))
+    """A random texture of the table, in a smooth or a stepped palette: uint8 [size, size, 3].
+    Entries of the table that are functions (surfaces.py) are painted by themselves."""
+    entry = pick(rng, list(table.values()))
+    if callable(entry):
+        return entry(rng, size)
+    low, high, formula = entry
     scale, angle = low * (high / low) ** rng.random(), rng.uniform(0, math.pi) * (rng.random() < 0.5)
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
     x, y = coordinates(size) - rng.random((2, 1, 1), np.float32)

@@ -30,6 +30,7 @@ from train.practice.backgrounds import (
     simulate_camera,
 )
 from train.practice.camera import develop, frame
+from train.practice.surfaces import SURFACES
 
 SPRITES = Path(__file__).parents[2] / "media" / "sprites"
 DISTRACTOR = -1  # label of sprites outside COCO's classes
@@ -51,11 +52,12 @@ class Split:
     crowding: float = 0.1  # probability that an object is put next to an earlier one
     framed: float = 0.0  # probability that the edges fall anywhere, and of a camera's effects (camera.py)
     developed: float = 0.0
+    surfaces: bool = False  # backgrounds of surfaces.py too
 
 
 USUAL_COUNTS = (10, 20, 22, 18, 12, 8, 4, 2, 1, 1, 1, 1)
 SPLITS = {
-    "train": Split(0, USUAL_COUNTS, held_out_textures=False, framed=0.7, developed=0.5),
+    "train": Split(0, USUAL_COUNTS, held_out_textures=False, framed=0.7, developed=0.5, surfaces=True),
     "same": Split(1, USUAL_COUNTS),
     "vendor": Split(2, USUAL_COUNTS, held_out_sources=True),
     "development": Split(4, USUAL_COUNTS),  # for decisions, such as on constants: no reported figure is of it
@@ -233,6 +235,7 @@ def make_scene(seed, size=128, split="train", folder=SPRITES):
         return sprite, pose(rng, sprite, low * (high / low) ** rng.random() * size / 128)
 
     textures = HELD_OUT_TEXTURES if how.held_out_textures and rng.random() < 0.5 else TEXTURES
+    textures = textures | SURFACES if how.surfaces else textures
     canvas = draw_background(rng, size, textures, lambda: pick_sprite(rng, pool, pick(rng, classes)).mips[-1])
     for _ in range(int(rng.integers(1, 4)) if DISTRACTOR in pool and rng.random() < 0.4 else 0):
         paint(rng, canvas, *posed_sprite(DISTRACTOR), *rng.integers(-8, size - 16, 2).tolist())
