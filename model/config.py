@@ -99,6 +99,9 @@ class TextConfig:
         _check(self.head_dim % 2 == 0, self, "head_dim", "RoPE rotates pairs, so it must be even")
 
 
+FORMS = "sequence", "parallel"  # of closed-set answers: one box after the other, or each in its own branch
+
+
 @dataclass(frozen=True)
 class PaliGemmaConfig:
     vision: VisionConfig
@@ -109,7 +112,7 @@ class PaliGemmaConfig:
     eos: int = 1
     pad: int = 0
     groups: int = 51  # boxes in a closed-set answer
-    answers: str = "sequence"  # or "parallel", if closed-set answers were taught in branches
+    answers: str = "sequence"  # which of FORMS closed-set answers were taught in
     classes: tuple[str, ...] = field(default=COCO_CLASSES, repr=False)
     open_vocabulary: bool = True  # False: it knows no words except its classes, like nano
 
@@ -121,7 +124,7 @@ class PaliGemmaConfig:
         _check(good, self, "classes", f"must be a list of 1 to {MAX_CLASSES} names")
         _check(isinstance(self.open_vocabulary, bool), self, "open_vocabulary", "must be true or false")
         _check_positive(self, "groups")
-        _check(self.answers in ("sequence", "parallel"), self, "answers", "must be sequence or parallel")
+        _check(self.answers in FORMS, self, "answers", f"must be {' or '.join(FORMS)}")
         for name in ("bos", "eos", "pad"):
             value = getattr(self, name)
             in_vocab = isinstance(value, int) and 0 <= value < self.text.vocab_size

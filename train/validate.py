@@ -16,10 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
 
 from model import PaliGemma
-from model.decoding.closed_set import ClosedSet, GroupDecoder
 from model.decoding.detections import Selection
-from model.decoding.detector import ClosedSetDetector
-from model.decoding.parallel import ParallelDecoder
+from model.decoding.detector import ClosedSetDetector, closed_set_decoder
 from model.io.image import to_network
 from model.io.tokenizer import Tokenizer
 from train.data.coco import CocoDetections
@@ -68,8 +66,7 @@ class Validation:
         if self.data.closed_set and args.shard and rank_and_world()[0] == 0:
             print("--shard: validation computes val_loss only; for val_mAP, evaluate a checkpoint")
         if self.data.closed_set and not args.shard:
-            decoder = GroupDecoder if branches is None else ParallelDecoder
-            decoder = decoder(model, ClosedSet.of(model.config, tokenizer))
+            decoder = closed_set_decoder(model, args.answers)
             self.detector = ClosedSetDetector(decoder, Selection(nms_iou=0.5))
             self.truth = truth_of(self.data, items)
 

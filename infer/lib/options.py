@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from model import PaliGemma
+from model.config import FORMS
 from model.decoding.closed_set import EarlyStop
 from model.decoding.detections import Selection
-from model.decoding.detector import FORMS, ClosedSetDetector, closed_set_decoder
+from model.decoding.detector import ClosedSetDetector, closed_set_decoder
 from model.decoding.generate import Prompter, Sampling
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
@@ -79,7 +80,8 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
         return
     add("--classes", metavar='"A ; B"', help="open-set detection of these; all: of all the model's classes")
     add("--classes-per-call", type=positive, help=f"asked for in one prompt (default: {CLASSES_PER_PROMPT})")
-    add("--decode", choices=FORMS, default=FORMS[0], help="one box after the other, or all in five steps")
+    add("--decode", choices=FORMS,
+        help="one box after the other, or all in five steps (default: as it was taught)")  # fmt: skip
     add("--branches", type=positive, help=f"boxes decoded in parallel for an image (default: {BRANCHES})")
     add("--groups", type=positive, help="boxes decoded for an image instead of the checkpoint's number")
     feedback = dict(action=argparse.BooleanOptionalAction, default=False)
@@ -144,11 +146,14 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
     sampling = sampling_options(args)
     selection = Selection(args.score_threshold, args.nms_iou, args.min_size)
     if not masks:
-        check_mode(args)
+        check_mode(args, args.decode)
     codec = load_codec(args) if masks else None
     model = load_model(args)
     if args.classes is None:
-        decoder = closed_set_decoder(model, args.decode, args.branches, **sequence_options(args, sampling))
+        form = args.decode or model.config.answers
+        check_mode(args, form)
+        options = sequence_options(args, sampling) if form == "sequence" else {}
+        decoder = closed_set_decoder(model, form, args.branches, **options)
         return ClosedSetDetector(decoder, selection)
     prompter = Prompter(model, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
@@ -158,24 +163,23 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
 
 
 def sequence_options(args: argparse.Namespace, sampling: Sampling) -> dict:
-    """What only decoding in sequence has: arguments of GroupDecoder. Empty with --decode parallel."""
-    if args.decode == "parallel":
-        return {}
+    """What only decoding in sequence has: arguments of GroupDecoder."""
     stop = EarlyStop(*args.early_stop) if args.early_stop else None
     own = dict(groups=args.groups, noise_feedback=args.noise_feedback)
     return own | dict(sampling=sampling, early_stop=stop)
 
 
-def check_mode(args: argparse.Namespace) -> None:
-    """Refuse options of the mode that --classes, or its absence, or --decode does not choose."""
+def check_mode(args: argparse.Namespace, form: str | None) -> None:
+    """Refuse options of the mode that --classes, or its absence, or the form of closed-set answers does not
+    choose. form: one of FORMS, or None if only the checkpoint will say."""
     open_set = args.classes is not None
     for name in CLOSED_SET_ONLY if open_set else OPEN_SET_ONLY:
         if getattr(args, name):
             mode = "closed-set detection, without" if open_set else "open-set detection, with"
             raise ValueError(f"--{name.replace('_', '-')} is for {mode} --classes")
-    if open_set and args.decode == "parallel":
-        raise ValueError("--decode parallel is for closed-set detection, without --classes")
-    for name in SEQUENCE_ONLY if args.decode == "parallel" else ("branches",):
+    if open_set and args.decode:
+        raise ValueError(f"--decode {args.decode} is for closed-set detection, without --classes")
+    for name in {"parallel": SEQUENCE_ONLY, "sequence": ("branches",)}.get(form, ()):
         if getattr(args, name):
-            form = "sequence" if args.decode == "parallel" else "parallel"
-            raise ValueError(f"--{name.replace('_', '-')} is for --decode {form}")
+            other = "sequence" if form == "parallel" else "parallel"
+            raise ValueError(f"--{name.replace('_', '-')} is for --decode {other}")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from model.config import FORMS
 from model.decoding.batches import fitting_batch, network_images
 from model.decoding.closed_set import GROUP, Answer, ClosedSet, GroupDecoder, Head
 from model.decoding.detections import KEEP_ALL, Detections, Selection
@@ -29,8 +30,6 @@ from model.io.hub import codec_file
 from model.io.image import load_image
 from model.paligemma import PaliGemma
 
-FORMS = "sequence", "parallel"  # of decoding the closed-set language; the first is the default
-
 
 def head_for(model: PaliGemma) -> type:
     """The fused head on a GPU that has Triton (Windows has none), the plain one elsewhere."""
@@ -42,13 +41,14 @@ def head_for(model: PaliGemma) -> type:
 
 
 def closed_set_decoder(
-    model: PaliGemma, decode: str = FORMS[0], branches: int | None = None, **options
+    model: PaliGemma, decode: str | None = None, branches: int | None = None, **options
 ) -> GroupDecoder | ParallelDecoder:
     """The decoder of the model's closed-set language: of one box after the other ("sequence"), or of all in
-    five steps ("parallel").
+    five steps ("parallel"); None: as the checkpoint was taught.
 
     branches: how many boxes in parallel, BRANCHES if None. options: further ones of that form's decoder.
     """
+    decode = decode or model.config.answers
     if decode not in FORMS:
         raise ValueError(f"decode={decode!r}: must be one of {', '.join(map(repr, FORMS))}")
     if branches is not None and decode != "parallel":
@@ -101,7 +101,7 @@ class Detector:
         self,
         model: PaliGemma,
         selection: Selection = KEEP_ALL,
-        decode: str = FORMS[0],
+        decode: str | None = None,
         branches: int | None = None,
     ):
         """decode, branches: how the model's own classes are decoded, see closed_set_decoder."""
@@ -121,15 +121,15 @@ class Detector:
         score_threshold: float = 0.6,
         nms_iou: float = 0.5,
         min_size: float = 0.0,
-        decode: str = FORMS[0],
+        decode: str | None = None,
         branches: int | None = None,
         **config_overrides,
     ) -> "Detector":
         """Load a folder, a hub id ("owner/name" or "owner/name@revision"), or the shipped "nano".
 
         dtype, int8: see load_for_decoding. device: None for a GPU if there is one. score_threshold, nms_iou,
-        min_size: which objects are kept, see Selection. decode: "sequence" or "parallel"; branches: of the
-        latter, see closed_set_decoder. config_overrides: see PaliGemma.from_pretrained.
+        min_size: which objects are kept, see Selection. decode, branches: see closed_set_decoder.
+        config_overrides: see PaliGemma.from_pretrained.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_for_decoding(

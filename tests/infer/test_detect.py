@@ -16,9 +16,12 @@ from helpers import ROOT, call, picture
 from PIL import Image
 
 from infer import detect
+from infer.lib import options
 from infer.lib.draw import class_colour, draw_boxes
+from model import PaliGemma
 from model.config import COCO_CLASSES
 from model.decoding.boxes import areas, locs_to_boxes
+from model.decoding.detector import Detector
 from model.io.tokenizer import Tokenizer
 
 
@@ -219,7 +222,7 @@ def test_in_parallel(run_detect, here):
         ("--decode parallel --noise-feedback", "--noise-feedback is for --decode sequence"),
         ("--decode parallel --early-stop 0.5 2", "--early-stop is for --decode sequence"),
         ("--decode parallel --temperature 1", "--temperature is for --decode sequence"),
-        ("--branches 4", "--branches is for --decode parallel"),
+        ("--decode sequence --branches 4", "--branches is for --decode parallel"),
         ("--decode parallel --classes cat", "parallel is for closed-set detection, without --classes"),
         ("--branches 4 --classes cat", "--branches is for closed-set detection, without --classes"),
     ],
@@ -229,6 +232,29 @@ def test_options_of_the_other_form(options, words, run_detect, here, monkeypatch
     monkeypatch.setattr("infer.lib.options.load_model", None)
     code, _, err = run_detect("--image", picture(here / "a.png"), *options.split())
     assert code == 1 and len(err) == 1 and err[0].endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("answers", "refused", "other"),
+    [("sequence", "--branches 4", "parallel"), ("parallel", "--groups 4", "sequence")],
+)
+def test_the_form_that_a_checkpoint_was_taught(answers, refused, other, run_detect, here, monkeypatch):
+    """Is how it is decoded, unless --decode says otherwise."""
+    model = PaliGemma.from_pretrained("nano", answers=answers)
+    monkeypatch.setattr(options, "load_model", lambda args: model)
+    built, real = [], options.closed_set_decoder
+
+    def watched(model, form, *args, **more):
+        built.append(form)
+        return real(model, form, *args, **more)
+
+    monkeypatch.setattr(options, "closed_set_decoder", watched)
+    image = picture(here / "a.png")
+    assert run_detect("--image", image)[0] == 0 and run_detect("--image", image, "--decode", other)[0] == 0
+    assert built == [answers, other]
+    code, _, err = run_detect("--image", image, *refused.split())
+    assert code == 1 and err[0].endswith(f"{refused.split()[0]} is for --decode {other}")
+    assert type(Detector(model).closed_set.decode) is type(real(model, answers))
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from PIL import Image, ImageFilter
 
 from model.decoding.masks import tight_box
 
-MIN_LEFT = 0.75  # of the pixels of an object that the window's edge cuts: with less it is not recognised
-TRIES = 4  # windows, before the scene is taken as it was painted
+MIN_LEFT = 0.5  # of the pixels of an object that the window's edge cuts: with less it is not recognised
+TRIES = 8  # windows, before the scene is taken as it was painted
 SIDES = (0.72, 1.0)  # of the window, in those of the scene
 
 
 def frame(rng, scene):
     """The part of a scene in a random window, at the size of the whole. Boxes are the images of the scene's,
-    cut at the edge, and fall between pixels; an object is either left out as a whole or hardly cut."""
+    cut at the edge, and fall between pixels. An object is left out as a whole, or most of it is there."""
     size = scene.owner.shape[0]
     pixels = np.bincount(scene.owner.ravel() + 1, minlength=len(scene.labels) + 1)[1:]
     for _ in range(TRIES):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from model.config import FORMS
 from model.io.writing import explain
 from model.lora import TARGETS
 from train.data.targets import Noise
@@ -49,7 +50,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--freeze-vision", action=switch, default=False, help="leave the vision tower as it is")
 
     add = options.add_argument_group("closed-set targets (defaults: nano's)").add_argument
-    add("--answers", choices=["sequence", "parallel"], default="sequence",
+    add("--answers", choices=FORMS, default=FORMS[0],
         help="objects one after the other in an answer, or each in a branch of its own")  # fmt: skip
     add("--branches", type=positive, default=64, help="parallel: objects of a picture that are taught")
     add("--noise", choices=["own", "made-up"],
