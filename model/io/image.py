@@ -3,23 +3,36 @@
 `to_network(square(load_image("photo.jpg"), 224))` is float32 [3, 224, 224] in [-1, 1].
 """
 
-import struct
+import contextlib
+import os
+import re
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from model.io.names import shown
 from model.io.writing import explain
 
 READERS = 4  # threads that decode image files: Pillow's decoders let other threads run
-PILLOWS_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+# The formats of photographs, drawings and data sets. Pillow's other 37 decoders stay off (AVIF, JPEG 2000,
+# PPM, PSD and EPS, which starts Ghostscript, are some): each is code that a hostile file could attack.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 178_956_970  # half a gigabyte in RGB; a file may say that it has any number. Pillow's own limit
+# Of TIFF: the tags of a tile's sides, and how long they may be in a file whose image is smaller than that.
+TILE_WIDTH, TILE_HEIGHT, MAX_TILE = 322, 323, 4096
+# Of JPEG: encoders write about ten scans, libtiff refuses more than 100. A marker is FF and a byte that is no
+# stuffing, no restart and no filler; after each but END comes a segment that begins with its length.
+MAX_SCANS, SCAN, END = 50, b"\xff\xda", b"\xff\xd9"
+MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -29,10 +42,74 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         return upright(source)
     if not isinstance(source, str | Path):
         raise ValueError(f"an image is a file or a PIL image, not of type {type(source).__name__}")
-    if not Path(source).exists():
-        raise ValueError(f"{source}: no such file")
-    with explain(f"{source}: not a readable image", *PILLOWS_ERRORS), Image.open(source) as image:
+    with open_image(source) as image:
         return upright(image)
+
+
+@contextlib.contextmanager
+def open_image(file: str | Path) -> Iterator[Image.Image]:
+    """An image file whose header is read and whose size is checked; its pixels are decoded when asked for.
+
+    Whatever goes wrong, here or inside the block, is a ValueError that names the file.
+    """
+    name = shown(file) or "''"
+    # Decoders fail in more ways than they document (RuntimeError, EOFError, KeyError, MemoryError, ...), and
+    # one picture must not end a run over many.
+    with open_regular(file, name) as stream, explain(f"{name}: not a readable image", Exception):
+        try:
+            image = Image.open(stream, formats=FORMATS)
+        except UnidentifiedImageError:  # its own words are about the stream
+            raise ValueError(f"not in one of the formats {', '.join(FORMATS)}") from None
+        with image:
+            check_header(image, stream)
+            yield image
+
+
+def check_header(image: Image.Image, stream: BinaryIO) -> None:
+    """Compare what an opened file says about itself with limits, before any of its pixels are decoded."""
+    pixels = image.width * image.height
+    if not 0 < pixels <= MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,} pixels")
+    if image.format == "TIFF":
+        width, height = (int(image.tag_v2.get(tag, 1)) for tag in (TILE_WIDTH, TILE_HEIGHT))
+        if width * height > max(pixels, MAX_TILE**2):  # a whole tile is decoded, however small the image is
+            raise ValueError(f"tiles of {width} x {height} pixels in {image.width} x {image.height} pixels")
+    if image.format in ("JPEG", "MPO"):  # an MPO file is a JPEG file with further pictures after the first
+        start = stream.tell()
+        stream.seek(0)
+        scans = count_scans(stream.read())
+        stream.seek(start)
+        if scans > MAX_SCANS:  # each costs time for all pixels and may take no more than 30 bytes
+            raise ValueError(f"more than {MAX_SCANS} scans")
+
+
+def count_scans(jpeg: bytes) -> int:
+    """How many scans the first picture of a JPEG file has; counting stops after MAX_SCANS."""
+    if jpeg.count(SCAN) <= MAX_SCANS:  # fast, and true of all that a camera writes
+        return jpeg.count(SCAN)
+    # The two bytes may stand in a segment or in what follows the picture: only a walk says what they are.
+    scans, at = 0, 2
+    while scans <= MAX_SCANS and (marker := MARKER.search(jpeg, at)) and marker[0] != END:
+        scans += marker[0] == SCAN
+        at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+def open_regular(file: str | Path, name: str) -> BinaryIO:
+    """Open a regular file to read. name: as shown in complaints.
+
+    A FIFO or a device is refused before it is opened: either could wait, or deliver, without end.
+    """
+    try:
+        mode = os.stat(file).st_mode
+        if stat.S_ISREG(mode):
+            return open(file, "rb")
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file") from None
+    except (OSError, ValueError) as error:  # a loop of links, too long a name, no permission; a NUL in it
+        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+    raise ValueError(f"{name}: is {kind}, not a regular file")
 
 
 def upright(image: Image.Image) -> Image.Image:

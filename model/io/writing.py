@@ -16,7 +16,8 @@ def explain(what: str, *errors: type[BaseException]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise ValueError(f"{what} ({' '.join(str(error).split())})") from error
+        words = " ".join(str(error).split()) or type(error).__name__  # some errors have no text
+        raise ValueError(f"{what} ({words})") from error
 
 
 @contextlib.contextmanager

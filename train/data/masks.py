@@ -20,7 +20,7 @@ from pycocotools.mask import decode, frPyObjects, merge
 
 from model.decoding.boxes import box_prompt, boxes_to_locs, check_label, format_answer, locs_to_boxes
 from model.decoding.masks import MaskCodec, crop, from_rle, mask_iou, paste_mask, tight_box, to_rle
-from model.io.image import PILLOWS_ERRORS, load_image
+from model.io.image import load_image, open_image
 from model.io.writing import explain, located
 from train.data.coco import read_records
 from train.data.jsonl import MASK_KEYS, is_jsonl
@@ -111,9 +111,7 @@ def _of_polygons(polygons: list, width: int, height: int) -> np.ndarray:
 
 
 def _of_picture(file: Path) -> np.ndarray:
-    if not file.exists():
-        raise ValueError(f"{file}: no such file")
-    with explain(f"{file}: not a readable image", *PILLOWS_ERRORS), Image.open(file) as picture:
+    with open_image(file) as picture:
         one_channel = picture.mode in ("1", "L", "P", "I", "I;16")
         values = np.asarray(picture if one_channel else picture.convert("RGB"))
     if values.ndim == 3:
