@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from infer.lib.measuring import installed, print_table, random_checkpoint, run_child, seconds
-from infer.lib.options import add_device_argument, check_output, usable_device
+from infer.lib.options import add_device_argument, check_output, usable_device, write_output
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
@@ -35,7 +35,6 @@ from model.decoding.parallel import BRANCHES, ParallelDecoder
 from model.io.hub import NANO
 from model.io.tokenizer import LOCS, Tokenizer
 from model.io.weights import DTYPES, load_config
-from model.io.writing import write_json
 from train.run.processes import peak_memory
 from train.run.program import parser, positive, run
 
@@ -284,7 +283,7 @@ def main() -> None:
     with nano if args.model == "nano" else random_checkpoint(args.model, args.folder) as folder:
         figures = measure(folder, args)
     if args.json:
-        write_json(figures, args.json)
+        write_output(figures, args.json)
 
 
 if __name__ == "__main__":

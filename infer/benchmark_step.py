@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from infer.lib.measuring import installed, print_table, random_checkpoint, run_child, seconds
-from infer.lib.options import add_device_argument, check_output, usable_device
+from infer.lib.options import add_device_argument, check_output, usable_device, write_output
 from model import PaliGemma, lora
 from model.config import VARIANTS, PaliGemmaConfig
 from model.io.weights import load_config
-from model.io.writing import write_json
 from train.loss import vocabulary_loss
 from train.run.processes import peak_memory
 from train.run.program import complain, parser, positive, run
@@ -184,7 +183,7 @@ def main() -> int | None:
         raise ValueError("no side has ended a turn")
     print_best(rows, config, args)
     if args.json:
-        write_json(dict(versions=versions, device=args.device, rows=rows), args.json)
+        write_output(dict(versions=versions, device=args.device, rows=rows), args.json)
     return None
 
 

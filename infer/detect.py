@@ -5,10 +5,13 @@
     python infer/detect.py --image photo.jpg --classes "cat ; traffic light"    # open-set: what you name
 
 Prints a table, writes each picture with its boxes to --out, and with --json all boxes in pixels of the
-original picture. The exit code is 0 only if every picture was processed.
+original picture. If --out has files, the next free of drawn2, drawn3, ... is made instead; --overwrite writes
+into it. The exit code is 0 only if every picture was processed. What is done when the program is stopped
+stays, and is in --json.
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,55 +21,85 @@ from PIL import Image
 from tqdm import tqdm
 
 from infer.lib.draw import draw_boxes
-from infer.lib.options import add_detection_arguments, check_output, load_detector
+from infer.lib.options import (
+    add_detection_arguments,
+    check_folder,
+    check_output,
+    load_detector,
+    make_folder,
+    write_output,
+)
 from model.decoding.detections import Detections
 from model.decoding.masks import to_rle
 from model.io.image import SUFFIXES, read_ahead
-from model.io.writing import atomic_write, write_json
+from model.io.names import as_text, shown
+from model.io.writing import atomic_write
 from train.run.program import complain, parser, run
 
 
 def add_file_arguments(options: argparse.ArgumentParser) -> None:
     """The options of what is read and written."""
     add = options.add_argument
-    add("--image", nargs="+", required=True, type=Path, metavar="FILE_OR_DIR", help="pictures or folders")
-    add("--json", type=Path, metavar="FILE", help="write all boxes there")
+    add("--image", nargs="+", required=True, metavar="FILE_OR_DIR", help="pictures or folders")
+    add("--json", type=Path, metavar="FILE", help="write all boxes there, in place of what it holds")
     add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")
+    add("--overwrite", action="store_true", help="write into --out though it has files, and replace those")
     add("--score-threshold", type=float, default=0.6, help="drop boxes with a lower score")
 
 
-def find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """The image files, those of a folder sorted by name; and a complaint for each folder without any."""
+def find_images(names: list[str]) -> tuple[list[Path], list[str]]:
+    """The files, those of a folder sorted by name; and a complaint for each name that brings none."""
     files, complaints = [], []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    for name in names:
+        path = Path(name)
+        if not name:  # to Path it is the working folder
+            complaints.append("--image '': is no name")
+        elif not os.path.isdir(name):  # False too for what is no name: load_image has the words
+            files.append(path)
+        else:
+            try:
+                inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            except OSError as error:
+                complaints.append(f"{shown(path)}: {error.strerror}")
+                continue
             files += inside
             if not inside:
-                complaints.append(f"{path}: no images in this folder ({' '.join(sorted(SUFFIXES))})")
-        else:
-            files.append(path)
+                complaints.append(f"{shown(path)}: no images in this folder ({' '.join(sorted(SUFFIXES))})")
     return files, complaints
 
 
-def save_picture(picture: Image.Image, out: Path, name: str, taken: set[Path]) -> Path:
-    """Write OUT/<name>.png, with a number after the name if a picture of this run, in or out, has it."""
-    target, number = out / f"{name}.png", 2
-    while target.resolve() in taken:
-        target, number = out / f"{name}-{number}.png", number + 1
-    taken.add(target.resolve())
-    with atomic_write(target) as temporary:
-        picture.save(temporary, "PNG")
-    return target
+class Drawings:
+    """The folder that pictures are written to. None replaces another of this run, read (sources: their
+    real paths) or written, and unless `overwrite` none that is there."""
+
+    def __init__(self, folder: Path, sources: set[str], overwrite: bool):
+        self.folder, self.overwrite = make_folder(folder, overwrite), overwrite
+        self.taken = sources
+
+    def save(self, picture: Image.Image, name: str) -> Path:
+        """Write FOLDER/<name>.png, with a number after the name if it is taken."""
+        target, number = self.folder / fitting(name, ".png"), 2
+        while os.path.realpath(target) in self.taken or (not self.overwrite and os.path.lexists(target)):
+            target, number = self.folder / fitting(name, f"-{number}.png"), number + 1
+        with atomic_write(target) as temporary:
+            picture.save(temporary, "PNG")
+        self.taken.add(os.path.realpath(target))
+        return target
 
 
-def save_masks(found: Detections, record: dict, drawn: Path, taken: set[Path]) -> None:
-    """Write each mask as a picture beside the drawn one, and put it into the record."""
+def fitting(name: str, ending: str) -> str:
+    """The name and its ending, the name cut to what a file system takes: 255 bytes for both."""
+    while len(os.fsencode(name + ending)) > 255:
+        name = name[:-1]
+    return name + ending
+
+
+def save_masks(found: Detections, record: dict, drawings: Drawings, name: str) -> None:
+    """Write each mask as a picture beside the drawn one, of this name, and put it into the record."""
     for number, (mask, d) in enumerate(zip(found.masks or (), record["detections"])):
         label = re.sub(r"\W+", "-", d["label"])
-        name = f"{drawn.stem}.{number}-{label}"
-        d["mask"] = str(save_picture(Image.fromarray(mask), drawn.parent, name, taken))
+        d["mask"] = as_text(drawings.save(Image.fromarray(mask), f"{name}.{number}-{label}"))
         d["segmentation"] = to_rle(mask)
 
 
@@ -76,7 +109,7 @@ def make_record(file: Path, image: Image.Image, found: Detections, tokens: bool)
         dict(label=label, class_id=c, score=round(score, 4), box=[round(x, 2) for x in box])
         for (label, score, box), c in zip(found, found.class_ids.tolist(), strict=True)
     ]
-    record = dict(image=str(file), width=image.width, height=image.height, detections=detections)
+    record = dict(image=as_text(file), width=image.width, height=image.height, detections=detections)
     return record | (dict(tokens=found.tokens.flatten().tolist()) if tokens else {})
 
 
@@ -87,36 +120,51 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
     for message in complaints:
         complain(message, program)
     check_output(args.json)
-    records, taken = [], {file.resolve() for file in files}
-    if args.json and args.json.resolve() in taken:
-        raise ValueError(f"--json {args.json} is one of the pictures")
+    check_folder(args.out, args.overwrite)
+    sources = {os.path.realpath(file) for file in files if os.path.isfile(file)}
+    if args.json and os.path.realpath(args.json) in sources:
+        raise ValueError(f"--json {shown(args.json)} is one of the pictures")
     detector = load_detector(args, masks)
-    args.out.mkdir(parents=True, exist_ok=True)
+    drawings, records, finished = Drawings(args.out, sources, args.overwrite), [], False
     # None shows the bar on a terminal only.
-    with tqdm(total=len(files), unit="image", disable=len(files) < 2 or None) as bar:
-        for batch in read_ahead(files, args.batch_size or detector.fitting_batch()):
-            images = []
-            for file, reading in batch:
-                try:
-                    images.append((file, reading.result()))
-                except ValueError as error:  # costs this picture and the exit code, not the run
-                    complaints.append(str(error))
-                    complain(error, program)
-            found_all = detector([image for _, image in images]) if images else []
-            for (file, image), found in zip(images, found_all, strict=True):
-                record = make_record(file, image, found, args.tokens)
-                captions = [f"{d['label']} {d['score']:.2f}" for d in record["detections"]]
-                picture = draw_boxes(image, found.boxes, captions, found.class_ids, found.masks)
-                drawn = save_picture(picture, args.out, file.stem, taken)
-                save_masks(found, record, drawn, taken)
-                bar.clear()
-                print(f"{file}  {image.width} x {image.height}  ->  {drawn}")
-                print(indent(str(found), "  "))
-                records.append(record)
-            bar.update(len(batch))
-    if args.json:
-        write_json(records, args.json)
+    bar = tqdm(total=len(files), unit="image", disable=len(files) < 2 or None)
+    try:
+        with bar:
+            for batch in read_ahead(files, args.batch_size or detector.fitting_batch()):
+                images = []
+                for file, reading in batch:
+                    try:
+                        images.append((file, reading.result()))
+                    except ValueError as error:  # costs this picture and the exit code, not the run
+                        complaints.append(str(error))
+                        complain(error, program)
+                found_all = detector([image for _, image in images]) if images else []
+                for (file, image), found in zip(images, found_all, strict=True):
+                    record, drawn = save_found(file, image, found, drawings, args.tokens)
+                    records.append(record)
+                    bar.clear()
+                    print(f"{shown(file)}  {image.width} x {image.height}  ->  {shown(drawn)}")
+                    print(indent(str(found), "  "))
+                bar.update(len(batch))
+        finished = True
+    finally:  # a signal, a full disk, nobody who reads what is printed: what is done has cost time, and stays
+        if records and not finished:
+            complain(f"ended early: {len(records)} of {len(files)} pictures are done", program)
+        if args.json and (finished or records):
+            write_output(records, args.json)
     return 1 if complaints else 0
+
+
+def save_found(
+    file: Path, image: Image.Image, found: Detections, drawings: Drawings, tokens: bool
+) -> tuple[dict, Path]:
+    """Write an image with what was found in it; its entry in the JSON file, and the drawn file."""
+    record = make_record(file, image, found, tokens)
+    captions = [f"{shown(d['label'])} {d['score']:.2f}" for d in record["detections"]]
+    picture = draw_boxes(image, found.boxes, captions, found.class_ids, found.masks)
+    drawn = drawings.save(picture, file.stem)
+    save_masks(found, record, drawings, drawn.stem)
+    return record, drawn
 
 
 def main() -> int:

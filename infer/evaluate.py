@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from infer.lib.options import add_detection_arguments, check_output, load_detector
+from infer.lib.options import add_detection_arguments, check_output, load_detector, write_output
 from infer.lib.predictions import (
     SCENES_FOLDER,
     add_set_arguments,
@@ -29,7 +29,6 @@ from infer.lib.predictions import (
     file_stamps,
 )
 from model.io.image import image_folder
-from model.io.writing import write_json
 from train.practice.write import HELD_OUT_SETS
 from train.run.processes import all_gather, join_processes, own_device
 from train.run.program import parser, run
@@ -93,7 +92,7 @@ def main() -> None:
                 print_figures(name, of_set)
                 figures[name] = of_set
     if args.json and figures:
-        write_json(figures, args.json)
+        write_output(figures, args.json)
 
 
 if __name__ == "__main__":

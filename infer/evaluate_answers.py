@@ -29,13 +29,14 @@ from infer.lib.options import (
     load_codec,
     load_model,
     sampling_options,
+    write_output,
 )
 from infer.lib.predictions import add_set_arguments, evaluation_sets
 from model.decoding.generate import Prompter
 from model.decoding.masks import from_rle
 from model.io.image import load_image
 from model.io.tokenizer import LOCS
-from model.io.writing import located, write_json, write_lines
+from model.io.writing import located, write_lines
 from train.data.jsonl import read_lines
 from train.measures import TASKS, judge_answers, task_of
 from train.run.program import parser, positive, run
@@ -122,7 +123,7 @@ def main() -> None:
             print_figures(name, figures[name])
             answered += [record | dict(answer=text) for record, text in zip(records, answers, strict=True)]
     if args.json:
-        write_json(figures, args.json)
+        write_output(figures, args.json)
     if args.answers:
         write_lines((json.dumps(record) + "\n" for record in answered), args.answers)
 

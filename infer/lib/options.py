@@ -1,6 +1,7 @@
 """The options that the programs share, and the model or detector that they ask for."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenS
 from model.decoding.packing import load_for_decoding
 from model.decoding.parallel import BRANCHES
 from model.io.hub import OFFICIAL_CODEC, codec_file
+from model.io.names import shown
 from model.io.weights import DTYPES
-from model.io.writing import explain
+from model.io.writing import explain, write_json
 from train.run.program import positive
 
 # Options that have no effect in the other mode, and are refused there.
@@ -90,11 +92,52 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
     add("--early-stop", nargs=2, type=float, metavar=("P", "K"), help=stop)
 
 
+# ---- what they write ---------------------------------------------------------------------------------------
+
+
 def check_output(file: Path | None, option: str = "--json") -> None:
     """Complain before the work if its result could not be written afterwards. option: that names the file."""
-    if file and (file.is_dir() or not file.parent.is_dir()):
-        fault = "is a folder" if file.is_dir() else "its folder does not exist"
-        raise ValueError(f"{option} {file}: {fault}")
+    if file is None:
+        return
+    fault = None
+    if file.is_dir():
+        fault = "is a folder"
+    elif not file.parent.is_dir():
+        fault = "its folder does not exist"
+    elif file.exists() and not file.is_file():  # renaming another file to its name would remove the device
+        fault = "is a FIFO, a socket or a device"
+    if fault:
+        raise ValueError(f"{option} {shown(file)}: {fault}")
+
+
+def write_output(value: dict | list, file: Path) -> None:
+    """Write the JSON file that an option names, and say so if there was one."""
+    replaced = file.exists()
+    write_json(value, file)
+    if replaced:
+        print(f"{shown(file)}: replaced")
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Complain before the work if `make_folder` could not make a folder of results."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {shown(folder)}: is not a folder")
+    if folder.name in ("", "..") and not overwrite and is_taken(folder):  # no name to put a number after
+        raise ValueError(f"--out {folder}: has files in it; name another folder, or give --overwrite")
+
+
+def make_folder(wanted: Path, overwrite: bool) -> Path:
+    """The folder of the results, made if it is not there. One that has anything in it is left alone unless
+    it may be overwritten: the results are then in wanted2, wanted3, ..., as users of ultralytics expect."""
+    folder, number = wanted, 2
+    while not overwrite and is_taken(folder):
+        folder, number = wanted.with_name(f"{wanted.name}{number}"), number + 1
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def is_taken(folder: Path) -> bool:
+    return any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder)
 
 
 # ---- what they ask for -------------------------------------------------------------------------------------

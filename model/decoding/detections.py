@@ -1,5 +1,6 @@
 """What a detector finds in an image, and what of it is kept."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 
 from model.decoding.boxes import areas, locs_to_boxes, nms
 from model.decoding.masks import paste_mask
+from model.io.names import shown
 
 
 class Detection(NamedTuple):
@@ -44,13 +46,15 @@ class Detections:
     def __str__(self) -> str:
         """A line for each object."""
         rows = [
-            f"{label:<16}{score:6.2f}   " + " ".join(f"{side:7.1f}" for side in box)
+            f"{shown(label):<16}{score:6.2f}   " + " ".join(f"{side:7.1f}" for side in box)
             for label, score, box in self
         ]
         return "\n".join(rows) or "nothing found"
 
     def __repr__(self) -> str:
-        return f"<Detections: {', '.join(f'{label} {score:.2f}' for label, score, _ in self) or 'none'}>"
+        return (
+            f"<Detections: {', '.join(f'{shown(label)} {score:.2f}' for label, score, _ in self) or 'none'}>"
+        )
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,11 @@ class Selection:
     min_size: float = 0.0
 
     def __post_init__(self):
-        if not (self.score_threshold >= 0 and self.nms_iou >= 0 and self.min_size >= 0):
-            what = f"score threshold {self.score_threshold}, NMS IoU {self.nms_iou}, side {self.min_size}"
-            raise ValueError(f"{what}: must all be at least 0")
+        for name in ("score_threshold", "nms_iou"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be from 0 to 1")
+        if not 0 <= self.min_size < math.inf:
+            raise ValueError(f"min_size = {self.min_size}: must be a number of pixels, at least 0")
 
     def __call__(
         self,

@@ -153,11 +153,13 @@ def read_ahead(items: Iterable, size: int) -> Iterator[list[tuple[Any, Future]]]
 
     The future's result() is the image, or raises what load_image did.
     """
-    with ThreadPoolExecutor(READERS) as pool:
-        items, waiting = iter(items), deque()
+    pool, items, waiting = ThreadPoolExecutor(READERS), iter(items), deque()
+    try:
         while True:
             more = islice(items, 2 * size - len(waiting))
             waiting.extend((item, pool.submit(load_image, item)) for item in more)
             if not waiting:
                 return
             yield [waiting.popleft() for _ in range(min(size, len(waiting)))]
+    finally:  # if the caller stops early, it need not wait for all that was to be read
+        pool.shutdown(cancel_futures=True)

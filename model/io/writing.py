@@ -43,7 +43,8 @@ def read_json(path: Path) -> dict:
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary name to write to, renamed when everything is written: no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # in the same folder: renaming is atomic there
+    # In the same folder, as renaming is atomic there; cut, as a name may have 255 bytes and no more.
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -105,9 +105,7 @@ def test_json(run_detect, here, model):
 
 def test_json_without_tokens(run_detect, here):
     """No tokens unless asked for; a picture without boxes has an entry too."""
-    code, out, _ = run_detect(
-        "--image", picture(here / "a.png"), "--json", "o.json", "--score-threshold", 1.1
-    )
+    code, out, _ = run_detect("--image", picture(here / "a.png"), "--json", "o.json", "--score-threshold", 1)
     assert code == 0 and "nothing found" in out
     assert json.loads((here / "o.json").read_text()) == [
         {"image": str(here / "a.png"), "width": 90, "height": 60, "detections": []}
@@ -159,7 +157,7 @@ def test_pictures_are_not_overwritten(run_detect, here):
     """--out may be the folder that the pictures come from."""
     file = picture(here / "a.png")
     before = file.read_bytes()
-    run_detect("--image", file, "--out", here)
+    run_detect("--image", file, "--out", here, "--overwrite")
     assert file.read_bytes() == before
 
 
@@ -268,6 +266,12 @@ def test_the_form_that_a_checkpoint_was_taught(answers, refused, other, run_dete
         (["--image", "a.png", "--device", "cuda:99"], ["--device cuda:99", "cpu"]),
         (["--image", "a.png", "--attn-cap", "-1"], ["attn_cap", "-1"]),
         (["--image", "a.png", "--image-size", "100"], ["image_size = 100", "96 and 112"]),
+        (["--image", "a.png", "--score-threshold", "2"], ["score_threshold = 2"]),
+        (["--image", "a.png", "--score-threshold", "nan"], ["score_threshold = nan"]),
+        (["--image", "a.png", "--nms-iou", "1.01"], ["nms_iou = 1.01"]),
+        (["--image", "a.png", "--nms-iou", "-1"], ["nms_iou = -1"]),
+        (["--image", "a.png", "--min-size", "inf"], ["min_size = inf"]),
+        (["--image", "a.png", "--min-size", "-5"], ["min_size = -5"]),
         (["--image", "a.png", "--json", "no/out.json"], ["--json", "no"]),
         (["--image", "a.png", "--json", "empty"], ["empty"]),
         (["--image", "a.png", "--out", "a.png"], ["a.png"]),

@@ -11,7 +11,7 @@ import torch
 from helpers import ENVIRONMENT, ROOT, picture
 from torch.utils.data import DataLoader, Dataset
 
-from model.io.writing import explain
+from model.io.writing import atomic_write, explain
 from train.run import program
 
 PROGRAMS = [file.name for file in sorted((ROOT / "infer").glob("*.py")) if file.name != "__init__.py"]
@@ -82,6 +82,53 @@ def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == ""
+
+
+@pytest.mark.parametrize(("end", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str)
+def test_other_signals(end, code, capsys, tmp_path):
+    """What Ctrl-C would clean up is cleaned up; a signal that is ignored, as under nohup, stays ignored."""
+
+    def main():
+        with atomic_write(tmp_path / "a.json") as temporary:
+            temporary.write_text("half")
+            signal.raise_signal(end)
+
+    assert ending(main, capsys) == (code, "") and not list(tmp_path.iterdir())
+    before = signal.signal(end, signal.SIG_IGN)
+    try:
+        assert ending(main, capsys) == (0, "") and (tmp_path / "a.json").read_text() == "half"
+    finally:
+        signal.signal(end, before)
+
+
+def test_the_processes_of_torchrun_die_as_the_system_has_it(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    assert ending(lambda: int(signal.getsignal(signal.SIGTERM) != before), capsys) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "status", "err"),
+    [
+        ("print('日\\udcff')", {"PYTHONIOENCODING": "latin-1"}, 0, ""),
+        ("print(*range(9**5))", {}, 141, "a.py: stopped: nobody reads the output any more\n"),
+        ("print('at the end')", {}, 141, "a.py: stopped: nobody reads the output any more\n"),
+    ],
+    ids=["encoding", "pipe", "pipe at the end"],
+)
+def test_output_that_cannot_be_printed(code, options, status, err):
+    """A letter is escaped; an output that nobody reads ends the program, without words of Python's own."""
+    command = f"from train.run.program import run\nrun(lambda: {code}, 'a.py')"
+    with subprocess.Popen(
+        [sys.executable, "-c", command], env=ENVIRONMENT | options, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        if status:
+            process.stdout.close()
+        else:
+            assert process.stdout.read() == "\\u65e5\\udcff\n"
+        assert process.stderr.read() == err
+    assert process.returncode == status
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -1,19 +1,35 @@
 """The frame of every program: a parser, errors in one line, the exit code."""
 
 import argparse
+import contextlib
+import io
+import logging
+import os
+import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from model.io.names import shown
 from train.run.processes import exit_program
+
+SIGPIPE = 13  # Windows has none, and no name for it
+
+
+class Parser(argparse.ArgumentParser):
+    """Its complaints show names, of which a shell's * can bring any, as printable characters."""
+
+    def error(self, message: str) -> None:
+        super().error(shown(message))
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose help is the program's docstring as it stands; options cannot be abbreviated."""
     layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
+    return Parser(description=doc, formatter_class=layout, allow_abbrev=False)
 
 
 def positive(text: str) -> int:
@@ -37,20 +53,72 @@ def complain(error: BaseException | str, file: str) -> None:
     line, *more = str(error).splitlines() or [type(error).__name__]  # some of Python's errors have no text
     if more and "in DataLoader worker process" in line:  # the worker's traceback, which ends in its error
         line = more[-1].partition(": ")[2]
-    print(f"{Path(file).name}: {line}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads complaints: no reason to stop working
+        print(f"{Path(file).name}: {shown(line)}", file=sys.stderr)
+
+
+class Stopped(KeyboardInterrupt):
+    """The end that SIGTERM or SIGHUP asks for. What handles Ctrl-C handles it, too."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def stop_by_exception() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise Stopped, so that files in writing are removed and finished work is kept.
+
+    A handler of Python's runs between two of its instructions, never while C++ waits for another process. So
+    the processes of torchrun, which ends them by SIGTERM, keep the system's own way of dying.
+    """
+
+    def stop(number, _frame):
+        raise Stopped(number)
+
+    numbers = [] if "RANK" in os.environ else [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
+    # What is ignored stays ignored: nohup sets SIGHUP so.
+    before = {n: signal.signal(n, stop) for n in set(numbers) if signal.getsignal(n) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(main: Callable[[], int | None], file: str) -> None:
     """Call `main` and exit with its code (None is 0). file: the program's __file__, named in complaints.
 
     What a user can cause (a bad file or flag, a full disk, too little memory) is one line on stderr and exit
-    code 1; Ctrl-C is 130, as in a shell.
+    code 1. A signal is 128 and its number, as in a shell: 130 for Ctrl-C, 143 for SIGTERM, 141 if nobody
+    reads the output any more.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about a picture is a complaint
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a letter that the terminal's encoding lacks ends no program
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = main() or 0
+        with stop_by_exception():
+            status = main() or 0
+            print(end="", flush=True)  # what is still in the buffer may find nobody who reads it
+    except BrokenPipeError:
+        complain("stopped: nobody reads the output any more", file)
+        status = 128 + SIGPIPE
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         complain(error, file)
         status = 1
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as stop:
+        status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+    give_up_output()
     exit_program(status)
+
+
+def give_up_output() -> None:
+    """Throw away what cannot be printed: at its exit, Python would try again, and complain in its own way."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            print(end="", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
