@@ -29,6 +29,7 @@ from infer.lib.predictions import (
     file_stamps,
 )
 from model.io.image import image_folder
+from model.io.names import shown
 from train.practice.write import HELD_OUT_SETS
 from train.run.processes import all_gather, join_processes, own_device
 from train.run.program import parser, run
@@ -38,9 +39,9 @@ NOT_IN_PREDICTIONS = ("out", "json", "sets", "data", "images", "device", "batch_
 
 
 def print_figures(name: str, figures: dict) -> None:
-    print(f"mAP {figures['AP']:.3f} ({name})")
-    shown = [key for key in figures if key not in ("AP", "images", "calibration")]
-    texts = [f"{key} {figures[key]:.3f}" if figures[key] >= 0 else f"{key} -" for key in shown]
+    print(f"mAP {figures['AP']:.3f} ({shown(name)})")
+    others = [key for key in figures if key not in ("AP", "images", "calibration")]
+    texts = [f"{key} {figures[key]:.3f}" if figures[key] >= 0 else f"{key} -" for key in others]
     for row in (texts[:5], texts[5:11], texts[11:]):  # precision, recall, ours
         print("   " + "   ".join(row))
 

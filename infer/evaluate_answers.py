@@ -35,6 +35,7 @@ from infer.lib.predictions import add_set_arguments, evaluation_sets
 from model.decoding.generate import Prompter
 from model.decoding.masks import from_rle
 from model.io.image import load_image
+from model.io.names import shown
 from model.io.tokenizer import LOCS
 from model.io.writing import located, write_lines
 from train.data.jsonl import read_lines
@@ -65,7 +66,7 @@ def read_prompts(data: Path, images: Path) -> list[dict]:
 def ask_all(prompter: Prompter, records: list[dict], images: Path, title: str) -> list[str]:
     """The model's answer to each line."""
     answers, by_image = [], [list(lines) for _, lines in groupby(records, key=lambda r: r["image"])]
-    with tqdm(total=len(records), desc=title, unit="answer", leave=False) as bar:
+    with tqdm(total=len(records), desc=shown(title), unit="answer", leave=False) as bar:
         for start in range(0, len(by_image), IMAGES):
             of_call = by_image[start : start + IMAGES]
             pictures = [load_image(images / lines[0]["image"]) for lines in of_call]
@@ -87,10 +88,10 @@ def check_mask_sizes(size: tuple[int, int], lines: list[dict], images: Path) -> 
 
 
 def print_figures(name: str, figures: dict) -> None:
-    print(name)
+    print(shown(name))
     for task, row in figures.items():
-        shown = "".join(f"{key} {row[key]:<8.3f}" for key in ("exact", "CIDEr-D", "mean IoU") if key in row)
-        print(f"  {task:<20}{shown}({row['lines']} lines)")
+        values = "".join(f"{key} {row[key]:<8.3f}" for key in ("exact", "CIDEr-D", "mean IoU") if key in row)
+        print(f"  {task:<20}{values}({row['lines']} lines)")
         for kind, of_kind in row.get("kinds", {}).items():
             print(f"    {kind:<18}exact {of_kind['exact']:<8.3f}({of_kind['lines']} lines)")
 

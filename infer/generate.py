@@ -13,6 +13,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
+from unicodedata import category
 
 import torch
 
@@ -23,6 +24,7 @@ from model.decoding.closed_set import PROMPT
 from model.decoding.generate import generate
 from model.decoding.open_set import class_names
 from model.io.image import load_image
+from model.io.names import shown
 from train.run.program import complain, parser, positive, run
 
 HELP = "ask about the image, or: /image FILE (look at another), /help, Ctrl-D (end)"
@@ -65,14 +67,22 @@ class Speaker:
             text = self.decode(answers[0])
             # A token may end in the middle of a character, which then decodes to U+FFFD.
             if self.samples == 1 and not text.endswith("\ufffd"):
-                print(text[len(printed) :], end="", flush=True)
+                print(printable(text[len(printed) :]), end="", flush=True)
                 printed = text
         seconds = time.perf_counter() - start
-        print("\n".join(map(self.decode, answers)) if self.samples > 1 else "")
+        print(printable("\n".join(map(self.decode, answers))) if self.samples > 1 else "")
         print(f"  {count} tokens, {count / seconds:.1f} a second", file=sys.stderr)
 
     def decode(self, answer: list[int]) -> str:
         return self.tokenizer.decode([token for token in answer if token != self.tokenizer.eos])
+
+
+def printable(answer: str) -> str:
+    """An answer without the characters that control a terminal: weights may come from anywhere.
+
+    Those that steer the letters of Persian or Hindi stay, unlike in `shown`.
+    """
+    return "".join(shown(c) if category(c) == "Cc" and c not in "\n\t" else c for c in answer)
 
 
 def converse(speaker: Speaker) -> None:

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from infer.lib.draw import draw_boxes
 from infer.lib.plots import EVALUATION_PLOTS, RUN_PLOTS, Evaluated, new_figure, points, require_matplotlib
 from model.io.image import load_image
-from model.io.writing import explain
+from model.io.names import shown
+from model.io.writing import explain, write_lines
 from train.practice.write import HELD_OUT_SETS
 from train.run.program import parser, positive, run
 
@@ -56,7 +57,7 @@ def save_contact_sheet(result: Evaluated, rows: np.ndarray, file: Path) -> None:
         ]
         tile = Image.new("RGB", (2 * PANEL + 3 * MARGIN, sides[0].height + TITLE), "white")
         texts = (
-            f"{Path(record['file_name']).name}    objects: {result.objects[i]}",
+            f"{shown(Path(record['file_name']).name)}    objects: {result.objects[i]}",
             f"boxes found: {result.found[i]}, right: {result.correct[i]}    F1 {result.f1[i]:.2f}",
         )
         for x, side, text in zip((MARGIN, PANEL + 2 * MARGIN), sides, texts, strict=True):
@@ -82,8 +83,12 @@ def figures_table(sets: list[Evaluated]) -> str:
     rows = ["<tr><th></th>" + "".join(f"<th>{html.escape(result.name)}</th>" for result in sets) + "</tr>"]
     for key in (key for key in sets[0].figures if key != "calibration"):
         values = (result.figures[key] for result in sets)
-        cells = (str(v) if key == "images" else f"{v:.3f}" if v >= 0 else "-" for v in values)
-        rows.append(f"<tr><th>{html.escape(key)}</th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+        cells = (f"{v}" if key == "images" else f"{v:.3f}" if v >= 0 else "-" for v in values)
+        rows.append(
+            f"<tr><th>{html.escape(shown(key))}</th>"
+            + "".join(f"<td>{html.escape(c)}</td>" for c in cells)
+            + "</tr>"
+        )
     return "<table>\n" + "\n".join(rows) + "\n</table>"
 
 
@@ -135,8 +140,8 @@ def main() -> None:
     if args.run:
         body += report_run(args.run, args.out)
     page = args.out / "index.html"
-    page.write_text(PAGE.format(title="Evaluation", body="\n".join(body)), encoding="utf-8")
-    print(f"report: {page}")
+    write_lines([PAGE.format(title="Evaluation", body="\n".join(body))], page)
+    print(f"report: {shown(page)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from model.decoding.boxes import box_prompt, check_label, format_answer, locs_to
 from model.decoding.masks import MaskCodec
 from model.io.hub import CODEC, NANO
 from model.io.image import load_image
+from model.io.names import shown
 from model.io.writing import atomic_write, write_json, write_lines
 from train.data.coco import CocoIndex
 from train.data.jsonl import read_lines, right_answers
@@ -159,7 +160,7 @@ def main(argv=None) -> None:
         raise ValueError(f"{args.out.parent}: no such folder (for --out)")
     if args.out.exists() and not args.force:
         raise ValueError(f"{args.out} exists: choose another --out, or overwrite it with --force")
-    print(f"{args.out}: {args.convert(args)}")
+    print(f"{shown(args.out)}: {args.convert(args)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python train/merge.py --model google/paligemma2-10b-pt-448 --adapter runs/coco/f
 from pathlib import Path
 
 from model import PaliGemma
+from model.io.names import shown
 from model.io.weights import DTYPES
 from model.lora import fold
 from train.run.program import parser, run
@@ -24,7 +25,7 @@ def main(argv=None) -> None:
         raise ValueError(f"--out {args.out}: is not an empty folder")
     model = PaliGemma.from_pretrained(args.model, adapter=args.adapter, dtype=DTYPES[args.dtype])
     fold(model).save_pretrained(args.out, max_shard_bytes=int(args.shard_gb * 1e9))
-    print(f"merged checkpoint: {args.out}")
+    print(f"merged checkpoint: {shown(args.out)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.io.writing import read_json
+from model.io.names import shown
+from model.io.writing import explain, read_json
 from train.measures import match_boxes, read_coco, run_cocoeval
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
@@ -21,6 +22,7 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e5e5e5",
     "legend.frameon": False,
+    "text.parse_math": False,  # the $ in a class's name is a $
 }
 
 
@@ -51,8 +53,13 @@ class Evaluated:
 
     def __init__(self, folder: Path):
         settings, self.figures = read_json(folder / "settings.json"), read_json(folder / "figures.json")
-        self.name, self.images = settings["name"], folder / settings["images"]
-        self.coco = read_coco(folder / settings["data"])
+        with explain(f"{folder / 'settings.json'} is not evaluate.py's", KeyError, TypeError):
+            self.name, self.images = shown(settings["name"]), folder / settings["images"]
+            data = folder / settings["data"]
+        for key, value in self.figures.items():
+            if key != "calibration" and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{folder / 'figures.json'}: {key} is {value!r}, not a number")
+        self.coco = read_coco(data)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         self.evaluation = run_cocoeval(self.coco, results)
         self.truth = [a for a in self.coco.dataset["annotations"] if not a.get("iscrowd")]
@@ -71,9 +78,9 @@ class Evaluated:
         def count(image_ids) -> np.ndarray:
             return np.bincount([row[i] for i in image_ids], minlength=len(row))
 
-        shown = self.scores >= self.threshold
+        kept = self.scores >= self.threshold
         self.objects = count(a["image_id"] for a in self.truth)
-        self.found, self.correct = count(owners[shown].tolist()), count(owners[shown & self.right].tolist())
+        self.found, self.correct = count(owners[kept].tolist()), count(owners[kept & self.right].tolist())
         both = self.objects + self.found
         self.f1 = np.where(both > 0, 2 * self.correct / np.maximum(both, 1), 1.0)  # of an empty image, 1
 
@@ -81,7 +88,9 @@ class Evaluated:
         occurs = np.flatnonzero(precision[0, 0] > -1)
         self.precision = precision[:, :, occurs]  # [IoU, recall, class]
         self.classes = [self.evaluation.params.catIds[k] for k in occurs]  # the category id of each
-        self.names = {category_id: category["name"] for category_id, category in self.coco.cats.items()}
+        self.names = {
+            category_id: shown(category["name"]) for category_id, category in self.coco.cats.items()
+        }
 
 
 # ---- an evaluation -----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from model.decoding.masks import MaskCodec
 from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve
 from model.io.image import check_size, image_folder, read_ahead
+from model.io.names import shown
 from model.io.writing import explain, read_json, write_json
 from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval, to_results
 from train.practice.write import HELD_OUT_SETS, write_coco
@@ -124,7 +125,7 @@ def predict(
     share = sorted(coco.dataset["images"], key=lambda record: record["id"])[rank::world]
     todo = [record for record in share if record["id"] not in known]
     log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
-    bar = tqdm(total=len(todo), desc=title, unit="image", leave=False, disable=rank > 0)
+    bar = tqdm(total=len(todo), desc=shown(title), unit="image", leave=False, disable=rank > 0)
     with log as lines, bar:
         records, size = iter(todo), batch_size or detector.fitting_batch()
         for batch in read_ahead((images / record["file_name"] for record in todo), size):

@@ -36,6 +36,14 @@ def test_one_answer(ask):
     assert len(ask(*hot, "--samples", "3", "--eos-offset", "99")[1].splitlines()) >= 3
 
 
+def test_answers_do_not_control_the_terminal(ask, monkeypatch):
+    said = "two\nlines\t\u200c\x1b[31m\x9b"
+    monkeypatch.setattr(program.Speaker, "decode", lambda speaker, answer: said)
+    for more in ([], ["--samples", 2, "--temperature", 1]):
+        out = ask("--prompt", "a", "--max-tokens", "3", *more)[1]
+        assert out.startswith("two\nlines\t\u200c\\x1b[31m\\x9b\n") and "\x1b" not in out
+
+
 def test_conversation(ask):
     """Commands, mistakes and prompts in turn: each costs a line, and the end of input ends it."""
     lines = ["a", "", "/help", "/image none.png", "/image a.png", "/nonsense"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import LISTED_IMAGES, FromAList, call
+from helpers import LISTED_IMAGES, FromAList, call, edit_json
 from PIL import Image
 
 from infer import report
@@ -108,6 +108,32 @@ def test_report_in_words(run_report, tmp_path, monkeypatch):
     code, err = run_report("--eval", ".", "--out", "page")
     assert code == 1 and "pip install matplotlib" in err
     assert not (tmp_path / "page").exists()
+
+
+def test_hostile_names(evaluate_data, run_report, data, tmp_path):
+    """Names of sets and classes are text on the page: no tags, no formulas, no halves of characters."""
+    coco = json.loads(data.read_text())
+    hostile = "<script>alert(1)</script> $\\frac$ \x1b[31m\n\ud800"
+    coco["categories"][0]["name"] = hostile
+    shutil.copytree(data.parent, tmp_path / "set")
+    (tmp_path / "set" / "instances.json").write_text(json.dumps(coco))
+    assert evaluate_data("--out", tmp_path / "eval")[0] == 0
+    settings, figures = (tmp_path / "eval" / f"{name}.json" for name in ("settings", "figures"))
+    edit_json(
+        settings, lambda content: content.update(name=hostile, data=str(tmp_path / "set/instances.json"))
+    )
+    assert run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page") == (0, "")
+    page = check_report(tmp_path / "page", PICTURES)
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; $\\frac$ \\x1b[31m\\n\\ud800") == 2
+    assert "<script" not in page
+    edit_json(figures, lambda content: content.update(images="<script>"))
+    code, err = run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page")
+    assert code == 1 and "figures.json: images is '<script>', not a number" in err
+    edit_json(settings, lambda content: content.pop("name"))
+    assert (
+        "settings.json is not evaluate.py's ('name')"
+        in run_report("--eval", tmp_path / "eval", "--out", "x")[1]
+    )
 
 
 def test_nothing_found(evaluate_data, run_report, data, tmp_path):
