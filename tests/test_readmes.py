@@ -164,6 +164,7 @@ def test_all_other_blocks_are_below():
 
 def test_what_you_should_see(folder):
     shown, *_ = blocks("README.md", "text")
+    shutil.rmtree(folder / "detections", ignore_errors=True)  # as other commands' pictures stay in it
     assert shell(folder, CI.search(TEXTS["README.md"])[1]) == shown
 
 
