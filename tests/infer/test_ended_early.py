@@ -66,21 +66,21 @@ def fail(error: BaseException):
 # ---- stopped -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("at_last", "code", "words"),
-    [
-        (lambda: os.kill(os.getpid(), signal.SIGINT), 130, []),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, []),
-        (lambda: os.kill(os.getpid(), signal.SIGHUP), 129, []),
-        (lambda: fail(OSError(28, "No space left", "x")), 1, ["No space left"]),
-        (lambda: fail(MemoryError()), 1, ["MemoryError"]),
-        (lambda: fail(BrokenPipeError(32, "Broken pipe")), 141, ["nobody reads the output"]),
-    ],
-    ids=["Ctrl-C", "SIGTERM", "SIGHUP", "disk", "memory", "pipe"],
-)
-@pytest.mark.parametrize("where", ["detecting", "drawing"])
-def test_what_is_done_stays(where, at_last, code, words, run_detect, here, monkeypatch):
+ENDS = {  # how: what happens, the exit code, and words of the last line
+    "Ctrl-C": (lambda: os.kill(os.getpid(), signal.SIGINT), 130, None),
+    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, None),
+    "SIGHUP": (lambda: os.kill(os.getpid(), signal.SIGHUP), 129, None),
+    "disk": (lambda: fail(OSError(28, "No space left")), 1, "No space left"),
+    "memory": (lambda: fail(MemoryError()), 1, "MemoryError"),
+    "pipe": (lambda: fail(BrokenPipeError(32, "Broken pipe")), 141, "nobody reads the output"),
+}
+PLACES = [("detecting", end) for end in ENDS] + [("drawing", end) for end in ENDS if end != "pipe"]
+
+
+@pytest.mark.parametrize(("where", "end"), PLACES)
+def test_what_is_done_stays(where, end, run_detect, here, monkeypatch):
     """Two pictures of four: both in the JSON file, both drawn; of the third, nothing."""
+    at_last, code, words = ENDS[end]
     files = [picture(here / f"{i}.png") for i in range(4)]
     detector, real, saved = Everywhere(), Image.Image.save, []
 
@@ -97,7 +97,7 @@ def test_what_is_done_stays(where, at_last, code, words, run_detect, here, monke
         monkeypatch.setattr(Image.Image, "save", save)
     status, _, err = run_detect("--image", *files, "--json", "out.json", detector=detector)
     assert status == code and err[0] == "detect.py: ended early: 2 of 4 pictures are done"
-    assert len(err) == 1 + len(words) and all(word in err[1] for word in words)
+    assert len(err) == 1 + bool(words) and (words is None or words in err[1])
     assert listed(here / "out.json") == ["0.png", "1.png"]
     assert sorted(file.name for file in (here / "detections").iterdir()) == ["0.png", "1.png"]
     assert not half_written(here)
