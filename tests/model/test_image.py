@@ -136,6 +136,13 @@ def test_first_frame(tmp_path):
     assert unlike(load_image(file), frames[0]) == 0
 
 
+def test_several_pictures_in_a_jpeg(tmp_path):
+    """As cameras with two lenses write them: the first counts."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    file = write(frames[0], tmp_path / "a.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    assert unlike(load_image(file), frames[0]) <= 2
+
+
 def test_suffix_does_not_matter(tmp_path):
     """A PNG that is called .jpg is a picture all the same."""
     assert load_image(write(photo(20, 10), tmp_path / "a.jpg", format="PNG")).size == (20, 10)
