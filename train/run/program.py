@@ -95,9 +95,8 @@ def run(main: Callable[[], int | None], file: str) -> None:
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about a picture is a complaint
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a letter that the terminal's encoding lacks ends no program
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A letter that the terminal's encoding lacks ends no program.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with stop_by_exception():
