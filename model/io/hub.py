@@ -40,6 +40,16 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"no folder {source!r}, and the hub could not be reached: {error}") from error
 
 
+def replacement(path: Path, elsewhere: str = "") -> str:
+    """How to get a damaged file or folder anew, to be put after a complaint about it. What lies in the hub's
+    cache would be taken from there for ever. elsewhere: what to say of any other place."""
+    cached = re.match(r"(.*[/\\]models--[^/\\]+)[/\\]snapshots[/\\]", str(path))
+    if not cached:
+        return elsewhere
+    # The cache links to a file's bytes, and would link to the same ones again. A folder has many such files.
+    return f"; delete {path.resolve() if path.is_file() else cached[1]}, and it is downloaded again"
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer and mask codec, where a checkpoint has them, to the folder of another."""
     for name in COMPANION_FILES if source.resolve() != target.resolve() else ():
