@@ -17,18 +17,32 @@ COCO_CLASSES = tuple(
 )
 MAX_CLASSES = 98  # class c is the token <unused c>, noise the one after: Gemma has <unused0> to <unused98>
 
+# Far above every real model. A damaged file must be refused before memory is asked for or a loop is entered:
+# with these, the size of every tensor still fits in 63 bits.
+MAX_SIZE = 1 << 20  # widths, vocabulary, positions
+MAX_LAYERS = 1000
+MAX_IMAGE_SIZE, MAX_IMAGE_TOKENS, MAX_CHANNELS = 1 << 13, 1 << 16, 16
+MAX_GROUPS = 1000
+MAX_NUMBER = 1e12
+
 
 def _check(condition, config, name, why):
     if not condition:
-        raise ValueError(f"{type(config).__name__}.{name} = {getattr(config, name)!r}: {why}")
+        raise ValueError(f"{type(config).__name__}.{name} = {getattr(config, name)!r:.200}: {why}")
 
 
-def _check_positive(config, *names, kind=int, optional=False):
-    want = ("an integer > 0" if kind is int else "a number > 0") + (", or null for off" if optional else "")
+def is_number(value) -> bool:
+    """Whether a value of a JSON file is a finite number; true and 10**400 are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
+
+
+def _check_positive(config, *names, kind=int, optional=False, most=MAX_SIZE):
+    want = f"{'an integer' if kind is int else 'a number'} > 0, at most {most:,}"
     for name in names:
         value = getattr(config, name)
-        positive = isinstance(value, kind) and not isinstance(value, bool) and value > 0
-        _check(positive or (optional and value is None), config, name, f"must be {want}")
+        positive = isinstance(value, kind) and is_number(value) and 0 < value <= most
+        null = ", or null for off" if optional else ""
+        _check(positive or (optional and value is None), config, name, f"must be {want}{null}")
 
 
 def _check_multiple(config, name, factor):
@@ -50,12 +64,19 @@ class VisionConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        _check_positive(self, "image_size", "patch_size", "width", "layers", "heads", "mlp", "channels")
-        _check_positive(self, "norm_eps", kind=int | float)
+        _check_positive(self, "width", "heads", "mlp")
+        _check_positive(self, "layers", most=MAX_LAYERS)
+        _check_positive(self, "image_size", "patch_size", most=MAX_IMAGE_SIZE)
+        _check_positive(self, "channels", most=MAX_CHANNELS)
+        _check_positive(self, "norm_eps", kind=int | float, most=1)
         below = max(1, self.image_size // self.patch_size) * self.patch_size
         nearest = f"the nearest are {below} and {below + self.patch_size}"
         why = f"not a multiple of patch_size {self.patch_size}; {nearest}"
         _check(self.image_size % self.patch_size == 0, self, "image_size", why)
+        many = (
+            f"{self.tokens:,} patches of {self.patch_size} pixels are too many: at most {MAX_IMAGE_TOKENS:,}"
+        )
+        _check(self.tokens <= MAX_IMAGE_TOKENS, self, "image_size", many)
         _check_multiple(self, "width", "heads")
 
     @property
@@ -88,12 +109,14 @@ class TextConfig:
 
     def __post_init__(self):
         for name in ("attn_cap", "final_cap", "sliding_window"):
-            object.__setattr__(self, name, getattr(self, name) or None)
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, None)
         _check(self.version in (1, 2), self, "version", "only Gemma 1 and 2 are known")
-        _check_positive(self, "width", "layers", "heads", "kv_heads", "head_dim", "mlp")
-        _check_positive(self, "vocab_size", "max_positions")
-        _check_positive(self, "query_scale", "norm_eps", "rope_theta", kind=int | float)
-        _check_positive(self, "attn_cap", "final_cap", kind=int | float, optional=True)
+        _check_positive(self, "width", "heads", "kv_heads", "head_dim", "mlp", "vocab_size", "max_positions")
+        _check_positive(self, "layers", most=MAX_LAYERS)
+        _check_positive(self, "query_scale", "rope_theta", kind=int | float, most=MAX_NUMBER)
+        _check_positive(self, "norm_eps", kind=int | float, most=1)
+        _check_positive(self, "attn_cap", "final_cap", kind=int | float, optional=True, most=MAX_NUMBER)
         _check_positive(self, "sliding_window", optional=True)
         _check_multiple(self, "heads", "kv_heads")
         _check(self.head_dim % 2 == 0, self, "head_dim", "RoPE rotates pairs, so it must be even")
@@ -122,13 +145,17 @@ class PaliGemmaConfig:
         names = isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)
         good = names and 0 < len(self.classes) <= MAX_CLASSES
         _check(good, self, "classes", f"must be a list of 1 to {MAX_CLASSES} names")
+        _check(all(map(str.strip, self.classes)), self, "classes", "one of the names is empty")
+        twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        _check(not twice, self, "classes", f"named more than once: {', '.join(twice)}")
         _check(isinstance(self.open_vocabulary, bool), self, "open_vocabulary", "must be true or false")
-        _check_positive(self, "groups")
+        _check_positive(self, "groups", most=MAX_GROUPS)
         _check(self.answers in FORMS, self, "answers", f"must be {' or '.join(FORMS)}")
         for name in ("bos", "eos", "pad"):
             value = getattr(self, name)
-            in_vocab = isinstance(value, int) and 0 <= value < self.text.vocab_size
+            in_vocab = type(value) is int and 0 <= value < self.text.vocab_size
             _check(in_vocab, self, name, f"not an id below vocab_size {self.text.vocab_size}")
+        _check_positive(self, "image_token")
 
     def override(self, **changes) -> "PaliGemmaConfig":
         """A copy with fields replaced wherever they live, e.g. override(attn_cap=None, groups=20). Of the

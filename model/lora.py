@@ -61,9 +61,9 @@ def add_lora(
     Returns the paths. Other modules can be given requires_grad afterwards: they are then trained in full, and
     saved with the adapter.
     """
-    if rank < 1 or not 0 <= dropout < 1:
-        want = "want a rank of at least 1, a dropout in [0, 1)"
-        raise ValueError(f"LoRA rank {rank}, dropout {dropout}: {want}")
+    if rank < 1 or not math.isfinite(alpha) or not 0 <= dropout < 1:
+        want = "want a rank of at least 1, a finite alpha, a dropout in [0, 1)"
+        raise ValueError(f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: {want}")
     try:
         chosen = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
     except re.error as error:

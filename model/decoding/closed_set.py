@@ -140,7 +140,7 @@ class Answer:
     tokens   int64 [B, G, 5]   as the model read them
     locs     int64 [B, G, 4]   y0, x0, y1, x1 in 0..1023
     labels   int64 [B, G]      the best real class
-    scores   float32 [B, G]    its probability
+    scores   float32 [B, G]    its probability; NaN if any logits of the group were not finite
     noise    float32 [B, G]    probability of noise
     live     bool [B, G]       False after an image's early stop
     """
@@ -264,7 +264,9 @@ class GroupDecoder:
                 self.hidden.copy_(self.model.step(choices[-1].fed, self.cache))
         fed = torch.stack([choice.fed for choice in choices], dim=1)  # [B, 5]
         best = torch.stack([choice.best for choice in choices], dim=1)  # [B, 5]
-        return fed, best, choices[-1].score, choices[-1].noise
+        scores = torch.stack([choice.score for choice in choices])  # [5, B]
+        # 0 * NaN is NaN: logits of locations that are not finite show in the score, too.
+        return fed, best, scores[-1] + 0 * scores.sum(0), choices[-1].noise
 
 
 def capture_graph(function, prepare):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from model.decoding.boxes import areas, locs_to_boxes, nms
+from model.decoding.generate import check_finite
 from model.decoding.masks import paste_mask
 from model.io.names import shown
 
@@ -89,6 +90,7 @@ class Selection:
     ) -> Detections:
         """size: width and height of the image; classes: the names that class_ids index. locs [n, 4],
         scores [n], class_ids int64 [n]; tokens: all ids of the answer; masks: n of MaskCodec.decode."""
+        check_finite(np.isfinite(scores).all())
         boxes = locs_to_boxes(locs, *size)
         shortest = (boxes[:, 2:] - boxes[:, :2]).min(-1)
         good = (scores >= self.score_threshold) & (areas(boxes) > 0) & (shortest >= self.min_size)

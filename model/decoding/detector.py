@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from model.config import FORMS
+from model.config import FORMS, MAX_GROUPS
 from model.decoding.batches import fitting_batch, network_images
 from model.decoding.closed_set import GROUP, Answer, ClosedSet, GroupDecoder, Head
 from model.decoding.detections import KEEP_ALL, Detections, Selection
@@ -53,8 +53,9 @@ def closed_set_decoder(
         raise ValueError(f"decode={decode!r}: must be one of {', '.join(map(repr, FORMS))}")
     if branches is not None and decode != "parallel":
         raise ValueError(f'branches={branches} is for decode="parallel"')
-    if branches is not None and branches < 1:
-        raise ValueError(f"branches={branches}: must be at least 1")
+    for name, count in dict(branches=branches, groups=options.get("groups")).items():
+        if count is not None and not 1 <= count <= MAX_GROUPS:  # the cache is allocated for all of them
+            raise ValueError(f"{name}={count}: must be at least 1, at most {MAX_GROUPS:,}")
     language, head = ClosedSet.of(model.config, model.tokenizer), head_for(model)
     if decode == "parallel":
         return ParallelDecoder(model, language, branches or BRANCHES, head=head, **options)

@@ -70,6 +70,13 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     return draw(nucleus(p, sampling.top_p), uniform)
 
 
+def check_finite(finite: bool) -> None:
+    """Refuse an answer whose probabilities are not finite, which would be read as: nothing found."""
+    if not finite:
+        why = "its weights or adapter are damaged, or do not belong together"
+        raise ValueError(f"the model computes NaN instead of probabilities: {why}")
+
+
 @torch.inference_mode()
 def generate(
     model: PaliGemma,
@@ -84,7 +91,8 @@ def generate(
     image_tokens [B, P, D] come from PaliGemma.encode; prompts, ids of any lengths with bos and newline, from
     Tokenizer.encode_prompt. The last token of an answer is eos; after it, while others go on, come padding
     tokens with log-probability 0. Log-probabilities are those of the model's own distribution, whatever
-    sampling leaves out. generator: a torch.Generator on the CPU, from which sampling draws.
+    sampling leaves out. generator: a torch.Generator on the CPU, from which sampling draws. If logits are not
+    finite, ValueError is raised after the last token.
     """
     config, device = model.config, image_tokens.device
     if max_new_tokens < 1:
@@ -99,7 +107,7 @@ def generate(
     padded = [ids + [config.pad] * (prompt_length - len(ids)) for ids in prompts]
     cache = model.new_cache(len(prompts), length)
     hidden = model.prefill(image_tokens, torch.tensor(padded, device=device), cache)  # [B, D]
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    ended = broken = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for count in range(1, max_new_tokens + 1):
         logits = model.decoder.logits(hidden)  # [B, V]
         log_p = logits.log_softmax(-1)
@@ -107,10 +115,12 @@ def generate(
         logits[:, config.image_token :] = -torch.inf  # rows of the embedding that stand for no text
         # Drawn on the CPU: a seed gives the same answer on every device.
         tokens = sample(logits, sampling, torch.rand(len(prompts), generator=generator).to(device))
-        log_p = log_p.gather(-1, tokens[:, None])[:, 0]
-        yield tokens.masked_fill(ended, config.pad), log_p.masked_fill(ended, 0)
-        ended = ended | (tokens == config.eos)
+        log_p = log_p.gather(-1, tokens[:, None])[:, 0].masked_fill(ended, 0)
+        yield tokens.masked_fill(ended, config.pad), log_p
+        broken = broken | ~log_p.isfinite()  # looked at when all have ended
+        ended = ended | (tokens == config.eos) | broken
         if count == max_new_tokens or ended.all():  # a GPU sync at every token
+            check_finite(not broken.any())
             return
         hidden = model.step(tokens, cache)
 

@@ -111,7 +111,7 @@ def restricted_head(
             is_noise = NOISE_FEEDBACK & (p_noise > tl.max(tl.where(real, p, 0.0)))
             tl.store(best_id + row, first + best)
             tl.store(fed + row, tl.where(is_noise, class0 + classes, first + best))
-            tl.store(score + row, tl.sum(tl.where(i == best, p, 0.0)))
+            tl.store(score + row, tl.sum(tl.where(i == best, p, 0.0)) + 0 * tl.sum(p))  # NaN if any p is
             tl.store(noise + row, p_noise)
 
 

@@ -8,17 +8,17 @@ Axes: n masks, C channels, H, W pixels of the image.
 """
 
 import hashlib
+import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model.io.hub import OFFICIAL_CODEC
+from model.io.hub import OFFICIAL_CODEC, replacement
+from model.io.tensors import AGAIN, check_numbers, read_tensors
 from model.io.tokenizer import SEGS
 from model.io.writing import explain, save_tensors
 
@@ -106,7 +106,7 @@ class MaskCodec(nn.Module):
         if len(shape) != 4:
             raise ValueError(f"{file} is not a mask codec: it has no decoder.0.weight of four axes")
         channels, width = shape[:2]
-        if channels < 8 or channels % 8:
+        if channels < 8 or channels % 8 or width < 1:
             raise ValueError(f"{file}: decoder.0.weight has {channels} channels, not a multiple of 8")
         with torch.device("meta"):
             codec = cls(channels, width)
@@ -133,17 +133,47 @@ def _read(file: Path, check_sha256: bool) -> dict[str, Tensor]:
     if check_sha256 and (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != OFFICIAL_SHA256:
         raise ValueError(f"{file} is not big_vision's {OFFICIAL_CODEC}: its sha256 is {digest}")
     if file.suffix != ".npz":
-        with explain(f"{file} is not a safetensors file", SafetensorError, OSError):
-            return load_file(file)
+        return read_tensors(file)
     if (size := file.stat().st_size) != OFFICIAL_BYTES:
         raise ValueError(
-            f"{file} has {size:,} bytes, {OFFICIAL_CODEC} has {OFFICIAL_BYTES:,}: download it again"
+            f"{file} has {size:,} bytes, {OFFICIAL_CODEC} has {OFFICIAL_BYTES:,}{replacement(file, AGAIN)}"
         )
-    errors = ValueError, OSError, TypeError, RuntimeError, zipfile.BadZipFile
-    with explain(f"{file} is not a numpy file", *errors), np.load(file, allow_pickle=False) as arrays:
-        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    names = {name: "codebook" if name == _CODEBOOK else name for name in tensors.keys() - _TRAINING_STATE}
-    return {ours: tensors[theirs] for theirs, ours in names.items()}
+    arrays = _read_npz(file)
+    names = {name: "codebook" if name == _CODEBOOK else name for name in arrays.keys() - _TRAINING_STATE}
+    tensors = {ours: torch.from_numpy(arrays[theirs]) for theirs, ours in names.items()}
+    check_numbers(tensors, file)
+    return tensors
+
+
+# What np.savez writes before the numbers of a float32 array. np.load would evaluate a damaged header, and ask
+# for as much memory as it says.
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\0..\{'descr': '<f4', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n",
+    re.DOTALL,
+)
+
+
+def _read_npz(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file: float32, not compressed, so that none is larger than the file."""
+    arrays = {}
+    fault = f"{file} is not a numpy file{replacement(file, AGAIN)}"
+    errors = ValueError, OSError, RuntimeError, OverflowError, EOFError, zipfile.BadZipFile
+    with explain(fault, *errors), zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        # Stored as they are, and not over each other: then they need no more memory than the file.
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not stored or sum(entry.file_size for entry in entries) > OFFICIAL_BYTES:
+            raise ValueError("its arrays are compressed, or larger than the file")
+        for entry in entries:
+            content = archive.read(entry)
+            header = _NPY_HEADER.match(content)
+            if not header:
+                raise ValueError(f"{entry.filename} is not an array of float32")
+            shape = [int(size) for size in header[2].split(b",") if size.strip()]
+            numbers = np.frombuffer(content, "<f4", offset=header.end())
+            order = "F" if header[1] == b"True" else "C"
+            arrays[entry.filename.removesuffix(".npy")] = numbers.reshape(shape, order=order).copy()
+    return arrays
 
 
 # ---- masks as pixels ---------------------------------------------------------------------------------------

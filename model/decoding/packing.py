@@ -8,8 +8,6 @@ pack and quantize replace Linears one after the other and free each old matrix a
 copies of the model.
 """
 
-import ctypes
-import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.io.hub import resolve
-from model.io.weights import is_mapped
+from model.io.weights import release_pages
 from model.lora import LoRALinear, fold
 from model.paligemma import PaliGemma
 
@@ -120,18 +118,4 @@ def _replace(layers: nn.ModuleList, make: Callable[[nn.Linear], nn.Module]) -> N
     for path in [path for path, module in layers.named_modules() if type(module) is nn.Linear]:
         linear = layers.get_submodule(path)
         layers.set_submodule(path, make(linear))
-        _forget(linear.weight)
-
-
-def _forget(weight: Tensor) -> None:
-    """Release the pages of a weight that the loader mapped from a file: they would stay in memory for as long
-    as the file is mapped. If they are read again, the system reads the file again.
-
-    Any other memory (a NumPy array's, say) would read as zeros afterwards, and is not ours to release."""
-    if not is_mapped(weight) or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    # Whole pages only: those at both ends hold a part of the neighbouring weights.
-    start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (weight.data_ptr() + weight.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if size > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        release_pages(linear.weight)

@@ -117,7 +117,8 @@ class ParallelDecoder:
         locs, parents = [y0.gather(1, y0_of), x0.view(B, -1).gather(1, pairs)], torch.cat((roots, y0_of), 1)
         hidden = self._step(locs[-1], parents)
         for depth in (2, 3):  # y1 and x1: each continues its own branch
-            edge, _ = peaks(self._coordinates(hidden).flatten(0, 1), 1, radius)
+            edge, edge_mass = peaks(self._coordinates(hidden).flatten(0, 1), 1, radius)
+            mass = mass + 0 * edge_mass.view(B, K)  # NaN shows in the score, as in GroupDecoder
             locs.append(edge.view(B, K))
             parents = torch.cat((parents, roots + (depth - 1) * K), dim=1)
             hidden = self._step(locs[-1], parents)

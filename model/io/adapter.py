@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from model.config import MAX_SIZE, is_number
 from model.io.config_json import DETECTION_FIELDS
 from model.io.hub import resolve
+from model.io.tensors import read_tensors
 from model.io.weights import official_name, short_name
 from model.io.writing import explain, read_json, save_tensors, write_json
 from model.lora import lora_layers, replace_linear
@@ -33,6 +33,7 @@ _HANDLED_KEYS = set(
     "base_model_name_or_path revision inference_mode auto_mapping peft_version megatron_core runtime_config "
     "ensure_weight_tying qalora_group_size".split()
 )
+_TOO_LARGE = OverflowError, RecursionError  # of regular expressions, such as "a{99999999999}"
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal")  # others (pissa, olora, ...) change the base weights
 
 # ---- from disk ---------------------------------------------------------------------------------------------
@@ -62,16 +63,42 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     if wrong:
         what = ", ".join(f"{key} = {config[key]!r}" for key in wrong)
         raise ValueError(f"{file}: {what} is not supported; merge the adapter with PEFT and load the result")
-    kinds = dict(r=int, lora_alpha=int | float, rank_pattern=dict | None, alpha_pattern=dict | None)
-    for key, kind in kinds.items():
-        if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):
-            raise ValueError(f"{file}: {key} = {config[key]!r} is not what PEFT writes there")
-
+    _check_settings(config, file)
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise ValueError(f"{file} is missing (adapters in pickle form, adapter_model.bin, are not read)")
-    with explain(f"{file} cannot be read as safetensors; download it again", OSError, SafetensorError):
-        return config, load_file(file)
+    return config, read_tensors(file)
+
+
+def _check_settings(config: dict, file: Path) -> None:
+    """Refuse values that PEFT does not write: of another type, not finite, patterns that are none."""
+
+    def check(good, key, value):
+        if not good:
+            raise ValueError(f"{file}: {key} = {value!r:.200} is not what PEFT writes there")
+
+    def is_rank(value):
+        return type(value) is int and 1 <= value <= MAX_SIZE
+
+    def is_alpha(value):
+        return is_number(value) and abs(value) <= MAX_SIZE
+
+    checks = dict(
+        r=is_rank,
+        lora_alpha=is_alpha,
+        lora_dropout=lambda value: value is None or is_number(value) and 0 <= value < 1,
+        use_rslora=lambda value: isinstance(value, bool | None),
+    )
+    for key, good in checks.items():
+        check(key not in config or good(config[key]), key, config.get(key))
+    for key, good in dict(rank_pattern=is_rank, alpha_pattern=is_alpha).items():
+        patterns = config.get(key) or {}
+        check(isinstance(patterns, dict) and all(map(good, patterns.values())), key, patterns)
+        for pattern in patterns:
+            with explain(
+                f"{file}: {key} {pattern!r:.200} is not a regular expression", re.error, *_TOO_LARGE
+            ):
+                re.compile(pattern)
 
 
 def _match(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> tuple[list, dict, list[str]]:

@@ -3,7 +3,7 @@
 Sources: the published config.json of paligemma-3b-pt-224, and transformers' configuration classes.
 """
 
-from model.config import PaliGemmaConfig, TextConfig, VisionConfig
+from model.config import PaliGemmaConfig, TextConfig, VisionConfig, is_number
 
 # {the hub's key: our field}, for reading and for writing
 _TOP_KEYS = {
@@ -57,12 +57,12 @@ _GEMMA2_DEFAULTS = dict(
     num_key_value_heads=4, query_pre_attn_scalar=256, attn_logit_softcapping=50.0,
     final_logit_softcapping=30.0, sliding_window=4096,
 )  # fmt: skip
-_GELU = {None, "gelu", "gelu_pytorch_tanh", "gelu_fast"}  # every one of them has always meant the tanh form
+_GELU = (None, "gelu", "gelu_pytorch_tanh", "gelu_fast")  # every one of them has always meant the tanh form
 
 
 def _section(raw: dict, name: str) -> dict:
     if not isinstance(raw.get(name), dict):
-        raise ValueError(f"config.json has no {name!r} section")
+        raise ValueError(f"config.json has no {name!r:.100} section")
     return raw[name]
 
 
@@ -76,10 +76,14 @@ def config_from_json(raw: dict) -> PaliGemmaConfig:
 
     An impossible value is named by its key, or by the field of our config.
     """
-    _refuse(raw.get("model_type") != "paligemma", f"model_type {raw.get('model_type')!r} (want 'paligemma')")
+    _refuse(
+        raw.get("model_type") != "paligemma", f"model_type {raw.get('model_type')!r:.100} (want 'paligemma')"
+    )
     vision = _VISION_DEFAULTS | _section(raw, "vision_config")
     _refuse(vision.get("vision_use_head"), "vision_config.vision_use_head")
-    _refuse(vision.get("hidden_act") not in _GELU, f"vision_config.hidden_act {vision.get('hidden_act')!r}")
+    _refuse(
+        vision.get("hidden_act") not in _GELU, f"vision_config.hidden_act {vision.get('hidden_act')!r:.100}"
+    )
     vocab_size = raw.get("vocab_size") or raw.get("_vocab_size") or 257_216
     text = _text_config(_section(raw, "text_config"), vocab_size)
 
@@ -89,7 +93,7 @@ def config_from_json(raw: dict) -> PaliGemmaConfig:
     if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"]:
         raw = raw | {"eos_token_id": raw["eos_token_id"][0]}
     detection = raw.get("detection", {})
-    _refuse(not isinstance(detection, dict), f"detection {detection!r}")
+    _refuse(not isinstance(detection, dict), f"detection {detection!r:.100}")
     return PaliGemmaConfig(
         VisionConfig(**{field: vision[key] for key, field in _VISION_KEYS.items()}),
         text,
@@ -101,22 +105,24 @@ def config_from_json(raw: dict) -> PaliGemmaConfig:
 def _text_config(text: dict, vocab_size: int) -> TextConfig:
     """text_config -> TextConfig. vocab_size: where it has none of its own."""
     kind = text.get("model_type", "gemma")
-    _refuse(kind not in ("gemma", "gemma2"), f"text_config.model_type {kind!r}")
+    _refuse(kind not in ("gemma", "gemma2"), f"text_config.model_type {kind!r:.100}")
     version = 1 if kind == "gemma" else 2
     text = _TEXT_DEFAULTS | (_GEMMA1_DEFAULTS if version == 1 else _GEMMA2_DEFAULTS) | text
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    _refuse(not isinstance(rope, dict), f"text_config rope parameters {rope!r:.100}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     activation = text.get("hidden_activation") or text.get("hidden_act")
     layer_types = text.get("layer_types")
-    alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(len(layer_types or ()))]
+    count = len(layer_types) if isinstance(layer_types, list) else 0
+    alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
     other_layers = version == 2 and layer_types not in (None, alternating)
     scalar = text["query_pre_attn_scalar"] if version == 2 else text["head_dim"]
-    impossible = not isinstance(scalar, int | float) or scalar <= 0
-    _refuse(activation not in _GELU, f"text_config.hidden_activation {activation!r}")
+    impossible = not is_number(scalar) or scalar <= 0
+    _refuse(activation not in _GELU, f"text_config.hidden_activation {activation!r:.100}")
     _refuse(text.get("attention_bias"), "text_config.attention_bias")
-    _refuse(rope_type != "default", f"text_config rope_type {rope_type!r}")
+    _refuse(rope_type != "default", f"text_config rope_type {rope_type!r:.100}")
     _refuse(other_layers, "text_config.layer_types other than alternating")
-    _refuse(impossible, f"query_pre_attn_scalar (or head_dim) {scalar!r}")
+    _refuse(impossible, f"query_pre_attn_scalar (or head_dim) {scalar!r:.100}")
 
     text["vocab_size"] = text.get("vocab_size") or vocab_size
     text["rope_theta"] = rope.get("rope_theta", text["rope_theta"])

@@ -7,7 +7,18 @@ from pathlib import Path
 NANO = Path(__file__).parent.parent / "nano"
 CODEC = "codec.safetensors"  # the mask codec's weights (model/decoding/masks.py)
 OFFICIAL_CODEC = "vae-oid.npz"  # the same, as big_vision publishes them
+MAX_SILENCE = 10  # seconds to wait for an answer of the hub
 COMPANION_FILES = ("tokenizer.model", CODEC, OFFICIAL_CODEC)  # travel with a checkpoint's config and weights
+
+_STATUSES = {  # of the hub's answers: what a user can do
+    401: "the hub does not accept the login: run `hf auth login`",
+    403: "the hub forbids it: accept the licence on its hub page, and give your token the right to read it",
+    404: "the hub does not have it: check the name",
+    429: "the hub has had too many requests: wait some minutes, or log in, which raises the limit",
+}
+
+# What the library stumbles over when another server answers: no JSON, or JSON of another kind.
+_NOT_THE_HUB = ValueError, AssertionError, TypeError, KeyError, AttributeError
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
@@ -20,15 +31,26 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", source):
         where = "give a folder, a hub id such as google/paligemma2-3b-pt-448, or 'nano'"
         raise ValueError(f"no folder {source!r}; {where}")
+    return _download(source, weights)
+
+
+def _download(source: str, weights: bool) -> Path:
+    """The folder of a hub id "owner/name" or "owner/name@revision" in the hub's cache."""
     # Imported here, because neither a folder nor nano needs it.
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import get_session
 
     repo, _, revision = source.partition("@")
     wanted = ["config.json", "adapter_config.json", "detection.json", *COMPANION_FILES]
     wanted += ["*.safetensors", "model.safetensors.index.json"] if weights else []
+    hooks = getattr(get_session(), "event_hooks", None)  # older versions have another kind of session
+    if hooks and _limit_silence not in hooks["request"]:
+        hooks["request"].append(_limit_silence)
+    # OSError and the HTTP library's, whichever that is; RuntimeError is the storage's (Xet).
+    failures = *hub.HfHubHTTPError.__bases__, RuntimeError, *_NOT_THE_HUB
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     except hub.GatedRepoError as error:
         how = "accept its licence on its hub page and run `hf auth login`, or download it and give the folder"
         raise ValueError(f"{repo} is gated: {how}") from error
@@ -36,8 +58,57 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"no folder {source!r}, and no such hub repository (private: log in)") from error
     except hub.RevisionNotFoundError as error:
         raise ValueError(f"{repo} has no revision {revision!r}: its hub page lists all") from error
-    except hub.HfHubHTTPError.__bases__ as error:  # OSError, and the HTTP library's, whichever that is
-        raise ValueError(f"no folder {source!r}, and the hub could not be reached: {error}") from error
+    except hub.HFValidationError as error:
+        raise ValueError(f"no folder {source!r}, and that is no hub id: {error}") from error
+    except failures as error:
+        raise ValueError(_what_to_do(source, error)) from error
+    if not folder.is_dir():
+        raise ValueError(f"{repo} on the hub holds no checkpoint and no adapter: it has none of {wanted}")
+    return folder
+
+
+def _limit_silence(request) -> None:
+    """Let a request of the hub library end when the server is silent, where the library waits for ever."""
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        phase: limits.get(phase) or MAX_SILENCE for phase in ("connect", "read", "write", "pool")
+    }
+
+
+def _what_to_do(source: str, error: BaseException) -> str:
+    """A complaint about a failed download. The library's errors are often causes of one that says little."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    statuses = [getattr(getattr(one, "response", None), "status_code", None) for one in chain]
+    status = next((status for status in statuses if isinstance(status, int)), 0)
+    kinds, text = [type(one).__name__ for one in chain], " ".join(str(error).split())
+    if status in _STATUSES:
+        why = _STATUSES[status]
+    elif status >= 500:
+        why = "the hub itself has a fault: try again later"
+    elif status:
+        why = "the hub refuses"
+    elif any("Timeout" in kind for kind in kinds):
+        why = "the hub does not answer: check the connection, or try again later"
+    elif re.search("Consistency check|complete message|IncompleteRead", text):
+        why = "the download broke off, or has another size than the hub said: run it again"
+    elif "FileMetadataError" in kinds or isinstance(error, _NOT_THE_HUB):
+        why = "something else than the hub answers: check HF_ENDPOINT, the proxy, the network's sign-in page"
+    else:
+        why = "the hub could not be reached"
+    status = f"HTTP {status}, " if status else ""
+    return f"no folder {source!r}, and {why}; or give a folder with the files ({status}{text:.120})"
+
+
+def replacement(path: Path, elsewhere: str = "") -> str:
+    """How to get a damaged file or folder anew, to be put after a complaint about it. What lies in the hub's
+    cache would be taken from there for ever. elsewhere: what to say of any other place."""
+    cached = re.match(r"(.*[/\\]models--[^/\\]+)[/\\]snapshots[/\\]", str(path))
+    if not cached:
+        return elsewhere
+    # The cache links to a file's bytes, and would link to the same ones again. A folder has many such files.
+    return f"; delete {path.resolve() if path.is_file() else cached[1]}, and it is downloaded again"
 
 
 def copy_companions(source: Path, target: Path) -> None:

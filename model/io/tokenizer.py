@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from model.io.hub import replacement
 from model.io.writing import explain
 
 LOCS, SEGS = 1024, 128  # locations along a side of an image; codes of masks
@@ -24,9 +25,9 @@ class Tokenizer:
     def __init__(self, source: str | Path):
         """source: a tokenizer.model file or its folder."""
         file = Path(source) / "tokenizer.model" if Path(source).is_dir() else Path(source)
-        if not file.exists():
+        if not file.is_file():
             raise ValueError(f"{file} is missing: copy the checkpoint's tokenizer.model there")
-        with explain(f"{file} is not a sentencepiece model", OSError, RuntimeError):
+        with explain(f"{file} is not a sentencepiece model{replacement(file)}", OSError, RuntimeError):
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
         self.bos, self.eos, self.pad = (self._id(piece, file) for piece in ("<bos>", "<eos>", "<pad>"))
         self.newline, self.unused0 = self._id("\n", file), self._id("<unused0>", file)

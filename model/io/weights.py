@@ -6,17 +6,20 @@ two copies never exist.
 """
 
 import contextlib
+import ctypes
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model.config import PaliGemmaConfig
 from model.io.config_json import config_from_json, config_to_json
 from model.io.hub import CODEC, resolve
+from model.io.tensors import check_largest, largest, open_tensors
 from model.io.writing import explain, read_json, save_tensors, write_json
 from model.siglip import resample_positions
 
@@ -125,13 +128,16 @@ def load_weights(
     if problems:
         raise ValueError(f"{folder} does not fit its config.json: " + "; ".join(sorted(problems)))
 
-    state = {}
+    state, numbers = {}, {}
     for key, name in ours.items():
         tensor = read(stored[key])
         _mark_mapped(tensor)
         if name == _POSITIONS:
             tensor = resample_positions(tensor, model.config.vision.tokens)
         state[name] = tensor.to(device=device, dtype=dtype)
+        numbers[stored[key]] = largest(state[name])
+        release_pages(state[name])
+    check_largest(numbers, folder)
     model.load_state_dict(state, assign=True)  # not copied: the model takes these very tensors
 
 
@@ -139,10 +145,7 @@ def _open_shards(folder: Path) -> dict[str, safe_open]:
     """{stored name: opened file}"""
     shards = {}
     for file in _weight_files(folder):
-        with explain(
-            f"{folder / file} cannot be read as safetensors; download it again", OSError, SafetensorError
-        ):
-            shard = safe_open(folder / file, framework="pt")
+        shard = open_tensors(folder / file)
         for name in shard.keys():  # noqa: SIM118 - a safetensors file is no dict
             if name in shards:
                 raise ValueError(f"{folder}: tensor {name} is stored twice")
@@ -156,7 +159,10 @@ def _weight_files(folder: Path) -> list[str]:
     if (folder / "model.safetensors").exists():  # first, as in transformers: old shards may lie beside it
         files = ["model.safetensors"]
     elif index.exists():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        shards = read_json(index).get("weight_map", {})
+        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+            raise ValueError(f"{index}: weight_map must give the file of each tensor")
+        files = sorted(set(shards.values()))
         if outside := [file for file in files if Path(file).name != file]:
             raise ValueError(f"{index} points outside its folder: {outside}")
     else:
@@ -177,6 +183,20 @@ def _mark_mapped(tensor: torch.Tensor) -> None:
 def is_mapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies in the pages of a file that the loader mapped."""
     return getattr(tensor.untyped_storage(), "mapped_by_loader", False)
+
+
+def release_pages(weight: torch.Tensor) -> None:
+    """Release the pages of a weight that the loader mapped from a file: they would stay in memory for as long
+    as the file is mapped. If they are read again, the system reads the file again.
+
+    Any other memory (a NumPy array's, say) would read as zeros afterwards, and is not ours to release."""
+    if not is_mapped(weight) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    # Whole pages only: those at both ends hold a part of the neighbouring weights.
+    start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (weight.data_ptr() + weight.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 # ---- to disk -----------------------------------------------------------------------------------------------

@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from model.io.hub import replacement
+
+MAX_JSON_BYTES = 1 << 24  # of configs, indexes and settings: the largest, the index of the 28B, has 0.1 MB
+
 
 @contextlib.contextmanager
 def explain(what: str, *errors: type[BaseException]) -> Iterator[None]:
@@ -31,9 +35,12 @@ def located(where: str) -> Iterator[None]:
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file."""
-    if not path.exists():
-        raise ValueError(f"{path} is missing")
-    with explain(f"{path} is not readable JSON", OSError, ValueError):  # JSON's and Unicode's are ValueErrors
+    if not path.is_file():
+        raise ValueError(f"{path} is missing" if not path.exists() else f"{path} is no file")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; this kind of file has at most {MAX_JSON_BYTES:,}")
+    # JSON's errors and Unicode's are ValueErrors; RecursionError is for brackets in brackets in brackets.
+    with explain(f"{path} is not readable JSON{replacement(path)}", OSError, ValueError, RecursionError):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object")

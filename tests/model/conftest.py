@@ -4,8 +4,12 @@ import contextlib
 
 import pytest
 import torch
+from helpers import load
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from model.io.adapter import save_adapter
+from model.lora import TARGETS, add_lora
 
 
 @pytest.fixture
@@ -21,6 +25,15 @@ def current(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     return stack
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    """A folder with an adapter of that model."""
+    tuned = load(model)
+    add_lora(tuned, TARGETS["decoder"], rank=2)
+    save_adapter(tuned, tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
 # A CUDA graph on the CPU ------------------------------------------------------------------------------------

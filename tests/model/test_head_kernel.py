@@ -57,6 +57,18 @@ def test_kernel_greedy(batch, width, classes, noise_feedback, cap):
         check(plain(hidden, slot, uniform), fused(hidden, slot, uniform))
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("slot", [2, 4])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about NaN
+def test_kernel_without_numbers(slot, sampling):
+    """One logit that is NaN makes the score NaN, whatever is chosen. (If all are, the interpreter stops.)"""
+    both = heads(64, sampling=sampling)
+    both[0].decoder.embed.weight.data[(CLASS0 if slot == 4 else LOC0) + 3] = torch.nan
+    hidden, uniform = inputs(3, 64)
+    for head in both:
+        assert head(hidden, slot, uniform).score.isnan().all()
+
+
 def test_kernel_many_rows():
     """The branches of 16 images, 24 each; then fewer rows, in the same buffers. Of classes only, which is all
     that parallel decoding chooses here; 1,024 coordinates for this many rows take the interpreter half a

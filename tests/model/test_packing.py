@@ -17,7 +17,6 @@ from model.decoding.packing import (
     INT8_MATMUL_ROWS,
     Int8Linear,
     PackedLinear,
-    _forget,
     _replace,
     can_pack,
     load_for_decoding,
@@ -25,7 +24,7 @@ from model.decoding.packing import (
     quantize,
 )
 from model.io.adapter import save_adapter
-from model.io.weights import is_mapped
+from model.io.weights import is_mapped, release_pages
 from model.lora import TARGETS, add_lora, lora_layers
 
 
@@ -191,7 +190,7 @@ def test_neighbours_in_the_file_keep_their_pages(tmp_path):
     assert {end, start} <= {x.data_ptr() + offset for x in tensors for offset in (0, x.nbytes)}
     for x in tensors:
         x.fill_(MARK)
-    _forget(weight)
+    release_pages(weight)
     for x in tensors:
         assert x.data_ptr() == start or (x == MARK).all()
 

@@ -1,0 +1,75 @@
+"""Tensors of safetensors files, and what is refused: other dtypes, and numbers that no training leaves.
+
+Neither would end in an error later: integers would be taken for weights, and a single NaN becomes an answer
+in which nothing is found.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.io.hub import replacement
+from model.io.writing import explain
+
+READABLE = ("BF16", "F16", "F32")  # dtypes that weights are read from, as safetensors spells them
+LARGEST = 1 << 16  # float16, in which checkpoints are published too, ends just below; weights are below 1,000
+_PIECE = 1 << 18  # numbers compared at a time on a CPU: they stay in its cache between two operations
+AGAIN = "; download it again"
+_NAMED = 5  # tensors in a complaint; a damaged file may hold hundreds
+
+
+def open_tensors(file: Path) -> safe_open:
+    """A safetensors file. Only its header is read; `get_tensor` maps a tensor, all of them in READABLE."""
+    what = f"{file} cannot be read as safetensors{replacement(file, AGAIN)}"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing, or is no file")
+    with explain(what, OSError, SafetensorError):
+        opened = safe_open(file, framework="pt")
+        kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    if wrong := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in READABLE]:
+        raise ValueError(f"{file}: weights must be {', '.join(READABLE)}, but not {_some(wrong)}")
+    return opened
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    opened = open_tensors(file)
+    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+    check_numbers(tensors, file)
+    return tensors
+
+
+def check_numbers(tensors: dict[str, Tensor], source: Path) -> None:
+    """Refuse tensors that hold NaN, infinity or numbers above LARGEST."""
+    check_largest({name: largest(tensor) for name, tensor in tensors.items()}, source)
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The greatest magnitude in a float tensor, a number on its device; NaN or infinity if there is one.
+
+    Without their sign, the bits of floats are ordered as the floats are, infinity after all numbers and NaN
+    after infinity. Comparing them as integers reads memory once and is several times as fast as abs().max().
+    """
+    bits, magnitude = (torch.int16, 0x7FFF) if tensor.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
+    numbers = tensor.detach().flatten().view(bits)
+    pieces = numbers.split(_PIECE if numbers.device.type == "cpu" else max(1, numbers.numel()))
+    tops = [(piece & magnitude).amax() for piece in pieces if piece.numel()]
+    return (torch.stack(tops).amax() if tops else numbers.new_zeros(())).view(tensor.dtype)
+
+
+def check_largest(found: dict[str, Tensor], source: Path) -> None:
+    """The same, given `largest` of every tensor: all results are fetched from their device at once."""
+    found = {name: number for name, number in found.items() if not number.is_meta}  # those have no numbers
+    numbers = torch.stack([number.float() for number in found.values()]).tolist() if found else []
+    wrong = [f"{name} ({number:g})" for name, number in zip(found, numbers) if not number <= LARGEST]
+    if wrong:
+        what = f"NaN, infinity or numbers above {LARGEST:,}, which no training leaves"
+        raise ValueError(f"{source} holds {what}{replacement(source, AGAIN)}: {_some(wrong)}")
+
+
+def _some(names: list[str]) -> str:
+    """The first few of many names."""
+    shown, more = names[:_NAMED], len(names) - _NAMED
+    return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
