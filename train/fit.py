@@ -14,134 +14,30 @@ import functools
 import math
 import os
 import signal
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
 
-from model import PaliGemma, lora
 from model.decoding.closed_set import ClosedSet
-from model.decoding.masks import MaskCodec
-from model.io.hub import codec_file, resolve
-from model.io.weights import DTYPES, load_config
-from model.io.writing import read_json, write_json
-from train.data.coco import CocoIndex
+from model.io.hub import resolve
+from model.io.writing import write_json
 from train.data.jsonl import is_jsonl
-from train.data.open import check_length, classes_for, open_data, read_coco_index
-from train.data.samples import TEXT_MULTIPLE, StepSampler, closed_set_lengths, collate, weight_of
+from train.data.open import read_coco_index
+from train.data.samples import StepSampler, weight_of
 from train.loss import Objective
-from train.practice.dataset import PracticeScenes
-from train.run.checkpoint import Run, load_trainer_state, newest, save_checkpoint, save_model
+from train.run.checkpoint import Run, load_trainer_state, save_checkpoint, save_model
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
-from train.run.options import arguments, as_json, branches_of, changed_options, noise_of, overrides_of
+from train.run.options import arguments, as_json
 from train.run.plan import print_plan
 from train.run.processes import all_gather, join_processes, own_device, use_gpu
 from train.run.program import run as run_program
+from train.setup import checkpoint_to_resume, load_data, load_model, make_loader
 from train.validate import Validation
-
-# ---- set-up ------------------------------------------------------------------------------------------------
-
-
-def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
-    """The newest checkpoint in --out, or None for a new run, and the options that it ran with. Refuses to
-    continue with others."""
-    restarts = all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # each node counts its own
-    restarted = max(restarts) > 0
-    found = newest(args.out)
-    if found and not (args.resume or restarted):
-        raise ValueError(f"{args.out} holds a run already: --resume continues it, or choose another --out")
-    before = read_json(args.out / "run.json") if found else {}
-    if found and (changed := changed_options(before, args)):
-        was = ", ".join(changed)
-        raise ValueError(f"{args.out} is a run with {was}: it cannot go on with other values")
-    return found, before
-
-
-def load_model(
-    args: argparse.Namespace, base: Path, adapter: Path | None, index: CocoIndex | None, device: torch.device
-) -> PaliGemma:
-    """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
-    before, to be trained further; index: of --data, if it is a COCO file."""
-    overrides = overrides_of(args)
-    if not args.data or index is not None:
-        overrides["answers"] = args.answers
-    if args.data:
-        overrides["classes"] = classes_for(index, load_config(base).classes)
-        if index is None:  # lines of text: any class can be asked for
-            overrides["open_vocabulary"] = True
-    model = PaliGemma.from_pretrained(
-        base, dtype=DTYPES[args.dtype], device=device, adapter=adapter, **overrides
-    )
-    if args.lora and not adapter:
-        lora.add_lora(
-            model,
-            args.lora_targets,
-            rank=args.lora_rank,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            rslora=args.rslora,
-        )
-    elif args.freeze_vision and not args.lora:
-        model.vision.requires_grad_(False)
-    return model
-
-
-def load_data(
-    args: argparse.Namespace, model: PaliGemma, language: ClosedSet, index: CocoIndex | None
-) -> Dataset:
-    """The training data: --data, or practice scenes. index: of --data, if it is a COCO file."""
-    if not args.data:
-        prompt, branches, noise = len(language.prompt), branches_of(args), noise_of(args)
-        check_length(closed_set_lengths(prompt, language.groups, 0, branches, noise)[1], model)
-        codec = MaskCodec.load(codec_file(model.folder)) if args.tasks == "all" else None
-        vision = model.config.vision
-        return PracticeScenes(
-            language,
-            vision.image_size,
-            vision.patch_size,
-            first=args.first_scene,
-            tokenizer=model.tokenizer,
-            codec=codec,
-            noise=noise,
-            branches=branches,
-        )
-    if args.patch_weight:
-        raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
-    return open_data(
-        args.data,
-        args.images,
-        model,
-        model.tokenizer,
-        args.seed,
-        args.augment,
-        allow_outside=args.allow_outside,
-        noise=noise_of(args),
-        index=index,
-        branches=branches_of(args),
-    )
-
-
-def make_loader(
-    args: argparse.Namespace, data: Dataset, sampler: StepSampler, pad: int, device: torch.device
-) -> DataLoader:
-    """Micro-batches in the order of the run, prepared by worker processes."""
-    multiple = TEXT_MULTIPLE if args.tasks == "all" else 1
-    per_example = args.loss_mean == "example"
-    return DataLoader(
-        data,
-        batch_sampler=sampler,
-        collate_fn=functools.partial(collate, pad=pad, multiple=multiple, per_example=per_example),
-        num_workers=args.workers,
-        prefetch_factor=4 if args.workers else None,
-        pin_memory=device.type == "cuda",
-    )
-
 
 # ---- one step ----------------------------------------------------------------------------------------------
 
