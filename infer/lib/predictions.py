@@ -83,7 +83,7 @@ def evaluate(
 
     batch_size: None for what memory holds. title: of the progress bar. out: where to keep the predictions.
     """
-    coco = read_coco(data)
+    coco = read_coco(data, images)
     ids = category_ids(coco, detector.classes, data)
     rank, world = rank_and_world()
     shares = all_gather(predict(detector, coco, images, ids, batch_size, title, out, rank, world))

@@ -35,7 +35,7 @@ def is_jsonl(path: Path) -> bool:
         line = next((line for line in lines if line.strip()), b"")
     try:
         first = json.loads(line)
-    except ValueError:  # the beginning of a document, or a broken line
+    except (ValueError, RecursionError):  # the beginning of a document, or a broken line
         return re.match(rb'\s*\{\s*"(image|prefix|suffix|label|mask)"', line) is not None
     return isinstance(first, dict) and not first.keys().isdisjoint(KEYS + MASK_KEYS)
 
@@ -71,6 +71,8 @@ def _parse(line: bytes) -> dict:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("not JSON (it is nested too deeply)") from error
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object: {record!r:.60}")
     for key in KEYS:
