@@ -33,7 +33,7 @@ def run_complaint(model, out, options) -> str:
     return complaint(run, model, out, f"{PLAIN} {options}")
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a lost machine: nothing in the program expects it."""
 
 

@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import signal
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from train.data.jsonl import is_jsonl
 from train.data.open import read_coco_index
 from train.data.samples import StepSampler, weight_of
 from train.loss import Objective
-from train.run.checkpoint import Run, load_trainer_state, save_checkpoint, save_model
+from train.run.checkpoint import Run, Saver, load_trainer_state, save_checkpoint, save_model
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
@@ -36,7 +37,7 @@ from train.run.options import arguments, as_json
 from train.run.plan import print_plan
 from train.run.processes import all_gather, join_processes, own_device, use_gpu
 from train.run.program import run as run_program
-from train.setup import checkpoint_to_resume, load_data, load_model, make_loader
+from train.setup import checkpoint_to_resume, leave_out_broken, load_data, load_model, make_loader
 from train.validate import Validation
 
 # ---- one step ----------------------------------------------------------------------------------------------
@@ -54,17 +55,16 @@ def agree(parts: list[dict[str, Tensor]], stopping: bool, world: int) -> tuple[T
     return sums[0] / world, sums[1] > 0
 
 
-def train_step(
+def compute_gradient(
     compute: nn.Module,
     objective: Objective,
-    optimizers: list[Optimizer],
     parts: list[dict[str, Tensor]],
     total: Tensor,
     step: int,
     args: argparse.Namespace,
 ) -> Tensor | None:
-    """Forward and backward through all micro-batches, then one update of the weights. Returns the loss, or
-    None where the gradient is not finite: the weights stay as they were."""
+    """Forward and backward through all micro-batches. Returns the loss, or None where the gradient is not
+    finite."""
     loss_sum = torch.zeros((), device=total.device)
     amp = args.amp and args.dtype == "float32"
     for i, part in enumerate(parts):
@@ -76,12 +76,14 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     # A GPU sync: so far the CPU has only queued the step's work, now it waits for the result.
-    if not torch.isfinite(norm):
-        return None
+    return loss_sum if torch.isfinite(norm) else None
+
+
+def update(optimizers: list[Optimizer]) -> None:
+    """One step of the weights along their gradients."""
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss_sum
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def train(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         use_gpu(device)
     if world > 1 or args.shard:
-        join_processes("nccl" if device.type == "cuda" else "gloo")
+        join_processes("nccl" if device.type == "cuda" else "gloo", timedelta(minutes=args.timeout))
     say = print if rank == 0 else lambda *_: None
 
     # The model, from a checkpoint of this run or from --model, and the data.
@@ -115,6 +117,7 @@ def train(args: argparse.Namespace) -> int:
     if args.val_every and args.val and args.tasks == "closed-set" and is_jsonl(args.val) == data.closed_set:
         kind = "lines of text" if data.closed_set else "COCO instances"
         raise ValueError(f"--val {args.val} holds {kind}, another kind of data than what is trained on")
+    skipped = leave_out_broken(args, data, before if found else None)
 
     # What is minimised, how it is computed, and what updates the weights.
     allowed = language if data.closed_set and args.loss == "allowed" else None
@@ -132,8 +135,6 @@ def train(args: argparse.Namespace) -> int:
     compute = distribute(objective, args)
     optimizers = make_optimizers(objective, args)
     trainer = load_trainer_state(found, objective, optimizers) if found else {"step": 0}
-    if found and any(before.get(name) != as_json(args)[name] for name in ("val", "val_count", "shard")):
-        trainer.pop("best", None)  # its score is of other pictures, or of the loss and not of the mAP
     trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     say(f"{trainable:,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -145,58 +146,68 @@ def train(args: argparse.Namespace) -> int:
     )
     batches = iter(make_loader(args, data, sampler, model.config.pad, device))
     validation = Validation(args, model, objective, tokenizer, device) if args.val_every else None
+
+    # What the run writes: run.json, the log and the checkpoints.
+    options = as_json(args) | dict(skipped=skipped, skipped_val=validation.skipped if validation else {})
+    validated = ("val", "val_count", "shard", "skipped_val")
+    if found and any(before.get(name) != options[name] for name in validated):
+        trainer.pop("best", None)  # its score is of other pictures, or of the loss and not of the mAP
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        write_json(as_json(args), args.out / "run.json")
+        write_json(options, args.out / "run.json")
     log = Log(args, steps.start, device) if rank == 0 else None
     save = functools.partial(save_checkpoint, run, trainer, model, objective, optimizers)
     stopping = stop_on_signals()
 
     loss_sum = torch.zeros((), device=device)  # since the last line of the log
-    for step in steps:
-        # Every step derives its random numbers (dropout) from its own number: there is no state to save.
-        torch.manual_seed(hash((args.seed, step, rank)) % 2**63)
-        set_learning_rate(optimizers, step, args)
-        parts = [next(batches) for _ in range(args.accumulate)]
-        parts = [{name: x.to(device, non_blocking=True) for name, x in part.items()} for part in parts]
-        total, stop = agree(parts, stopping["now"], world)
-        loss = train_step(compute, objective, optimizers, parts, total, step, args)
-        if loss is None:
-            save()
-            names = ", ".join(data.name(item) for keys in sampler.keys(step) for _, item in keys)
-            raise ValueError(
-                f"step {step + 1}: the loss or its gradient is not finite; the weights before it are saved. "
-                f"Its samples on process {rank}: {names}"
-            )
-        loss_sum += loss
-        done = trainer["step"] = step + 1
+    with Saver(save, run, trainer, options, args.shard) as saver:  # saves what is not, if an error ends it
+        for step in steps:
+            # Every step derives its random numbers (dropout) from its own number: there is no state to save.
+            torch.manual_seed(hash((args.seed, step, rank)) % 2**63)
+            set_learning_rate(optimizers, step, args)
+            parts = [next(batches) for _ in range(args.accumulate)]
+            parts = [{name: x.to(device, non_blocking=True) for name, x in part.items()} for part in parts]
+            total, stop = agree(parts, stopping["now"], world)
+            loss = compute_gradient(compute, objective, parts, total, step, args)
+            if loss is None:
+                saver.save()
+                names = ", ".join(data.name(item) for keys in sampler.keys(step) for _, item in keys)
+                raise ValueError(
+                    f"step {step + 1}: the loss or its gradient is not finite; the weights before it are "
+                    f"saved. Its samples on process {rank}: {names}"
+                )
+            with saver.step():
+                update(optimizers)
+            loss_sum += loss
+            done = trainer["step"]
 
-        # At intervals: a line of the log, validation, a checkpoint.
-        if log:
-            log.bar.update()
-        if done % args.log_every == 0:
-            if world > 1:
-                dist.all_reduce(loss_sum)
+            # At intervals: a line of the log, validation, a checkpoint.
             if log:
-                log.line(done, loss_sum.item() / world, lr=optimizers[-1].param_groups[0]["lr"])
-            loss_sum.zero_()
-        if validation and (done % args.val_every == 0 or done == args.steps):
-            # One process decides for all: their sums may differ in a digit, and then only some would save.
-            figures = all_gather(validation.run())[0]
-            score = figures.get("val_mAP", -figures["val_loss"])
-            if score > trainer.get("best", {}).get("score", -math.inf):
-                trainer["best"] = dict(step=done, score=score)
-            if log:
-                log.write(dict(step=done, **figures))
-        best_now = trainer.get("best", {}).get("step") == done
-        if done % args.save_every == 0 or done == args.steps or best_now or stop:
-            save()
-        if stop and done < args.steps:
-            say(f"\nstopped after step {done}; --resume continues")
-            return 128 + signal.SIGTERM
-    if log:
-        log.bar.close()
+                log.bar.update()
+            if done % args.log_every == 0:
+                if world > 1:
+                    dist.all_reduce(loss_sum)
+                if log:
+                    log.line(done, loss_sum.item() / world, lr=optimizers[-1].param_groups[0]["lr"])
+                loss_sum.zero_()
+            if validation and (done % args.val_every == 0 or done == args.steps):
+                saver.save()  # it may take long, and meet pictures that training did not
+                # One process decides for all: sums may differ in a digit, and then only some would save.
+                figures = all_gather(validation.run())[0]
+                score = figures.get("val_mAP", -figures["val_loss"])
+                if score > trainer.get("best", {}).get("score", -math.inf):
+                    trainer["best"] = dict(step=done, score=score)
+                if log:
+                    log.write(dict(step=done, **figures))
+            best_now = trainer.get("best", {}).get("step") == done
+            if done % args.save_every == 0 or done == args.steps or best_now or stop:
+                saver.save()
+            if stop and done < args.steps:
+                say(f"\nstopped after step {done}; --resume continues")
+                return 128 + signal.SIGTERM
     save_model(model, args.out / "final", run, torch.bfloat16)
+    if log:
+        log.close()
     say(f"trained {'adapter' if args.lora else 'checkpoint'}: {args.out / 'final'}")
     return 0
 

@@ -13,25 +13,29 @@ from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.hub import codec_file
 from model.io.weights import DTYPES, load_config
-from model.io.writing import read_json
+from model.io.writing import check_writable, read_json
 from train.data.coco import CocoIndex
 from train.data.open import check_length, classes_for, open_data
 from train.data.samples import TEXT_MULTIPLE, StepSampler, closed_set_lengths, collate
 from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import newest
+from train.run.log import logged_lines
 from train.run.options import branches_of, changed_options, noise_of, overrides_of
+from train.run.pictures import pictures_to_skip
 from train.run.processes import all_gather
 
 
 def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
     """The newest checkpoint in --out, or None for a new run, and the options that it ran with. Refuses to
     continue with others."""
+    check_writable(args.out)
     restarts = all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # each node counts its own
     restarted = max(restarts) > 0
     found = newest(args.out)
     if found and not (args.resume or restarted):
         raise ValueError(f"{args.out} holds a run already: --resume continues it, or choose another --out")
-    before = read_json(args.out / "run.json") if found else {}
+    before = dict(skipped={}, skipped_val={}) | read_json(args.out / "run.json") if found else {}
+    logged_lines(args.out / "metrics.jsonl")  # complains now, not after the model is loaded
     if found and (changed := changed_options(before, args)):
         was = ", ".join(changed)
         raise ValueError(f"{args.out} is a run with {was}: it cannot go on with other values")
@@ -100,6 +104,17 @@ def load_data(
         index=index,
         branches=branches_of(args),
     )
+
+
+def leave_out_broken(args: argparse.Namespace, data: Dataset, before: dict | None) -> dict[str, str]:
+    """Open all pictures of --data, and leave out those that cannot be used: {item: what is wrong with it}.
+    before: run.json of the run that goes on, which leaves out what it did, whatever is broken by now."""
+    known = None if before is None else before["skipped"]
+    if args.data and args.check:
+        known = pictures_to_skip(data, range(len(data)), args.data, args.workers, args.skip_broken, known)
+    if known:
+        data.keep([item for item in range(len(data)) if str(item) not in known])
+    return known or {}
 
 
 def make_loader(

@@ -1,6 +1,7 @@
 """The options that the programs share, and the model or detector that they ask for."""
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import torch
@@ -95,6 +96,9 @@ def check_output(file: Path | None, option: str = "--json") -> None:
     if file and (file.is_dir() or not file.parent.is_dir()):
         fault = "is a folder" if file.is_dir() else "its folder does not exist"
         raise ValueError(f"{option} {file}: {fault}")
+    if file:
+        with explain(f"{option} {file} cannot be written", OSError), tempfile.TemporaryFile(dir=file.parent):
+            pass
 
 
 # ---- what they ask for -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -241,12 +242,27 @@ class CocoDetections(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def same_picture(self, item: int) -> int:
+        """The first item with the same picture: in a COCO file, each has its own."""
+        return item
+
     def name(self, item: int) -> str:
         return self.index.name(int(self.rows[item]))
 
     def picture_size(self, item: int) -> tuple[int, int]:
         """Width and height, as given in the file."""
         return tuple(self.index.sizes[self.rows[item]].tolist())
+
+    def picture(self, item: int) -> Image.Image:
+        """The upright picture, of the size that the file gives."""
+        file = self.images / self.name(item)
+        image = load_image(file)
+        check_size(image, file, *self.picture_size(item))
+        return image
+
+    def keep(self, items: Sequence[int]) -> None:
+        """Leave out all other items; those that stay are numbered anew."""
+        self.rows = self.rows[torch.as_tensor(items, dtype=torch.int64)].share_memory_()
 
     def objects(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes float64 [n, 4] in pixels, and the model's class numbers int64 [n]."""
@@ -256,9 +272,7 @@ class CocoDetections(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
-        file = self.images / self.name(item)
-        image = load_image(file)
-        check_size(image, file, *self.picture_size(item))
+        image = self.picture(item)
         boxes, labels = self.objects(item)
         if self.augment:
             changed, moved, kept = augment(rng, image, boxes)

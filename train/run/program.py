@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from train.run.processes import exit_program
+from train.run.processes import exit_program, lost_processes
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -24,6 +24,14 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """An argparse type: a whole number of at least 0."""
     return _at_least(0, int(text))
+
+
+def minutes(text: str) -> float:
+    """An argparse type: a time in minutes, at most a year."""
+    value = float(text)
+    if not 0 < value <= 525_600:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most a year")
+    return value
 
 
 def _at_least(minimum: int, value: int) -> int:
@@ -50,6 +58,12 @@ def run(main: Callable[[], int | None], file: str) -> None:
         status = main() or 0
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         complain(error, file)
+        status = 1
+    except RuntimeError as error:  # of another process, of torchrun's or of the data loader's, that was lost
+        worker = str(error).startswith("DataLoader worker")  # killed: most often for want of memory
+        if not (words := str(error) if worker else lost_processes(error)):
+            raise
+        complain(words, file)
         status = 1
     except KeyboardInterrupt:
         status = 130
