@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -130,4 +131,11 @@ def make_loader(
         num_workers=args.workers,
         prefetch_factor=4 if args.workers else None,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_run,
     )
+
+
+def leave_signals_to_the_run(_worker: int) -> None:
+    """SIGTERM, with which torchrun and SLURM stop a run, reaches its workers too: they have to go on while
+    the run finishes its step, and end with it. SIGINT they ignore anyway."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
