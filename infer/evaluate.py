@@ -9,6 +9,9 @@ without objects too; then AP when the class is ignored, and how far scores are f
 (expected calibration error, ten bins).
 
 --out keeps the predictions: report.py draws them, and a stopped run continues from them.
+
+Pictures that cannot be read, or have another size than the file says, are named, and there are no figures of
+the others: those would be of another set. With --out all others are predicted all the same, and kept.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from infer.lib.predictions import (
 )
 from model.io.image import image_folder
 from model.io.names import shown
+from model.io.writing import check_writable
 from train.practice.write import HELD_OUT_SETS
 from train.run.processes import all_gather, join_processes, own_device
 from train.run.program import parser, run
@@ -50,7 +54,7 @@ def join_torchrun(args: argparse.Namespace) -> None:
     """Under torchrun: meet the other processes, and choose this one's GPU."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        join_processes("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
+        join_processes("gloo", patience=timedelta(days=7))  # the first to finish waits for the last
         if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
             args.device = str(own_device("cuda", world))
 
@@ -80,6 +84,8 @@ def main() -> None:
     add_detection_arguments(options)
     args = options.parse_args()
     check_output(args.json)
+    if args.out:
+        check_writable(args.out)
     join_torchrun(args)
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:

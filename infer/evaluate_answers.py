@@ -33,7 +33,7 @@ from infer.lib.options import (
 )
 from infer.lib.predictions import add_set_arguments, evaluation_sets
 from model.decoding.generate import Prompter
-from model.decoding.masks import from_rle
+from model.decoding.masks import rle_size
 from model.io.image import load_image
 from model.io.names import shown
 from model.io.tokenizer import LOCS
@@ -54,7 +54,7 @@ def read_prompts(data: Path, images: Path) -> list[dict]:
             if task_of(record) is None:
                 raise ValueError(f"begins with none of {', '.join(TASKS)}, and has no mask")
             if "mask" in record:
-                from_rle(record["mask"])
+                rle_size(record["mask"])  # compared with the picture before the mask is made
             if not isinstance(record.get("kind", ""), str):
                 raise ValueError(f"'kind' must be text, not {record['kind']!r:.60}")
         records.append(record)

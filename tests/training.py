@@ -33,7 +33,7 @@ def run_complaint(model, out, options) -> str:
     return complaint(run, model, out, f"{PLAIN} {options}")
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a lost machine: nothing in the program expects it."""
 
 
@@ -138,7 +138,7 @@ def instances(**changes) -> dict:
             dict(id=4, image_id=9, category_id=2, bbox=[0, 0, 9, 9], iscrowd=1),
             dict(id=5, image_id=9, category_id=2, bbox=[0, 0, 9, 0]),
             dict(id=6, image_id=9, category_id=2, bbox=[60, 0, 9, 9]),  # beside the image
-            dict(id=7, image_id=9, category_id=2, bbox=[1, float("nan"), 9, 9]),
+            dict(id=7, image_id=9, category_id=2, bbox=[30, 5, -9, 9]),
             dict(id=8, image_id=9, category_id=13, bbox=[-10, -5, 20, 20]),
         ],
     )

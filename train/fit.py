@@ -14,134 +14,31 @@ import functools
 import math
 import os
 import signal
-from pathlib import Path
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
 
-from model import PaliGemma, lora
 from model.decoding.closed_set import ClosedSet
-from model.decoding.masks import MaskCodec
-from model.io.hub import codec_file, resolve
-from model.io.weights import DTYPES, load_config
-from model.io.writing import read_json, write_json
-from train.data.coco import CocoIndex
+from model.io.hub import resolve
+from model.io.writing import write_json
 from train.data.jsonl import is_jsonl
-from train.data.open import check_length, classes_for, open_data, read_coco_index
-from train.data.samples import TEXT_MULTIPLE, StepSampler, closed_set_lengths, collate, weight_of
+from train.data.open import read_coco_index
+from train.data.samples import StepSampler, weight_of
 from train.loss import Objective
-from train.practice.dataset import PracticeScenes
-from train.run.checkpoint import Run, load_trainer_state, newest, save_checkpoint, save_model
+from train.run.checkpoint import Run, Saver, load_trainer_state, save_checkpoint, save_model
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
-from train.run.options import arguments, as_json, branches_of, changed_options, noise_of, overrides_of
+from train.run.options import arguments, as_json
 from train.run.plan import print_plan
 from train.run.processes import all_gather, join_processes, own_device, use_gpu
 from train.run.program import run as run_program
+from train.setup import checkpoint_to_resume, leave_out_broken, load_data, load_model, make_loader
 from train.validate import Validation
-
-# ---- set-up ------------------------------------------------------------------------------------------------
-
-
-def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
-    """The newest checkpoint in --out, or None for a new run, and the options that it ran with. Refuses to
-    continue with others."""
-    restarts = all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # each node counts its own
-    restarted = max(restarts) > 0
-    found = newest(args.out)
-    if found and not (args.resume or restarted):
-        raise ValueError(f"{args.out} holds a run already: --resume continues it, or choose another --out")
-    before = read_json(args.out / "run.json") if found else {}
-    if found and (changed := changed_options(before, args)):
-        was = ", ".join(changed)
-        raise ValueError(f"{args.out} is a run with {was}: it cannot go on with other values")
-    return found, before
-
-
-def load_model(
-    args: argparse.Namespace, base: Path, adapter: Path | None, index: CocoIndex | None, device: torch.device
-) -> PaliGemma:
-    """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
-    before, to be trained further; index: of --data, if it is a COCO file."""
-    overrides = overrides_of(args)
-    if not args.data or index is not None:
-        overrides["answers"] = args.answers
-    if args.data:
-        overrides["classes"] = classes_for(index, load_config(base).classes)
-        if index is None:  # lines of text: any class can be asked for
-            overrides["open_vocabulary"] = True
-    model = PaliGemma.from_pretrained(
-        base, dtype=DTYPES[args.dtype], device=device, adapter=adapter, **overrides
-    )
-    if args.lora and not adapter:
-        lora.add_lora(
-            model,
-            args.lora_targets,
-            rank=args.lora_rank,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            rslora=args.rslora,
-        )
-    elif args.freeze_vision and not args.lora:
-        model.vision.requires_grad_(False)
-    return model
-
-
-def load_data(
-    args: argparse.Namespace, model: PaliGemma, language: ClosedSet, index: CocoIndex | None
-) -> Dataset:
-    """The training data: --data, or practice scenes. index: of --data, if it is a COCO file."""
-    if not args.data:
-        prompt, branches, noise = len(language.prompt), branches_of(args), noise_of(args)
-        check_length(closed_set_lengths(prompt, language.groups, 0, branches, noise)[1], model)
-        codec = MaskCodec.load(codec_file(model.folder)) if args.tasks == "all" else None
-        vision = model.config.vision
-        return PracticeScenes(
-            language,
-            vision.image_size,
-            vision.patch_size,
-            first=args.first_scene,
-            tokenizer=model.tokenizer,
-            codec=codec,
-            noise=noise,
-            branches=branches,
-        )
-    if args.patch_weight:
-        raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
-    return open_data(
-        args.data,
-        args.images,
-        model,
-        model.tokenizer,
-        args.seed,
-        args.augment,
-        allow_outside=args.allow_outside,
-        noise=noise_of(args),
-        index=index,
-        branches=branches_of(args),
-    )
-
-
-def make_loader(
-    args: argparse.Namespace, data: Dataset, sampler: StepSampler, pad: int, device: torch.device
-) -> DataLoader:
-    """Micro-batches in the order of the run, prepared by worker processes."""
-    multiple = TEXT_MULTIPLE if args.tasks == "all" else 1
-    per_example = args.loss_mean == "example"
-    return DataLoader(
-        data,
-        batch_sampler=sampler,
-        collate_fn=functools.partial(collate, pad=pad, multiple=multiple, per_example=per_example),
-        num_workers=args.workers,
-        prefetch_factor=4 if args.workers else None,
-        pin_memory=device.type == "cuda",
-    )
-
 
 # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -158,17 +55,16 @@ def agree(parts: list[dict[str, Tensor]], stopping: bool, world: int) -> tuple[T
     return sums[0] / world, sums[1] > 0
 
 
-def train_step(
+def compute_gradient(
     compute: nn.Module,
     objective: Objective,
-    optimizers: list[Optimizer],
     parts: list[dict[str, Tensor]],
     total: Tensor,
     step: int,
     args: argparse.Namespace,
 ) -> Tensor | None:
-    """Forward and backward through all micro-batches, then one update of the weights. Returns the loss, or
-    None where the gradient is not finite: the weights stay as they were."""
+    """Forward and backward through all micro-batches. Returns the loss, or None where the gradient is not
+    finite."""
     loss_sum = torch.zeros((), device=total.device)
     amp = args.amp and args.dtype == "float32"
     for i, part in enumerate(parts):
@@ -180,12 +76,14 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     # A GPU sync: so far the CPU has only queued the step's work, now it waits for the result.
-    if not torch.isfinite(norm):
-        return None
+    return loss_sum if torch.isfinite(norm) else None
+
+
+def update(optimizers: list[Optimizer]) -> None:
+    """One step of the weights along their gradients."""
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss_sum
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -200,7 +98,7 @@ def train(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         use_gpu(device)
     if world > 1 or args.shard:
-        join_processes("nccl" if device.type == "cuda" else "gloo")
+        join_processes("nccl" if device.type == "cuda" else "gloo", timedelta(minutes=args.timeout))
     say = print if rank == 0 else lambda *_: None
 
     # The model, from a checkpoint of this run or from --model, and the data.
@@ -219,6 +117,7 @@ def train(args: argparse.Namespace) -> int:
     if args.val_every and args.val and args.tasks == "closed-set" and is_jsonl(args.val) == data.closed_set:
         kind = "lines of text" if data.closed_set else "COCO instances"
         raise ValueError(f"--val {args.val} holds {kind}, another kind of data than what is trained on")
+    skipped = leave_out_broken(args, data, before if found else None)
 
     # What is minimised, how it is computed, and what updates the weights.
     allowed = language if data.closed_set and args.loss == "allowed" else None
@@ -236,8 +135,6 @@ def train(args: argparse.Namespace) -> int:
     compute = distribute(objective, args)
     optimizers = make_optimizers(objective, args)
     trainer = load_trainer_state(found, objective, optimizers) if found else {"step": 0}
-    if found and any(before.get(name) != as_json(args)[name] for name in ("val", "val_count", "shard")):
-        trainer.pop("best", None)  # its score is of other pictures, or of the loss and not of the mAP
     trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     say(f"{trainable:,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -249,58 +146,68 @@ def train(args: argparse.Namespace) -> int:
     )
     batches = iter(make_loader(args, data, sampler, model.config.pad, device))
     validation = Validation(args, model, objective, tokenizer, device) if args.val_every else None
+
+    # What the run writes: run.json, the log and the checkpoints.
+    options = as_json(args) | dict(skipped=skipped, skipped_val=validation.skipped if validation else {})
+    validated = ("val", "val_count", "shard", "skipped_val")
+    if found and any(before.get(name) != options[name] for name in validated):
+        trainer.pop("best", None)  # its score is of other pictures, or of the loss and not of the mAP
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        write_json(as_json(args), args.out / "run.json")
+        write_json(options, args.out / "run.json")
     log = Log(args, steps.start, device) if rank == 0 else None
     save = functools.partial(save_checkpoint, run, trainer, model, objective, optimizers)
     stopping = stop_on_signals()
 
     loss_sum = torch.zeros((), device=device)  # since the last line of the log
-    for step in steps:
-        # Every step derives its random numbers (dropout) from its own number: there is no state to save.
-        torch.manual_seed(hash((args.seed, step, rank)) % 2**63)
-        set_learning_rate(optimizers, step, args)
-        parts = [next(batches) for _ in range(args.accumulate)]
-        parts = [{name: x.to(device, non_blocking=True) for name, x in part.items()} for part in parts]
-        total, stop = agree(parts, stopping["now"], world)
-        loss = train_step(compute, objective, optimizers, parts, total, step, args)
-        if loss is None:
-            save()
-            names = ", ".join(data.name(item) for keys in sampler.keys(step) for _, item in keys)
-            raise ValueError(
-                f"step {step + 1}: the loss or its gradient is not finite; the weights before it are saved. "
-                f"Its samples on process {rank}: {names}"
-            )
-        loss_sum += loss
-        done = trainer["step"] = step + 1
+    with Saver(save, run, trainer, options, args.shard) as saver:  # saves what is not, if an error ends it
+        for step in steps:
+            # Every step derives its random numbers (dropout) from its own number: there is no state to save.
+            torch.manual_seed(hash((args.seed, step, rank)) % 2**63)
+            set_learning_rate(optimizers, step, args)
+            parts = [next(batches) for _ in range(args.accumulate)]
+            parts = [{name: x.to(device, non_blocking=True) for name, x in part.items()} for part in parts]
+            total, stop = agree(parts, stopping["now"], world)
+            loss = compute_gradient(compute, objective, parts, total, step, args)
+            if loss is None:
+                saver.save()
+                names = ", ".join(data.name(item) for keys in sampler.keys(step) for _, item in keys)
+                raise ValueError(
+                    f"step {step + 1}: the loss or its gradient is not finite; the weights before it are "
+                    f"saved. Its samples on process {rank}: {names}"
+                )
+            with saver.step():
+                update(optimizers)
+            loss_sum += loss
+            done = trainer["step"]
 
-        # At intervals: a line of the log, validation, a checkpoint.
-        if log:
-            log.bar.update()
-        if done % args.log_every == 0:
-            if world > 1:
-                dist.all_reduce(loss_sum)
+            # At intervals: a line of the log, validation, a checkpoint.
             if log:
-                log.line(done, loss_sum.item() / world, lr=optimizers[-1].param_groups[0]["lr"])
-            loss_sum.zero_()
-        if validation and (done % args.val_every == 0 or done == args.steps):
-            # One process decides for all: their sums may differ in a digit, and then only some would save.
-            figures = all_gather(validation.run())[0]
-            score = figures.get("val_mAP", -figures["val_loss"])
-            if score > trainer.get("best", {}).get("score", -math.inf):
-                trainer["best"] = dict(step=done, score=score)
-            if log:
-                log.write(dict(step=done, **figures))
-        best_now = trainer.get("best", {}).get("step") == done
-        if done % args.save_every == 0 or done == args.steps or best_now or stop:
-            save()
-        if stop and done < args.steps:
-            say(f"\nstopped after step {done}; --resume continues")
-            return 128 + signal.SIGTERM
-    if log:
-        log.bar.close()
+                log.bar.update()
+            if done % args.log_every == 0:
+                if world > 1:
+                    dist.all_reduce(loss_sum)
+                if log:
+                    log.line(done, loss_sum.item() / world, lr=optimizers[-1].param_groups[0]["lr"])
+                loss_sum.zero_()
+            if validation and (done % args.val_every == 0 or done == args.steps):
+                saver.save()  # it may take long, and meet pictures that training did not
+                # One process decides for all: sums may differ in a digit, and then only some would save.
+                figures = all_gather(validation.run())[0]
+                score = figures.get("val_mAP", -figures["val_loss"])
+                if score > trainer.get("best", {}).get("score", -math.inf):
+                    trainer["best"] = dict(step=done, score=score)
+                if log:
+                    log.write(dict(step=done, **figures))
+            best_now = trainer.get("best", {}).get("step") == done
+            if done % args.save_every == 0 or done == args.steps or best_now or stop:
+                saver.save()
+            if stop and done < args.steps:
+                say(f"\nstopped after step {done}; --resume continues")
+                return 128 + signal.SIGTERM
     save_model(model, args.out / "final", run, torch.bfloat16)
+    if log:
+        log.close()
     say(f"trained {'adapter' if args.lora else 'checkpoint'}: {args.out / 'final'}")
     return 0
 

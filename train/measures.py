@@ -34,14 +34,15 @@ LONGEST_N_GRAM, LENGTH_SIGMA = 4, 6.0  # of CIDEr-D; sigma: how far a caption's 
 # ---- boxes -------------------------------------------------------------------------------------------------
 
 
-def read_coco(file: Path) -> COCO:
-    """A COCO annotation file, checked; the images need no width and height."""
-    categories, images, annotations = read_records(file, sizes=False)
+def read_coco(file: Path, images: Path | None = None) -> COCO:
+    """A COCO annotation file, checked as for training, except that its images need no width and height.
+    images: their folder, if it is to be checked."""
+    categories, pictures, annotations = read_records(file, images, sizes=False)
     for number, record in enumerate(annotations.values(), start=1):
         record["id"] = number  # pycocotools takes 0 for "no match"
-        record.setdefault("area", record["bbox"][2] * record["bbox"][3])
-        record.setdefault("iscrowd", 0)
-    return make_coco(images.values(), annotations.values(), categories.values())
+        if record["area"] is None:
+            record["area"] = record["bbox"][2] * record["bbox"][3]
+    return make_coco(pictures.values(), annotations.values(), categories.values())
 
 
 def make_coco(images, annotations, categories) -> COCO:

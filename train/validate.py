@@ -26,6 +26,7 @@ from train.data.samples import collate, weight_of
 from train.measures import make_coco, run_cocoeval, to_results
 from train.practice.write import write_coco
 from train.run.options import branches_of, noise_of
+from train.run.pictures import pictures_to_skip
 from train.run.processes import all_gather, rank_and_world
 
 BATCH = 16
@@ -56,6 +57,10 @@ class Validation:
         branches = branches_of(args)
         self.data = open_data(file, images, model, tokenizer, args.seed, noise=noise, branches=branches)
         items = range(min(args.val_count, len(self.data)))
+        self.skipped = {}  # {item: what is wrong with its picture}
+        if args.val and args.check:
+            self.skipped = pictures_to_skip(self.data, items, file, args.workers, args.skip_broken)
+            items = [item for item in items if str(item) not in self.skipped]
         self.mine = items[rank :: self.world]
         self.loader = DataLoader(
             Subset(self.data, [(item, item) for item in self.mine]),  # a sample is asked for by two numbers

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -108,6 +109,8 @@ def check_output(file: Path | None, option: str = "--json") -> None:
         fault = "is a FIFO, a socket or a device"
     if fault:
         raise ValueError(f"{option} {shown(file)}: {fault}")
+    with explain(f"{option} {shown(file)} cannot be written", OSError):
+        tempfile.TemporaryFile(dir=file.parent).close()
 
 
 def write_output(value: dict | list, file: Path) -> None:

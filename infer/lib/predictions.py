@@ -11,6 +11,7 @@ Without --data, it holds such a folder for each practice set, with the drawn sce
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve
 from model.io.image import check_size, image_folder, read_ahead
 from model.io.names import shown
-from model.io.writing import explain, read_json, write_json
+from model.io.writing import explain, named, read_json, write_json, write_lines
 from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval, to_results
 from train.practice.write import HELD_OUT_SETS, write_coco
 from train.run.processes import all_gather, rank_and_world
@@ -84,13 +85,18 @@ def evaluate(
 
     batch_size: None for what memory holds. title: of the progress bar. out: where to keep the predictions.
     """
-    coco = read_coco(data)
+    coco = read_coco(data, images)
     ids = category_ids(coco, detector.classes, data)
     rank, world = rank_and_world()
     shares = all_gather(predict(detector, coco, images, ids, batch_size, title, out, rank, world))
     if rank > 0:
         return {}
-    results = sorted((result for share in shares for result in share), key=lambda r: r["image_id"])
+    if faults := [fault for _, of_share in shares for fault in of_share]:
+        for fault in faults[1:]:
+            print(fault, file=sys.stderr)
+        more = f", and {len(faults) - 1} more pictures" if len(faults) > 1 else ""
+        raise ValueError(f"{faults[0]}{more}: no figures of {data}, which would be those of other pictures")
+    results = sorted((result for share, _ in shares for result in share), key=lambda r: r["image_id"])
     # Boxes of a class that the set does not have count only where classes are ignored.
     of_set = [result for result in results if result["category_id"] != -1]
     evaluation = run_cocoeval(coco, of_set)
@@ -100,7 +106,7 @@ def evaluate(
     figures["AP any class"] = round(float(any_class.stats[0]), 4)
     figures |= {"calibration error": round(error, 4), "images": len(coco.imgs), "calibration": table}
     if out:
-        (out / "results.json").write_text(json.dumps(of_set), encoding="utf-8")
+        write_lines([json.dumps(of_set)], out / "results.json")
         write_json(figures, out / "figures.json")
     return figures
 
@@ -115,30 +121,46 @@ def predict(
     out: Path | None = None,
     rank: int = 0,
     world: int = 1,
-) -> list[dict]:
-    """Results in COCO's format for every image of the set; of several processes, for this one's share.
+) -> tuple[list[dict], list[str]]:
+    """Results in COCO's format for every image of the set, and what is wrong with those that cannot be used;
+    of several processes, for this one's share.
 
     ids: the set's category id of each class. With out, the results of an image are written there as they
-    come, and an image whose results are there, whichever process wrote them, is not decoded again.
+    come, and an image whose results are there, whichever process wrote them, is not decoded again. Without,
+    the first image that cannot be used is the last: no result would be kept.
     """
     known = read_predictions(out) if out else {}
     share = sorted(coco.dataset["images"], key=lambda record: record["id"])[rank::world]
     todo = [record for record in share if record["id"] not in known]
     log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
     bar = tqdm(total=len(todo), desc=shown(title), unit="image", leave=False, disable=rank > 0)
+    faults = []
     with log as lines, bar:
         records, size = iter(todo), batch_size or detector.fitting_batch()
         for batch in read_ahead((images / record["file_name"] for record in todo), size):
-            of_batch, pictures = list(islice(records, len(batch))), [reading.result() for _, reading in batch]
-            for (file, _), picture, record in zip(batch, pictures, of_batch, strict=True):
-                if "width" in record and "height" in record:  # COCO's own evaluation needs neither
-                    check_size(picture, file, record["width"], record["height"])
-            for found, record in zip(detector(pictures), of_batch, strict=True):
+            pictures, of_batch = [], []
+            for (file, reading), record in zip(batch, islice(records, len(batch)), strict=True):
+                try:
+                    picture = reading.result()
+                    if "width" in record and "height" in record:  # COCO's own evaluation needs neither
+                        check_size(picture, file, record["width"], record["height"])
+                except ValueError as error:
+                    faults.append(str(error))
+                    continue
+                pictures.append(picture)
+                of_batch.append(record)
+            if faults and not out:
+                break
+            found_in = detector(pictures) if pictures else []
+            for found, record in zip(found_in, of_batch, strict=True):
                 results = known[record["id"]] = to_results(found, record["id"], ids)
                 if lines:
-                    print(json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True)
+                    with named(Path(lines.name)):
+                        print(
+                            json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True
+                        )
             bar.update(len(batch))
-    return [result for record in share for result in known[record["id"]]]
+    return [result for record in share for result in known.get(record["id"], [])], faults
 
 
 def read_predictions(out: Path) -> dict[int, list[dict]]:

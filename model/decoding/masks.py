@@ -222,17 +222,31 @@ def to_rle(mask: np.ndarray) -> dict:
     return rle | dict(counts=rle["counts"].decode())
 
 
-def from_rle(rle: dict) -> np.ndarray:
-    """COCO's run-length encoding, its counts as text or as a list -> mask bool [H, W]."""
+def from_rle(rle: dict, size: tuple[int, int] | None = None) -> np.ndarray:
+    """COCO's run-length encoding, its counts as text or as a list -> mask bool [H, W].
+
+    size: width and height of the image; a mask of another size is refused before anything so large is made.
+    """
+    width, height, runs = _checked_runs(rle)
+    if size not in (None, (width, height)):
+        raise ValueError(f"the mask has {width} x {height} pixels, its image {size[0]} x {size[1]}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def rle_size(rle: dict) -> tuple[int, int]:
+    """Width and height of a run-length encoding whose runs fill them. The mask itself is not made."""
+    return _checked_runs(rle)[:2]
+
+
+def _checked_runs(rle: dict) -> tuple[int, int, list[int]]:
     with explain("not a run-length encoding", KeyError, TypeError, ValueError):
         height, width = rle["size"]
-        runs = np.asarray(_runs(rle["counts"]) if isinstance(rle["counts"], str) else rle["counts"])
-        within = runs.dtype.kind == "i" and ((runs >= 0) & (runs <= height * width)).all()
+        runs = _runs(rle["counts"]) if isinstance(rle["counts"], str) else rle["counts"]
+        whole = isinstance(runs, list) and all(type(x) is int and x >= 0 for x in (height, width, *runs))
         # pycocotools reads memory that it never wrote when the runs do not fill the picture.
-        if not within or runs.ndim != 1 or runs.sum() != height * width or min(height, width) < 1:
+        if not whole or height * width == 0 or sum(runs) != height * width:
             raise ValueError(f"its runs do not fill {width} x {height} pixels")
-    inside = np.arange(len(runs)) % 2 == 1
-    return np.repeat(inside, runs).reshape(width, height).T
+    return width, height, runs
 
 
 def _runs(text: str) -> list[int]:
@@ -241,6 +255,8 @@ def _runs(text: str) -> list[int]:
     runs, value, shift = [], 0, 0
     for byte in text.encode():
         byte -= 48
+        if shift > 60:
+            raise ValueError("a run of more than 60 bits")
         value |= (byte & 31) << shift
         shift += 5
         if not byte & 32:

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model.io.hub import replacement
@@ -53,10 +55,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
     # In the same folder, as renaming is atomic there; cut, as a name may have 255 bytes and no more.
     temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with named(path, temporary):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Name the file that could not be written: a full disk's own words do not, and others name the temporary
+    file. Errors of other files pass."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        about = getattr(error, "filename", None)
+        if about is not None and Path(os.fsdecode(about)) not in (path, temporary):
+            raise
+        words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(f"{path} cannot be written ({' '.join(words.split())})") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Complain before the work if a folder cannot be written to afterwards, or cannot be made."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    with explain(f"{folder} cannot be written", OSError), tempfile.TemporaryFile(dir=nearest):
+        pass
 
 
 def write_lines(lines: Iterable[str], path: Path) -> None:

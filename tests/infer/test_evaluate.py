@@ -6,6 +6,7 @@ A detector that answers from a list stands in for the model, except where severa
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,10 @@ def test_predictions_are_in_pixels_of_the_picture(coco):
             ["instances.json", "ufo"],
         ),
         (lambda file: (file.parent / "images" / "1.png").unlink(), ["1.png", "no such file"]),
-        (lambda file: (file.parent / "images" / "1.png").write_text("?"), ["1.png", "not a readable image"]),
+        (
+            lambda file: (file.parent / "images" / "1.png").write_text("?"),
+            ["1.png", "not a readable image", "no figures"],
+        ),
     ],
     ids=["missing", "list", "unknown class", "lost image", "broken image"],
 )
@@ -173,7 +177,7 @@ def test_bad_arguments(run_evaluate):
 
 def test_figures_are_not_lost(run_evaluate, here):
     """A file that cannot be written is told before the work, not after it."""
-    for target in ("no/figures.json", "."):
+    for target in ("no/figures.json", ".", "/proc/figures.json"):
         code, out, err = run_evaluate("--count", 1, "--groups", 1, "--sets", "same", "--json", target)
         assert code == 1 and out == "" and len(err.splitlines()) == 1
 
@@ -262,6 +266,26 @@ def test_settings_without_predictions_are_replaced(tmp_path):
 # ---- shared out --------------------------------------------------------------------------------------------
 
 
+def test_broken_pictures(evaluate_data, data, tmp_path, straight):
+    """All are named, and there are no figures; what was found in the others is kept until they are mended."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(data.parent / "images", images)
+    (images / "2.png").write_bytes((images / "2.png").read_bytes()[:900])
+    (images / "5.png").unlink()
+    options = ["--images", images, "--out", out, "--batch-size", 1, "--json", tmp_path / "figures.json"]
+    code, printed, err = evaluate_data(*options)
+    assert (
+        code == 1 and printed == "" and "2.png: not a readable image" in err and "5.png: no such file" in err
+    )
+    assert err.splitlines()[-1].startswith("evaluate.py: ") and "1 more picture" in err.splitlines()[-1]
+    assert not (out / "figures.json").exists() and not (tmp_path / "figures.json").exists()
+    for name in ("2.png", "5.png"):
+        shutil.copy(data.parent / "images" / name, images)
+    rest = FromAList(data)
+    code, _, _ = evaluate_data(*options, detector=rest)
+    assert code == 0 and rest.seen == 2 and files_of(out) == straight
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_shares(data, tmp_path, world, straight):
     """Every process takes its part, and any number of processes goes on with what others left."""
@@ -275,7 +299,7 @@ def test_shares(data, tmp_path, world, straight):
     assert [detector.seen for detector in detectors] == [
         len(range(rank, LISTED_IMAGES, world)) for rank in range(world)
     ]
-    taken = [{result["image_id"] for result in share} for share in shares]
+    taken = [{result["image_id"] for result in share} for share, _ in shares]
     assert all(found <= set(range(rank, LISTED_IMAGES, world)) for rank, found in enumerate(taken))
     (tmp_path / "predictions-1.jsonl").unlink()
     alone = FromAList(data)

@@ -51,6 +51,12 @@ def test_practice_scenes(monkeypatch, capsys, model, here):
     [
         (dict(image="a.png", prefix="segment cat", suffix=""), "mask"),
         (dict(image="a.png", prefix="segment cat", suffix="", mask=dict(size=3)), "mask"),
+        (
+            dict(
+                image="a.png", prefix="segment cat", suffix="", mask=dict(size=[10**6] * 2, counts=[10**12])
+            ),
+            "a mask of 1000000 x 1000000 pixels, but 120 x 80",
+        ),
         (dict(image="a.png", prefix="detect cat", suffix=""), "detect cat"),
         (dict(image="none.png", prefix="caption en", suffix=""), "none.png"),
         (dict(image="a.png", suffix=""), "prefix"),

@@ -62,6 +62,22 @@ BAD_FILES = {
     "'/etc/a.png' leaves": broken("images", 1, file_name="/etc/a.png"),
     "'sub/../../a.png' leaves": broken("images", 1, file_name="sub/../../a.png"),
     "category 13 has no name": broken("categories", 2, name=None),
+    "not JSON (maximum recursion": "[" * 100_000,
+    "the categories 90 and 2 have the same name, 'bird'": broken("categories", 1, name="bird"),
+    "category 13 has a name that is no text: 'a\\nb'": broken("categories", 2, name="a\nb"),
+    "an entry of 'images' has no whole number as id: {'id': '5'": broken("images", 1, id="5"),
+    "annotation 2 has the image_id '70'": broken("annotations", 1, image_id="70"),
+    "annotation 2 has the category_id 2.0": broken("annotations", 1, category_id=2.0),
+    "image 5 has the width 1000000": broken("images", 1, width=10**30),
+    "image 5 has the height 1e+308": broken("images", 1, height=1e308),
+    "image 5: 'a\\x00.png' cannot be": broken("images", 1, file_name="a\0.png"),
+    "image 5: '\\ud800' cannot be": broken("images", 1, file_name="\ud800"),
+    "annotation 3 has the bbox [1, nan, 3, 4]": broken("annotations", 2, bbox=[1, float("nan"), 3, 4]),
+    "annotation 3 has the bbox [1, 1000000": broken("annotations", 2, bbox=[1, 10**400, 3, 4]),
+    "annotation 3 has the bbox ['1', 2, 3, 4]": broken("annotations", 2, bbox=["1", 2, 3, 4]),
+    "annotation 3 has the area '9'": broken("annotations", 2, area="9"),
+    "annotation 3 has the area -1": broken("annotations", 2, area=-1),
+    "annotation 3 has the iscrowd '0'": broken("annotations", 2, iscrowd="0"),
 }
 
 
@@ -81,6 +97,21 @@ def test_bad_instances(tmp_path, read, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read(file)
     assert "bad.json" in str(error.value)
+
+
+def test_what_may_be_missing(tmp_path):
+    """Areas and crowds are filled in alike, whether they are missing or null."""
+    data = instances()
+    missing = {key: x for key, x in data["annotations"][1].items() if key not in ("area", "iscrowd")}
+    data["annotations"] = [missing, missing | dict(id=1, area=None, iscrowd=None)]
+    (tmp_path / "some.json").write_text(json.dumps(data))
+    for annotation in read_coco(tmp_path / "some.json").dataset["annotations"]:
+        assert annotation["area"] == 900 and annotation["iscrowd"] == 0
+
+
+def test_evaluation_needs_the_folder_too(folder):
+    with pytest.raises(ValueError, match="elsewhere: no such folder"):
+        read_coco(folder / "instances.json", folder / "elsewhere")
 
 
 def test_records(folder):

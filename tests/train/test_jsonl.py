@@ -68,6 +68,7 @@ def test_pairs_depend_on_the_key_alone(folder, tokenizer):
 BAD_LINES = {
     "not JSON (": "{'image': 1}",
     "not a JSON object: [1]": [1],
+    "not JSON (it is nested": "[" * 100_000,
     "no 'image'": dict(prefix="", suffix=""),
     "no 'prefix'": dict(image="a.png", suffix=""),
     "no 'suffix'": dict(image="a.png", prefix=""),
@@ -114,6 +115,7 @@ def test_is_jsonl(folder):
         (json.dumps(instances(), indent=2), False),
         (json.dumps([CAT]), False),
         ("", False),
+        ("[" * 100_000, False),
         ("\x00\xff", False),
     ):
         (folder / "some.txt").write_text(text, encoding="latin-1")

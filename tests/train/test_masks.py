@@ -136,6 +136,9 @@ FAULTS = {
     "few counts": (dict(size=[HEIGHT, WIDTH], counts=[10]), "do not fill"),
     "negative counts": (dict(size=[HEIGHT, WIDTH], counts=[-10, HEIGHT * WIDTH + 10]), "do not fill"),
     "negative size": (dict(size=[-HEIGHT, -WIDTH], counts=[10, HEIGHT * WIDTH - 10]), "do not fill"),
+    "huge": (dict(size=[2 * 10**6] * 2, counts=[4 * 10**12]), "2000000 x 2000000 pixels, its image 100 x 60"),
+    "endless": (dict(size=[HEIGHT, WIDTH], counts="o" * 100_000), "more than 60 bits"),
+    "fractions": (dict(size=[HEIGHT, WIDTH], counts=[10.0, HEIGHT * WIDTH - 10]), "do not fill"),
     "outside": ([[200, 200, 220, 200, 220, 230]], "empty"),
 }
 

@@ -100,15 +100,15 @@ def test_kill_9_and_resume(processes, tiny, scenes, tmp_path):
 
 
 def test_preemption(tiny, scenes, tmp_path):
-    """SIGTERM: the step is finished, everything saved, and the exit code says so."""
+    """SIGTERM, to the workers too: the step is finished, everything saved, and the exit code says so."""
     process = subprocess.Popen(
-        command(tiny, tmp_path / "run", f"--data {scenes} --steps 100000 --save-every 100000"),
-        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        command(tiny, tmp_path / "run", f"--data {scenes} --steps 100000 --save-every 100000 --workers 2"),
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     while not (tmp_path / "run" / "metrics.jsonl").read_text():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=200)
     assert process.returncode == 128 + signal.SIGTERM
     last = metrics(tmp_path / "run")[-1]["step"]

@@ -204,5 +204,7 @@ def test_the_first_process_decides_what_is_best(tiny, scenes, tmp_path):
     options = f"--data {scenes} --val {scenes} --val-every 1 --save-every 4 --steps 4"
     launch(tiny, tmp_path / "run", options, torchrun(2), program)
     saves = [(tmp_path / "run" / f"saves-{rank}").read_text().split() for rank in (0, 1)]
-    assert saves == [["1", "4"], ["1", "4"]]  # the first process saw the loss rise
+    assert saves == [["1", "2", "3", "4"]] * 2  # each before its validation
+    trainer = json.loads((tmp_path / "run" / "step-0000004" / "trainer.json").read_text())
+    assert trainer["best"]["step"] == 1  # the first process saw the loss rise
     assert [line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [5, 6, 7, 8]

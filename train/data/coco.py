@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,40 +19,51 @@ from train.data.augment import augment
 from train.data.samples import closed_set_lengths, closed_set_sample
 from train.data.targets import NANO_NOISE, Noise
 
+MAX_SIDE = 2**31 - 1  # pixels: what image formats can say at most
+
 
 def read_records(
-    file: Path, boxes: bool = True, outlines: bool = False, sizes: bool = True
+    file: Path, images: Path | None = None, boxes: bool = True, outlines: bool = False, sizes: bool = True
 ) -> tuple[dict[int, dict], dict[int, dict], dict[int, dict]]:
     """Categories, images and annotations of a COCO file by id, in the file's order.
 
-    Each category has a name; each image has a file_name inside the image folder, and an int width and height;
-    each annotation has an image and a category of the file. Other fields are passed on unchecked.
-    boxes: each annotation must have a bbox. outlines: keep the segmentations, which are most of a file.
-    sizes: each image must have a width and a height.
+    Each category has a name of its own; each image has a file_name inside the image folder, and an int width
+    and height; each annotation has an image and a category of the file, `iscrowd` 0 or 1, and an `area` that
+    is a number or None. Other fields are passed on unchecked.
+    images: their folder, if it is to be checked. boxes: each annotation must have a bbox. outlines: keep the
+    segmentations, which are most of a file. sizes: each image must have a width and a height.
     """
-    with explain(f"{file} is not a COCO annotation file: not JSON", ValueError):
+    if images is not None and not images.is_dir():
+        raise ValueError(f"{images}: no such folder (the images of {file})")
+    with explain(f"{file} is not a COCO annotation file: not JSON", ValueError, RecursionError):
         data = json.loads(file.read_bytes(), object_hook=None if outlines else _without_outlines)
-    categories, images, annotations = (
+    categories, pictures, annotations = (
         _by_id(data, key, file) for key in ("categories", "images", "annotations")
     )
-    if not images:
+    if not pictures:
         raise ValueError(f"{file} has no images")
-    for i, record in categories.items():
-        if not isinstance(record.get("name"), str) or not record["name"]:
-            raise ValueError(f"{file}: category {i} has no name")
-    for i, record in images.items():
+    _check_categories(categories, file)
+    for i, record in pictures.items():
         where = f"{file}: image {i}"
         _check_file_name(record, where)
         given = [side for side in ("width", "height") if sizes or side in record]
         record |= {side: _side(record, side, where) for side in given}
     for i, record in annotations.items():
-        for key, known in (("image_id", images), ("category_id", categories)):
+        where = f"{file}: annotation {i}"
+        for key, known in (("image_id", pictures), ("category_id", categories)):
             if type(record.get(key)) is not int or record[key] not in known:
-                fault = f"has the {key} {record.get(key)!r}, which the file does not define"
-                raise ValueError(f"{file}: annotation {i} {fault}")
+                raise ValueError(
+                    f"{where} has the {key} {record.get(key)!r:.60}, which the file does not define"
+                )
         if boxes:
-            _check_bbox(record, f"{file}: annotation {i}")
-    return categories, images, annotations
+            _check_bbox(record, where)
+        area, crowd = record.setdefault("area", None), record.get("iscrowd")
+        if area is not None and not (_is_number(area) and area >= 0):
+            raise ValueError(f"{where} has the area {area!r:.60}: it must be a number of at least 0")
+        if crowd not in (None, 0, 1):
+            raise ValueError(f"{where} has the iscrowd {crowd!r:.60}: it must be 0 or 1")
+        record["iscrowd"] = int(crowd or 0)
+    return categories, pictures, annotations
 
 
 def _without_outlines(record: dict) -> dict:
@@ -75,24 +87,48 @@ def _by_id(data: dict, key: str, file: Path) -> dict[int, dict]:
     return records
 
 
+def _check_categories(categories: dict[int, dict], file: Path) -> None:
+    ids = {}
+    for i, record in categories.items():
+        name = record.get("name")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{file}: category {i} has no name")
+        if not _is_text(name):
+            raise ValueError(f"{file}: category {i} has a name that is no text: {name!r:.60}")
+        if (other := ids.setdefault(name, i)) != i:
+            raise ValueError(f"{file}: the categories {other} and {i} have the same name, {name!r:.60}")
+
+
 def _check_file_name(record: dict, where: str) -> None:
     name = record.get("file_name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where} has no file_name")
+    if not _is_text(name):
+        raise ValueError(f"{where}: {name!r:.60} cannot be the name of a file")
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{where}: file_name {name!r} leaves the image folder")
+        raise ValueError(f"{where}: file_name {name!r:.200} leaves the image folder")
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written in UTF-8 and has no control characters: no line end, no NUL."""
+    return value.encode(errors="replace").decode() == value and not any(x < " " for x in value)
+
+
+def _is_number(value) -> bool:
+    """Whether a value is a number to compute with: Python's JSON has NaN, and whole numbers of any length."""
+    return type(value) in (int, float) and abs(value) <= 2**53
 
 
 def _side(record: dict, side: str, where: str) -> int:
     value = record.get(side)
-    if type(value) not in (int, float) or not value > 0 or value % 1 != 0:
-        raise ValueError(f"{where} has the {side} {value!r}: it must be a whole number of pixels")
+    if not _is_number(value) or not 0 < value <= MAX_SIDE or value % 1 != 0:
+        raise ValueError(f"{where} has the {side} {value!r:.60}: it must be a whole number of pixels")
     return int(value)
 
 
 def _check_bbox(record: dict, where: str) -> None:
     box = record.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise ValueError(f"{where} has the bbox {box!r:.60}: it must be [x, y, width, height]")
 
 
@@ -108,7 +144,7 @@ class CocoIndex:
     names: Tensor  # uint8: the file names in UTF-8, one after the other
     name_offsets: Tensor  # int64 [N + 1]
     skipped_crowd: int
-    skipped_degenerate: int  # without width or height inside the image, or not finite
+    skipped_degenerate: int  # without width or height inside the image
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -127,9 +163,7 @@ class CocoIndex:
         cls, file: Path, images: Path | None = None, max_classes: int | None = MAX_CLASSES
     ) -> "CocoIndex":
         """Index a file. images: their folder, if it is to be checked; max_classes None: no limit."""
-        if images is not None and not images.is_dir():
-            raise ValueError(f"{images}: no such folder (the images of {file})")
-        categories, pictures, annotations = read_records(file)
+        categories, pictures, annotations = read_records(file, images)
         if max_classes is not None and len(categories) > max_classes:
             raise ValueError(f"{file} has {len(categories)} categories, there are tokens for {max_classes}")
         ids = sorted(categories)
@@ -138,7 +172,7 @@ class CocoIndex:
         crowd, owners, labels, boxes = 0, [], [], []
         image_rows, category_rows = ({i: row for row, i in enumerate(keys)} for keys in (pictures, ids))
         for record in annotations.values():
-            if record.get("iscrowd"):
+            if record["iscrowd"]:
                 crowd += 1
                 continue
             owners.append(image_rows[record["image_id"]])
@@ -146,7 +180,6 @@ class CocoIndex:
             boxes.append(record["bbox"])
 
         owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
-        boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, 0)  # dropped below, as degenerate
         boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)  # x0, y0, x1, y1
         boxes = boxes.clip(0, np.tile(np.array(sizes), 2)[owners])
         order = np.argsort(owners, kind="stable")  # by image, and within it as in the file
@@ -209,12 +242,27 @@ class CocoDetections(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def same_picture(self, item: int) -> int:
+        """The first item with the same picture: in a COCO file, each has its own."""
+        return item
+
     def name(self, item: int) -> str:
         return self.index.name(int(self.rows[item]))
 
     def picture_size(self, item: int) -> tuple[int, int]:
         """Width and height, as given in the file."""
         return tuple(self.index.sizes[self.rows[item]].tolist())
+
+    def picture(self, item: int) -> Image.Image:
+        """The upright picture, of the size that the file gives."""
+        file = self.images / self.name(item)
+        image = load_image(file)
+        check_size(image, file, *self.picture_size(item))
+        return image
+
+    def keep(self, items: Sequence[int]) -> None:
+        """Leave out all other items; those that stay are numbered anew."""
+        self.rows = self.rows[torch.as_tensor(items, dtype=torch.int64)].share_memory_()
 
     def objects(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes float64 [n, 4] in pixels, and the model's class numbers int64 [n]."""
@@ -224,9 +272,7 @@ class CocoDetections(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
-        file = self.images / self.name(item)
-        image = load_image(file)
-        check_size(image, file, *self.picture_size(item))
+        image = self.picture(item)
         boxes, labels = self.objects(item)
         if self.augment:
             changed, moved, kept = augment(rng, image, boxes)

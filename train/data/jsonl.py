@@ -8,11 +8,12 @@ suffix may be a list of right answers. Other keys are ignored, blank lines skipp
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -35,7 +36,7 @@ def is_jsonl(path: Path) -> bool:
         line = next((line for line in lines if line.strip()), b"")
     try:
         first = json.loads(line)
-    except ValueError:  # the beginning of a document, or a broken line
+    except (ValueError, RecursionError):  # the beginning of a document, or a broken line
         return re.match(rb'\s*\{\s*"(image|prefix|suffix|label|mask)"', line) is not None
     return isinstance(first, dict) and not first.keys().isdisjoint(KEYS + MASK_KEYS)
 
@@ -71,6 +72,8 @@ def _parse(line: bytes) -> dict:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("not JSON (it is nested too deeply)") from error
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object: {record!r:.60}")
     for key in KEYS:
@@ -103,8 +106,10 @@ class JsonlPairs(Dataset):
         """size: S, the image's side. augment: colours only, as boxes and words like "left" are text."""
         self.file, self.images, self.tokenizer = file, images, tokenizer
         self.size, self.seed, self.augment = size, seed, augment
-        offsets, self.text_tokens = [], 0
+        offsets, first, self.text_tokens = [], {}, 0
+        pictures = []  # of each line, the number of the first line with the same picture
         for offset, record in read_lines(file, images, allow_outside):
+            pictures.append(first.setdefault(record["image"], len(offsets)))
             offsets.append(offset)
             prompt = len(tokenizer.encode_prompt(record["prefix"]))
             answer = max(len(tokenizer.encode(text)) for text in right_answers(record))
@@ -113,12 +118,27 @@ class JsonlPairs(Dataset):
             raise ValueError(f"{file} has no lines")
         self.text_positions = self.text_tokens
         self.offsets = torch.tensor(offsets).share_memory_()
+        self.pictures = torch.tensor(pictures)
 
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def same_picture(self, item: int) -> int:
+        """The first item with the same picture."""
+        return int(self.pictures[item])
+
+    def keep(self, items: Sequence[int]) -> None:
+        """Leave out all other items, for which all lines of a picture stay or go; those that stay are
+        numbered anew."""
+        items = torch.as_tensor(items, dtype=torch.int64)
+        self.offsets = self.offsets[items].share_memory_()
+        self.pictures = torch.searchsorted(items, self.pictures[items])
+
     def name(self, item: int) -> str:
         return self._record(item)["image"]
+
+    def picture(self, item: int) -> Image.Image:
+        return load_image(self.images / self.name(item))
 
     def _record(self, item: int) -> dict:
         with open(self.file, "rb") as file:  # every time: workers would share the position of an open file
@@ -129,7 +149,7 @@ class JsonlPairs(Dataset):
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
         record = self._record(item)
-        image = load_image(self.images / record["image"])
+        image = self.picture(item)
         if self.augment and rng.random() < JITTER:
             image = jitter(rng, image)
         prompt, answers = self.tokenizer.encode_prompt(record["prefix"]), right_answers(record)

@@ -93,7 +93,7 @@ def _pixels(mask: dict | list | Path, width: int, height: int) -> np.ndarray:
     if isinstance(mask, list):
         return _of_polygons(mask, width, height)
     if isinstance(mask, dict):
-        return from_rle(mask)
+        return from_rle(mask, (width, height))
     raise ValueError(f"there is no segmentation, but {mask!r:.60}")
 
 

@@ -13,8 +13,9 @@ A closed-set answer that is taught in parallel is no text, but the fields of a t
 A data set is asked for a sample by its key (draw, item): the sample's number in the run, and its number in
 the data. All randomness is derived from the seed and the key, so a sample is the same in every process. Data
 sets have `closed_set` (whether all answers are in the closed-set language) and `name(item)` for messages;
-those of files also have `len`, `text_tokens`, the largest T of their samples (branches count), and
-`text_positions`, the last position that they use.
+those of files also have `len`, `text_tokens`, the largest T of their samples (branches count),
+`text_positions`, the last position that they use, `picture(item)`, `same_picture(item)`, the first item with
+the same picture, and `keep(items)`, which leaves the others out.
 """
 
 from collections.abc import Iterator, Sequence

@@ -5,9 +5,11 @@ a LoRA run, the adapter), and beside it `optimizer.safetensors` and `trainer.jso
 random generators or data: each step derives its own from the seed and its number.
 """
 
+import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from model import PaliGemma
 from model.io.adapter import adapter_tensors, save_adapter
 from model.io.hub import COMPANION_FILES
 from model.io.weights import save_weights
-from model.io.writing import read_json, save_tensors, write_json
+from model.io.writing import named, read_json, save_tensors, write_json
 from model.lora import lora_layers
 
 
@@ -77,7 +79,8 @@ def save_model(model: PaliGemma, folder: Path, run: Run, dtype: torch.dtype | No
     if first:
         save_weights(model, folder, dtype, state=state)
         for name, content in run.companions.items():
-            (folder / name).write_bytes(content)
+            with named(folder / name):
+                (folder / name).write_bytes(content)
 
 
 def save_checkpoint(
@@ -103,7 +106,7 @@ def save_checkpoint(
             save_tensors(state, partial / "optimizer.safetensors")
             write_json(trainer, partial / "trainer.json")
             for file in partial.iterdir():  # on the disk before the name says that it is complete
-                with open(file, "rb") as handle:
+                with named(file), open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -111,10 +114,58 @@ def save_checkpoint(
         if first:
             shutil.rmtree(partial, ignore_errors=True)
     if first:
-        best = run.out / f"step-{trainer.get('best', trainer)['step']:07d}"
-        for old in checkpoints(run.out)[: -run.keep]:
-            if old != best:
-                shutil.rmtree(old)
+        _delete_old(run, trainer)
+
+
+def _delete_old(run: Run, trainer: dict) -> None:
+    best = run.out / f"step-{trainer.get('best', trainer)['step']:07d}"
+    for old in checkpoints(run.out)[: -run.keep]:
+        if old != best:
+            shutil.rmtree(old)
+
+
+class Saver(contextlib.AbstractContextManager):
+    """Saves the checkpoints of a run; in a `with` statement also when an error ends the run.
+
+    save: writes one (save_checkpoint). options: what run.json holds. sharded: all processes must save
+    together, which they cannot after an error of one of them.
+    """
+
+    def __init__(self, save: Callable[[], None], run: Run, trainer: dict, options: dict, sharded: bool):
+        self._save, self.run, self.trainer = save, run, trainer
+        self.options, self.sharded = options, sharded
+        self.saved = trainer["step"]  # the last step that is on the disk, or needs not be: step 0
+        self.whole = True  # the weights are those after trainer["step"], and saving them has not failed
+
+    def save(self) -> None:
+        """Write OUT/step-..., or if it is there, what has become known about it since."""
+        first, self.whole = int(os.environ.get("RANK", 0)) == 0, False
+        if first and not (self.run.out / "run.json").exists():  # removed meanwhile; --resume needs it
+            self.run.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.options, self.run.out / "run.json")
+        step = self.trainer["step"]
+        if self.saved != step or step == 0:
+            self._save()
+        elif first:
+            write_json(self.trainer, self.run.out / f"step-{step:07d}" / "trainer.json")
+            _delete_old(self.run, self.trainer)
+        self.saved, self.whole = step, True
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the update of the weights that makes a step. After an error in it they are of no step."""
+        self.whole = False
+        yield
+        self.trainer["step"] += 1
+        self.whole = True
+
+    def __exit__(self, kind, error, traceback) -> None:
+        unsaved = self.whole and self.saved != self.trainer["step"]
+        if isinstance(error, Exception) and unsaved and not self.sharded:
+            try:
+                self.save()
+            except (OSError, RuntimeError) as failure:  # the first error is the one to report
+                print(f"fit.py: step {self.trainer['step']} is not saved: {failure}", file=sys.stderr)
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -4,11 +4,14 @@ import argparse
 import contextlib
 import json
 import signal
+import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from model.io.writing import explain, named, write_lines
 from train.run.processes import peak_memory
 
 
@@ -26,16 +29,24 @@ def stop_on_signals() -> dict[str, bool]:
     return stopping
 
 
+def logged_lines(file: Path, last_step: int = sys.maxsize) -> list[str]:
+    """The lines of a metrics.jsonl up to a step; none if there is no such file. A last line that was not
+    written to its end is dropped."""
+    kept = []
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True) if file.exists() else [], 1):
+        fault = f"{file}:{number}: not a line of a run's log; correct it or take it out"
+        with explain(fault, ValueError, KeyError, TypeError, RecursionError):
+            if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
+                kept.append(line.decode())
+    return kept
+
+
 class Log:
     """The progress bar, OUT/metrics.jsonl, and TensorBoard where it is installed."""
 
     def __init__(self, args: argparse.Namespace, first_step: int, device: torch.device):
-        path = args.out / "metrics.jsonl"
-        # Lines of steps that a resumed run trains again are dropped, and so is a half-written last line.
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step)
-        path.write_text("".join(kept))
-        self.file = path.open("a")
+        self.path = args.out / "metrics.jsonl"
+        write_lines(logged_lines(self.path, first_step), self.path)  # a resumed run trains later steps again
         self.bar = tqdm(total=args.steps, initial=first_step, unit="step", mininterval=2)
         self.step, self.time, self.batch, self.device = first_step, time.monotonic(), args.batch_size, device
         self.board = None
@@ -58,8 +69,18 @@ class Log:
 
     def write(self, figures: dict) -> None:
         """Append a line to metrics.jsonl, and to TensorBoard's curves."""
-        self.file.write(json.dumps(figures) + "\n")
-        self.file.flush()
+        self.check()
+        with named(self.path), self.path.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
         if self.board:
             for name, value in figures.items():
                 self.board.add_scalar(name, value, figures["step"])
+
+    def check(self) -> None:
+        """Complain if the file has gone, most likely with all of OUT."""
+        if not self.path.exists():
+            raise ValueError(f"{self.path} was removed during the run; --resume goes on without its lines")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.check()

@@ -10,12 +10,12 @@ from model.config import FORMS
 from model.io.writing import explain
 from model.lora import TARGETS
 from train.data.targets import Noise
-from train.run.program import not_negative, parser, positive
+from train.run.program import minutes, not_negative, parser, positive
 
 # The machine and monitoring: a run may be resumed with other values of these. All others change the result.
 MAY_CHANGE = set(
     "out allow_outside device accumulate recompute shard compile workers dry_run resume save_every keep "
-    "log_every val val_images val_every val_count".split()
+    "log_every val val_images val_every val_count check timeout".split()
 )
 
 
@@ -31,6 +31,10 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--data", type=Path, help="COCO instances or JSONL, recognised by content (default: practice scenes)")
     add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
     add("--allow-outside", action=switch, default=False, help="pictures of JSONL may lie outside --images")
+    add("--check", action=switch, default=True,
+        help="open all pictures of --data and --val once before the first step")  # fmt: skip
+    add("--skip-broken", action=switch, default=False,
+        help="train without pictures that cannot be used (default: end before the first step)")  # fmt: skip
     add("--augment", action=switch, default=False, help="flip, scale, shift, colours (train/data/augment.py)")
     tasks = ["closed-set", "all"]
     add("--tasks", choices=tasks, default=tasks[0], help="of practice scenes: all adds words and masks")
@@ -93,6 +97,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--shard", action=switch, default=False, help="split the weights over the processes (FSDP2)")
     add("--compile", action=switch, default=False, help="torch.compile (needs a C++ compiler)")
     add("--workers", type=not_negative, default=2, help="data-loading processes of each training process")
+    add("--timeout", type=minutes, default=10, metavar="MINUTES",
+        help="of several processes: end when one has not been heard of for so long")  # fmt: skip
     add("--dry-run", action=switch, default=False, help="print sizes, memory and steps; load nothing")
 
     add = options.add_argument_group("monitoring and resuming").add_argument
@@ -152,6 +158,8 @@ def arguments(argv=None) -> argparse.Namespace:
         raise ValueError("--patch-steps trains the helper head alone, which needs a --patch-weight above 0")
     if args.skip_empty and not args.data:
         raise ValueError("--skip-empty is for --data: every practice scene has objects")
+    if args.skip_broken and not (args.check or args.resume):
+        raise ValueError("--skip-broken needs --check, which finds the broken pictures")
     if not 0 <= args.beta2 < 1:
         raise ValueError(f"--beta2 {args.beta2}: must be at least 0 and less than 1")
     noise_of(args)

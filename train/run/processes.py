@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import re
 import resource
 import sys
+import threading
 import time
 import uuid
 from datetime import timedelta
@@ -17,13 +19,76 @@ from model.io.writing import explain
 POLL = 0.05  # seconds
 
 
-def join_processes(backend: str, timeout: timedelta | None = None) -> None:
-    """Meet the other processes that torchrun started."""
+def join_processes(
+    backend: str, timeout: timedelta = timedelta(minutes=10), patience: timedelta | None = None
+) -> None:
+    """Meet the other processes that torchrun started.
+
+    timeout: this process ends when another gives no sign of life for so long: it is stopped, or its machine
+    is lost. patience: for how long this one waits for another that is alive (default: the timeout; of NCCL,
+    twice that).
+    """
+    global _watch
     if "RANK" not in os.environ:
         raise ValueError("--shard needs torchrun: torchrun --nproc_per_node=N train/fit.py ...")
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(_name_of_this_start(store, rank, world), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    # Who waits in a collective of gloo raises an error after its patience, and may still save its work. One
+    # that waits for a GPU hangs until NCCL kills the process: the watch ends it before that, and says why.
+    patience = patience or (timeout if backend == "gloo" else 2 * timeout)
+    _watch = Watch(store.clone(), rank, world, timeout.total_seconds(), ends=patience > timeout)
+    _watch.start()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+
+
+class Watch(threading.Thread):
+    """Gives signs of life to the other processes, and notes when each of them last gave one.
+
+    store: a connection of its own, as one on which the program waits answers nobody else. limit: seconds of
+    silence; ends: whether this process ends after them.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int, limit: float, ends: bool):
+        super().__init__(daemon=True)
+        self.store, self.rank, self.world, self.limit, self.ends = store, rank, world, limit, ends
+        self.heard = {other: (0, time.monotonic()) for other in range(world) if other != rank}
+
+    def run(self) -> None:
+        while True:
+            try:
+                self.look()
+            except RuntimeError:  # the store has gone, and with it whoever started these processes
+                return
+            if self.ends and (words := self.missing(self.limit)):
+                print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr, flush=True)
+                os._exit(1)
+            time.sleep(min(10, self.limit / 20))
+
+    def look(self) -> None:
+        """Give a sign of life, and look for those of the others."""
+        self.store.add(f"alive/{self.rank}", 1)
+        for other, (count, _) in self.heard.items():
+            if (now := self.store.add(f"alive/{other}", 0)) != count:
+                self.heard[other] = now, time.monotonic()
+
+    def missing(self, seconds: float) -> str:
+        """A sentence on the processes that have been silent for so long; empty if there are none."""
+        silent = [i for i, (_, when) in self.heard.items() if time.monotonic() - when > seconds]
+        if not silent:
+            return ""
+        who = f"process{'es' if len(silent) > 1 else ''} {', '.join(map(str, silent))} of {self.world}"
+        return f"no sign of life from {who} for {self.limit / 60:g} minutes (--timeout): stopped, or lost"
+
+
+_watch: Watch | None = None  # of this process, once it has joined the others
+
+
+def lost_processes(error: RuntimeError) -> str:
+    """What an error of a collective means in words; empty for an error that is about something else."""
+    if _watch is None or not (isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)):
+        return ""
+    words = " ".join(str(error).split())
+    return _watch.missing(_watch.limit / 2) or f"lost the connection to another process ({words:.200})"
 
 
 def _name_of_this_start(store: dist.Store, rank: int, world: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model.io.names import shown
-from train.run.processes import exit_program
+from train.run.processes import exit_program, lost_processes
 
 SIGPIPE = 13  # Windows has none, and no name for it
 
@@ -40,6 +40,14 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """An argparse type: a whole number of at least 0."""
     return _at_least(0, int(text))
+
+
+def minutes(text: str) -> float:
+    """An argparse type: a time in minutes, at most a year."""
+    value = float(text)
+    if not 0 < value <= 525_600:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most a year")
+    return value
 
 
 def _at_least(minimum: int, value: int) -> int:
@@ -107,6 +115,12 @@ def run(main: Callable[[], int | None], file: str) -> None:
         status = 128 + SIGPIPE
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         complain(error, file)
+        status = 1
+    except RuntimeError as error:  # of another process, of torchrun's or of the data loader's, that was lost
+        worker = str(error).startswith("DataLoader worker")  # killed: most often for want of memory
+        if not (words := str(error) if worker else lost_processes(error)):
+            raise
+        complain(words, file)
         status = 1
     except KeyboardInterrupt as stop:
         status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)

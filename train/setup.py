@@ -1,0 +1,141 @@
+"""What a run of fit.py starts from: its newest checkpoint, the model, the data and the loader of batches."""
+
+import argparse
+import functools
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from model import PaliGemma, lora
+from model.decoding.closed_set import ClosedSet
+from model.decoding.masks import MaskCodec
+from model.io.hub import codec_file
+from model.io.weights import DTYPES, load_config
+from model.io.writing import check_writable, read_json
+from train.data.coco import CocoIndex
+from train.data.open import check_length, classes_for, open_data
+from train.data.samples import TEXT_MULTIPLE, StepSampler, closed_set_lengths, collate
+from train.practice.dataset import PracticeScenes
+from train.run.checkpoint import newest
+from train.run.log import logged_lines
+from train.run.options import branches_of, changed_options, noise_of, overrides_of
+from train.run.pictures import pictures_to_skip
+from train.run.processes import all_gather
+
+
+def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
+    """The newest checkpoint in --out, or None for a new run, and the options that it ran with. Refuses to
+    continue with others."""
+    check_writable(args.out)
+    restarts = all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # each node counts its own
+    restarted = max(restarts) > 0
+    found = newest(args.out)
+    if found and not (args.resume or restarted):
+        raise ValueError(f"{args.out} holds a run already: --resume continues it, or choose another --out")
+    before = dict(skipped={}, skipped_val={}) | read_json(args.out / "run.json") if found else {}
+    logged_lines(args.out / "metrics.jsonl")  # complains now, not after the model is loaded
+    if found and (changed := changed_options(before, args)):
+        was = ", ".join(changed)
+        raise ValueError(f"{args.out} is a run with {was}: it cannot go on with other values")
+    return found, before
+
+
+def load_model(
+    args: argparse.Namespace, base: Path, adapter: Path | None, index: CocoIndex | None, device: torch.device
+) -> PaliGemma:
+    """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
+    before, to be trained further; index: of --data, if it is a COCO file."""
+    overrides = overrides_of(args)
+    if not args.data or index is not None:
+        overrides["answers"] = args.answers
+    if args.data:
+        overrides["classes"] = classes_for(index, load_config(base).classes)
+        if index is None:  # lines of text: any class can be asked for
+            overrides["open_vocabulary"] = True
+    model = PaliGemma.from_pretrained(
+        base, dtype=DTYPES[args.dtype], device=device, adapter=adapter, **overrides
+    )
+    if args.lora and not adapter:
+        lora.add_lora(
+            model,
+            args.lora_targets,
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            rslora=args.rslora,
+        )
+    elif args.freeze_vision and not args.lora:
+        model.vision.requires_grad_(False)
+    return model
+
+
+def load_data(
+    args: argparse.Namespace, model: PaliGemma, language: ClosedSet, index: CocoIndex | None
+) -> Dataset:
+    """The training data: --data, or practice scenes. index: of --data, if it is a COCO file."""
+    if not args.data:
+        prompt, branches, noise = len(language.prompt), branches_of(args), noise_of(args)
+        check_length(closed_set_lengths(prompt, language.groups, 0, branches, noise)[1], model)
+        codec = MaskCodec.load(codec_file(model.folder)) if args.tasks == "all" else None
+        vision = model.config.vision
+        return PracticeScenes(
+            language,
+            vision.image_size,
+            vision.patch_size,
+            first=args.first_scene,
+            tokenizer=model.tokenizer,
+            codec=codec,
+            noise=noise,
+            branches=branches,
+        )
+    if args.patch_weight:
+        raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
+    return open_data(
+        args.data,
+        args.images,
+        model,
+        model.tokenizer,
+        args.seed,
+        args.augment,
+        allow_outside=args.allow_outside,
+        noise=noise_of(args),
+        index=index,
+        branches=branches_of(args),
+    )
+
+
+def leave_out_broken(args: argparse.Namespace, data: Dataset, before: dict | None) -> dict[str, str]:
+    """Open all pictures of --data, and leave out those that cannot be used: {item: what is wrong with it}.
+    before: run.json of the run that goes on, which leaves out what it did, whatever is broken by now."""
+    known = None if before is None else before["skipped"]
+    if args.data and args.check:
+        known = pictures_to_skip(data, range(len(data)), args.data, args.workers, args.skip_broken, known)
+    if known:
+        data.keep([item for item in range(len(data)) if str(item) not in known])
+    return known or {}
+
+
+def make_loader(
+    args: argparse.Namespace, data: Dataset, sampler: StepSampler, pad: int, device: torch.device
+) -> DataLoader:
+    """Micro-batches in the order of the run, prepared by worker processes."""
+    multiple = TEXT_MULTIPLE if args.tasks == "all" else 1
+    per_example = args.loss_mean == "example"
+    return DataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=functools.partial(collate, pad=pad, multiple=multiple, per_example=per_example),
+        num_workers=args.workers,
+        prefetch_factor=4 if args.workers else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_run,
+    )
+
+
+def leave_signals_to_the_run(_worker: int) -> None:
+    """SIGTERM, with which torchrun and SLURM stop a run, reaches its workers too: they have to go on while
+    the run finishes its step, and end with it. SIGINT they ignore anyway."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
