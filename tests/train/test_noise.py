@@ -18,6 +18,7 @@ from train.data.augment import augment
 from train.data.coco import CocoDetections, CocoIndex
 from train.data.targets import MAX_NOISE_IOU, Noise, closed_set_target, noise_boxes
 from train.practice.dataset import PracticeScenes
+from train.run.options import noise_of
 
 LANGUAGE = ClosedSet((2, 500, 600, 108), 1000, 7, 1, tuple("abcdef"), groups=12)
 
@@ -38,15 +39,15 @@ def test_defaults_are_what_nano_was_trained_with():
             for array in (target.tokens, target.inputs, target.weights, rng.random(3)):
                 digest.update(np.ascontiguousarray(array).tobytes())
     assert digest.hexdigest().startswith("508a71e5f82626fe")
-    assert train.noise_of(train.arguments(["--model", "x", "--out", "x"])) == Noise()
+    assert noise_of(train.arguments(["--model", "x", "--out", "x"])) == Noise()
 
 
 def test_options_become_noise():
     args = train.arguments(["--model", "x", "--out", "x", "--data", "x", *AS_OPTIONS.split()])
-    assert train.noise_of(args) == PUBLISHED
+    assert noise_of(args) == PUBLISHED
     assert all(option in AS_OPTIONS for option in PUBLISHED.changed()) and not Noise().changed()
     others = "--answers parallel --noise own --noise-boxes 3", "--noise-copies 0.1"
-    changed = [train.noise_of(parsed(options)) for options in others]
+    changed = [noise_of(parsed(options)) for options in others]
     assert changed == [Noise(own=True, boxes=3), Noise(copies=0.1)]
     options = [option for noise in (PUBLISHED, *changed) for option in noise.changed()]
     assert len(options) == len(fields(Noise)) and all(

@@ -13,6 +13,7 @@ from training import PUBLISHED
 from model.config import VARIANTS
 from model.io.config_json import config_to_json
 from train import fit as train
+from train.run.options import noise_of
 
 DRY_RUNS = {  # what the dry run must tell
     "coco_closed_set_lora_10b": ("paligemma2-10b-448", ["402 adapters", "1024 image tokens + 26", "21,987"]),
@@ -75,7 +76,7 @@ RECIPES = sorted(file for file in (ROOT / "train" / "recipes").glob("*.sh") if f
 def test_recipes_parse(recipe):
     """Their options exist and go together; what is known and what is guessed is said."""
     args = train.arguments(argv_of(recipe))
-    train.noise_of(args)
+    noise_of(args)
     assert args.beta2 == 0.999 and args.attn_cap == args.final_cap == 0
     text = recipe.read_text()
     assert "# Known, " in text and "# Guessed" in text and "github.com/" in text
@@ -85,13 +86,13 @@ def test_published_values():
     """Of the closed-set run, and big_vision's of the captions."""
     found = {recipe.stem: train.arguments(argv_of(recipe)) for recipe in RECIPES}
     closed = found["coco_closed_set_lora_10b"]
-    assert train.noise_of(closed) == PUBLISHED and closed.loss == "vocabulary" and closed.loss_mean == "token"
+    assert noise_of(closed) == PUBLISHED and closed.loss == "vocabulary" and closed.loss_mean == "token"
     assert closed.weight_decay == 0.01 and closed.clip == 0 and closed.lr == 1e-5
     assert closed.steps == 6 * 117_266 // 32
     captions = found["captions_3b"]
     assert captions.weight_decay * captions.lr == pytest.approx(1e-6), "PyTorch multiplies the two"
     assert {found[name].loss_mean for name in found if name != "coco_closed_set_lora_10b"} == {"example"}
-    full = train.noise_of(found["coco_closed_set_full_3b"])
+    full = noise_of(found["coco_closed_set_full_3b"])
     assert (full.weight, full.disguise) == (1, 0)
 
 
