@@ -274,7 +274,7 @@ def test_validation(tiny, scenes, tmp_path):
 
 def test_dry_run(tiny, scenes, tmp_path, capsys):
     run(tiny, tmp_path / "run", f"{PARALLEL} --data {scenes} --dry-run")
-    assert "positions" in capsys.readouterr().out
+    assert "image tokens + " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
