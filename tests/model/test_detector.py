@@ -94,9 +94,12 @@ def test_in_parallel(nano, monkeypatch, capsys, here):
         (dict(decode="both"), "'both': must be one of 'sequence', 'parallel'"),
         (dict(branches=8), 'branches=8 is for decode="parallel"'),
         (dict(decode="parallel", branches=0), "branches=0: must be at least 1"),
+        (dict(decode="parallel", branches=10**9), "branches=1000000000: must be at least 1, at most 1,000"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             Detector(nano.model, **options)
+    with pytest.raises(ValueError, match="groups=1000000000"):
+        module.closed_set_decoder(nano.model, "sequence", groups=10**9)
 
 
 def test_classes_by_name(nano):
