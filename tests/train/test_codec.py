@@ -45,5 +45,5 @@ def test_codec_training(tmp_path, capsys, monkeypatch):
     masks = Masks(1)[0]
     codecs = [MaskCodec.load(tmp_path / name / CODEC) for name in ("1", "100")]
     short, longer = ((codec.decode(codec.encode(masks)) - masks).square().mean() for codec in codecs)
-    assert longer < short - 0.02
+    assert longer < short - 0.01
     assert 0 <= mean_iou(codecs[1], masks) < mean_iou(MaskCodec.load(NANO / CODEC), masks) <= 1

@@ -71,7 +71,7 @@ def test_training_on_a_gpu(device, environment, current, gpus, tiny, scenes, tmp
     one, two = (
         [line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("run", "cpu")
     )
-    assert one == pytest.approx(two, abs=1e-3)
+    assert one == pytest.approx(two, rel=1e-3)
 
 
 def test_device_of_each_process(monkeypatch):
