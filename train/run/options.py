@@ -145,8 +145,9 @@ def arguments(argv=None) -> argparse.Namespace:
     if args.location_smoothing and args.loss == "vocabulary":
         raise ValueError("--location-smoothing needs --loss allowed")
     if not parallel:
-        usual = dict(branches=64, noise_boxes=Noise.boxes, noise="made-up")
-        for name in (name for name, value in usual.items() if getattr(args, name) != value):
+        own = ["noise"] if args.noise == "own" else []
+        changed = (n for n in ("branches", "noise_boxes") if getattr(args, n) != options.get_default(n))
+        for name in (*own, *changed):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is for --answers parallel")
     if args.noise == "own" and args.noise_copies:
         raise ValueError("--noise-copies is for noise that is made up: add --noise made-up")
