@@ -43,8 +43,8 @@ class Reading:
 def peaks(p: Tensor, count: int, radius: int) -> tuple[Tensor, Tensor]:
     """Probabilities [M, R] -> the bins int64 [M, count] of the largest peaks, and their masses [M, count].
 
-    A peak is the window of `radius` bins on each side that holds most; its bin is the likeliest one in it. It
-    is taken out before the next one is looked for.
+    A peak is the window of `radius` bins on each side that holds most; its bin is the window's mean, which is
+    nearer to the edge than the likeliest bin. It is taken out before the next one is looked for.
     """
     bins, found = torch.arange(p.shape[-1], device=p.device), []
     for _ in range(count):
@@ -52,7 +52,9 @@ def peaks(p: Tensor, count: int, radius: int) -> tuple[Tensor, Tensor]:
         held = summed[:, 2 * radius + 1 :] - summed[:, : -2 * radius - 1]  # [M, R]: by the window at each bin
         inside = (bins - held.argmax(-1, keepdim=True)).abs() <= radius  # [M, R]
         peak = p * inside
-        found.append((peak.argmax(-1), peak.sum(-1)))
+        mass = peak.sum(-1)
+        mean = ((peak * bins).sum(-1) / mass).nan_to_num()  # nothing is left: any bin will do
+        found.append((mean.round().long(), mass))
         p = p.masked_fill(inside, 0)
     at, mass = zip(*found)
     return torch.stack(at, dim=1), torch.stack(mass, dim=1)

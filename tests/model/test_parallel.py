@@ -257,10 +257,10 @@ def test_branch_mask():
 
 
 def test_peaks_by_hand():
-    """The window that holds most comes first, though another bin is the likeliest; its own likeliest bin is
-    the peak. What it holds is taken out."""
+    """The window that holds most comes first, though another bin is the likeliest; its mean is the peak, not
+    its own likeliest bin. What it holds is taken out."""
     p = torch.zeros(1, LOCS)
-    p[0, 500:503] = torch.tensor([0.1, 0.2, 0.1])
+    p[0, 500:503] = torch.tensor([0.05, 0.15, 0.2])
     p[0, 1023], p[0, 0], p[0, 505] = 0.3, 0.25, 0.05
     at, mass = peaks(p, 4, radius=2)
     assert at.tolist()[0][:3] == [501, 1023, 0] and torch.allclose(
