@@ -1,4 +1,6 @@
-"""Attention: who may read whom, rotary positions, and the attention function. The place to experiment.
+"""Attention: who may read whom, rotary positions, and the attention function.
+
+The place to experiment: change a function here, or have a model call another one (model/seam.py).
 
 Axes: B batch, T query, S key, N query heads, K kv heads, H head dim.
 """
@@ -19,6 +21,10 @@ def prefix_lm_mask(valid: Tensor, is_suffix: Tensor) -> Tensor:
                                         query 2   x x x . .
                                         query 3   x x x x .
                                         query 4   x x x x x
+
+    Another function in its place (model/seam.py) takes and returns the same. It is asked about whole
+    sequences, and in decoding about all slots of the cache, where the empty ones are not valid: a row must be
+    what it is without the tokens after it. The window narrows the mask in local layers.
     """
     block = is_suffix.cumsum(-1)  # [B, S]: the prefix is block 0, every suffix token a block of its own
     return (block[:, None, :] <= block[:, :, None]) & valid[:, None, :]
@@ -87,7 +93,14 @@ def attend(
     """Softmax attention: q [B, T, N, H], k and v [B, K, S, H] -> [B, T, N, H].
 
     Query heads j * N/K to (j + 1) * N/K - 1 share kv head j. mask: bool [B, T, S], True where reading is
-    allowed; None: everywhere; or a BlockMask of model/flex.py. cap: scores become cap * tanh(scores / cap).
+    allowed; None: everywhere (the vision tower); or a BlockMask of model/flex.py, which no other function is
+    given. cap: scores become cap * tanh(scores / cap).
+
+    Another function in its place (model/seam.py) takes and returns the same. q and k come rotated and not
+    scaled. In decoding T is 1, or the number of branches, and S counts all slots of the cache, of which the
+    mask leaves out the empty ones. For answers to be the same with a cache as without, a query's output must
+    not depend on other queries, nor a row of the batch on another. Its weights are recorded by passing an
+    identity matrix [S, S] as the values of each head, so it must be linear in v, whose width may differ.
     """
     training_on_cpu = q.requires_grad and q.device.type == "cpu"  # where the fused kernel's gradient is slow
     if mask is None and cap is None and not training_on_cpu:  # the vision tower: one fused kernel does it
@@ -112,4 +125,6 @@ def attend(
         scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)  # [B, K, N/K, T, S]
     out = weights.view(B, K, -1, weights.shape[-1]) @ v  # [B, K, N/K * T, H]
-    return out.view(B, K, N // K, T, H).permute(0, 3, 1, 2, 4).reshape(B, T, N, H)  # heads side by side again
+    return (
+        out.view(B, K, N // K, T, -1).permute(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+    )  # heads side by side again

@@ -29,12 +29,12 @@ class KVCache:
         # reads from memory at every replay.
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.slots: Tensor | None = None  # of the newest tokens; None after the prefill
-        self.seen = self.used = 0  # slots that the queries read; slots in use
+        self.seen = self.used = self.prefix = 0  # slots that the queries read, in use, of the prefix
 
     def start(self, valid: Tensor, positions: Tensor) -> None:
         """Forget everything, and take the first T slots for tokens with valid and positions [B, T]."""
         T = valid.shape[1]
-        self.seen = self.used = self._room_for(T)
+        self.seen = self.used = self.prefix = self._room_for(T)
         self.slots = None
         self.valid.zero_()[:, :T] = valid
         # A slot that is not valid has weight 0, but 0 times a NaN that an earlier batch left there is NaN.
@@ -57,6 +57,12 @@ class KVCache:
         self.valid.index_fill_(1, self.slots, True)
         self.positions.index_copy_(1, self.slots, positions)
         return positions
+
+    @property
+    def is_suffix(self) -> Tensor:
+        """bool [B, S]: the slots after the prefix."""
+        slots = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return (slots >= self.prefix).expand_as(self.valid)
 
     def _room_for(self, slots: int) -> int:
         if slots > self.valid.shape[1]:

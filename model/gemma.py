@@ -38,6 +38,7 @@ def at(x: Tensor, only: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
+        self.attend = attend  # or what model/seam.py puts in its place
         self.layer, self.head_dim = layer, config.head_dim
         self.scale, self.cap = config.query_scale, config.attn_cap
         self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, H]
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, K, S, H]: those of the past too, already rotated
-        out = attend(q, k, v, mask, self.scale, self.cap)  # [B, T, N, H]
+        out = self.attend(q, k, v, mask, self.scale, self.cap)  # [B, T, N, H]
         return self.o_proj(out.flatten(-2))  # [B, T, D]
 
 

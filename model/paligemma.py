@@ -6,6 +6,8 @@ suffix, which is the answer, is causal.
 Axes: B batch, P image tokens, T text tokens, D decoder width.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from model.cache import KVCache
 from model.config import PaliGemmaConfig
 from model.gemma import Gemma, at
 from model.lora import lora_layers
+from model.seam import find_function, is_own, record_attention, replace_attention
 from model.siglip import SigLIP
 
 FUSED_FROM = 1024  # image tokens (448 px) from which a GPU's prefill is worth compiling FlexAttention
@@ -32,6 +35,7 @@ class PaliGemma(nn.Module):
         self.vision = SigLIP(config.vision)
         self.projector = nn.Linear(config.vision.width, config.text.width)
         self.decoder = Gemma(config.text)
+        self.mask = prefix_lm_mask  # or what model/seam.py puts in its place
         self.folder: Path | None = None  # where it was loaded from
 
     # ---- training: image and text at once ------------------------------------------------------------------
@@ -60,7 +64,7 @@ class PaliGemma(nn.Module):
     def read(self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
         """Image tokens [B, P, D], text [B, T] -> hidden states of the text [B, T, D]."""
         x, _, positions, masks = self._sequence(image_tokens, tokens, prefix_len)
-        return self.decoder(x, positions, _fused(masks, image_tokens))[:, image_tokens.shape[1] :]
+        return self.decoder(x, positions, self._fused(masks, image_tokens))[:, image_tokens.shape[1] :]
 
     def read_branches(self, image_tokens: Tensor, prompt: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
         """Image tokens [B, P, D], a prompt [T], and K branches of N tokens, int64 [B, K, N], each of which
@@ -69,9 +73,12 @@ class PaliGemma(nn.Module):
         (B, P, D), (K, N) = image_tokens.shape, branches.shape[1:]
         start, ids = P + len(prompt), torch.arange(K * N, device=prompt.device)
         depth = ids % N
-        mask = torch.zeros(1, start + K * N, start + K * N, dtype=torch.bool, device=prompt.device)
-        mask[:, :, :start] = True
-        mask[:, start:, start:] = branch_mask(torch.where(depth > 0, ids - 1, ids)[None])
+        # The prefix is read as by the first token of a text after it, which is one more row.
+        first = torch.arange(start + 1, device=prompt.device)[None] == start
+        reads = self.mask(torch.ones_like(first), first)[..., :start]  # [1, start + 1, start]
+        own = branch_mask(torch.where(depth > 0, ids - 1, ids)[None])  # [1, K * N, K * N]
+        answers = torch.cat((reads[:, start:].expand(-1, K * N, -1), own), dim=-1)
+        mask = torch.cat((F.pad(reads[:, :start], (0, K * N)), answers), dim=1)
         positions = torch.cat((torch.arange(1, start + 1, device=prompt.device), start + 1 + depth))[None]
         is_suffix = positions > start
         local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
@@ -90,7 +97,7 @@ class PaliGemma(nn.Module):
         valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
         is_suffix = torch.arange(P + T, device=tokens.device) >= P + prefix_len[:, None]  # [B, P + T]
         positions = valid.cumsum(-1)  # from 1, as in transformers; padding does not count
-        mask = prefix_lm_mask(valid, is_suffix)
+        mask = self.mask(valid, is_suffix)
         local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
         x = torch.cat((image_tokens, self.decoder.embed_tokens(tokens).to(image_tokens.dtype)), dim=1)
         return x, valid, positions, (local, mask)
@@ -112,12 +119,12 @@ class PaliGemma(nn.Module):
         cache.start(valid, positions)
         end = image_tokens.shape[1] + lengths - 1  # [B], in the sequence
         only = end, at(masks[(self.config.text.layers - 1) % 2], end)  # and its row of the last layer's mask
-        return self.decoder(x, positions, _fused(masks, image_tokens), cache, only)[:, 0]
+        return self.decoder(x, positions, self._fused(masks, image_tokens), cache, only)[:, 0]
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token [B] to every sequence of the cache; returns its hidden state [B, D]."""
         positions = cache.extend()  # [B, 1]
-        mask = cache.valid[:, None]  # [B, 1, S]: whatever was read before, and the token itself
+        mask = self._newest_rows(cache)  # [B, 1, S]
         is_suffix = torch.ones_like(positions, dtype=torch.bool)
         local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
         return self.decoder(self.decoder.embed_tokens(tokens[:, None]), positions, (local, mask), cache)[:, 0]
@@ -130,12 +137,33 @@ class PaliGemma(nn.Module):
         """
         K, N = tokens.shape[1], parents.shape[1]
         positions = cache.extend(K)  # [B, K]
-        prefix = cache.valid[:, None, : cache.used - N].expand(-1, K, -1)
+        prefix = self._newest_rows(cache)[..., : cache.used - N].expand(-1, K, -1)
         mask = torch.cat((prefix, branch_mask(parents)[:, -K:]), dim=-1)
         mask = F.pad(mask, (0, cache.valid.shape[1] - mask.shape[-1]))  # [B, K, S]: later slots hold nothing
         is_suffix = torch.ones_like(positions, dtype=torch.bool)
         local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
         return self.decoder(self.decoder.embed_tokens(tokens), positions, (local, mask), cache)
+
+    def _newest_rows(self, cache: KVCache) -> Tensor:
+        """bool [B, 1 or T, S]: what the T tokens that the cache took last may read, as those of one text."""
+        if self.mask is prefix_lm_mask:
+            return cache.valid[:, None]  # whatever was read before, and the token itself
+        return self.mask(cache.valid, cache.is_suffix)[:, cache.slots]
+
+    def _fused(self, masks: tuple[Tensor, Tensor], image_tokens: Tensor) -> tuple:
+        """The masks as FlexAttention takes them, where that is faster: without gradients, on a GPU."""
+        long = image_tokens.shape[1] >= FUSED_FROM and image_tokens.is_cuda
+        if not long or torch.is_grad_enabled() or not is_own(self):
+            return masks
+        from model.flex import block_mask  # here, because it brings torch.compile along
+
+        return tuple(map(block_mask, masks))
+
+    # ---- the seam ------------------------------------------------------------------------------------------
+
+    def record_attention(self, tower: str = "text") -> AbstractContextManager[dict[int, Tensor]]:
+        """`with model.record_attention() as maps:` fills {layer: weights [B, N, T, S]}, see model/seam.py."""
+        return record_attention(self, tower)
 
     # ---- answers in words ----------------------------------------------------------------------------------
 
@@ -177,12 +205,17 @@ class PaliGemma(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
         adapter: str | Path | None = None,
+        attention: str | Callable | None = None,
+        attention_in: str = "text",
+        mask: str | Callable | None = None,
         **config_overrides,
     ) -> "PaliGemma":
         """Load a folder, a hub id ("owner/name" or "owner/name@revision"), or the shipped "nano".
 
-        dtype: torch.bfloat16 or torch.float32; adapter: a LoRA adapter's folder or hub id. config_overrides:
-        fields of the config, e.g. attn_cap=None, or image_size=448 to start training at another resolution.
+        dtype: torch.bfloat16 or torch.float32; adapter: a LoRA adapter's folder or hub id. attention, mask: a
+        function or "package.module:function" to use instead of attend (in the layers of "text", "vision" or
+        "both") or prefix_lm_mask of model/attention.py, see model/seam.py. config_overrides: fields of the
+        config, e.g. attn_cap=None, or image_size=448 to start training at another resolution.
         An error names every tensor that is missing, unexpected or of another shape.
         """
         from model.io.adapter import detection_overrides, load_adapter
@@ -202,6 +235,10 @@ class PaliGemma(nn.Module):
         load_weights(model, folder, stored.vision.tokens, dtype, device)
         if adapter is not None:
             load_adapter(model, adapter)
+        if attention is not None:
+            replace_attention(model, attention, attention_in)
+        if mask is not None:
+            model.mask = find_function(mask)
         model.folder = folder
         return model.eval()
 
@@ -222,16 +259,6 @@ class PaliGemma(nn.Module):
         save_weights(self, folder, dtype, max_shard_bytes)
         if self.folder is not None:
             copy_companions(self.folder, Path(folder))
-
-
-def _fused(masks: tuple[Tensor, Tensor], image_tokens: Tensor) -> tuple:
-    """The masks as FlexAttention takes them, where that is the faster form: without gradients, on a GPU."""
-    long = image_tokens.shape[1] >= FUSED_FROM
-    if not (long and image_tokens.is_cuda) or torch.is_grad_enabled():
-        return masks
-    from model.flex import block_mask  # here, because it brings torch.compile along
-
-    return tuple(map(block_mask, masks))
 
 
 def _check_images(images: Tensor, config: PaliGemmaConfig) -> None:

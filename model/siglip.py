@@ -15,6 +15,7 @@ from model.config import VisionConfig
 class Attention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
+        self.attend = attend  # or what model/seam.py puts in its place
         self.heads = config.heads
         self.q_proj = nn.Linear(config.width, config.width)
         self.k_proj = nn.Linear(config.width, config.width)
@@ -26,7 +27,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, heads)  # [B, P, N, H]
         k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # [B, N, P, H]
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # [B, N, P, H]
-        out = attend(q, k, v, mask=None, scale=q.shape[-1] ** -0.5)  # every patch reads every patch
+        out = self.attend(q, k, v, mask=None, scale=q.shape[-1] ** -0.5)  # every patch reads every patch
         return self.out_proj(out.flatten(-2))  # [B, P, D]
 
 

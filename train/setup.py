@@ -56,7 +56,14 @@ def load_model(
         if index is None:  # lines of text: any class can be asked for
             overrides["open_vocabulary"] = True
     model = PaliGemma.from_pretrained(
-        base, dtype=DTYPES[args.dtype], device=device, adapter=adapter, **overrides
+        base,
+        dtype=DTYPES[args.dtype],
+        device=device,
+        adapter=adapter,
+        attention=args.attention,
+        attention_in=args.attention_in,
+        mask=args.mask,
+        **overrides,
     )
     if args.lora and not adapter:
         lora.add_lora(

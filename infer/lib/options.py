@@ -21,7 +21,7 @@ from model.io.hub import OFFICIAL_CODEC, codec_file
 from model.io.names import shown
 from model.io.weights import DTYPES
 from model.io.writing import explain, write_json
-from train.run.program import positive
+from train.run.program import add_seam_arguments, positive
 
 # Options that have no effect in the other mode, and are refused there.
 OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")
@@ -42,6 +42,7 @@ def add_model_arguments(options: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 for small models on a CPU")
     add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")
     add("--final-cap", type=float, help="soft cap of the logits instead of the checkpoint's; 0: off")
+    add_seam_arguments(add)
     add("--int8", action="store_true", help="the decoder's matrices in 8 bits: half the memory")
     add("--compile", action="store_true", help="torch.compile the decoder: slow to start, meant for a GPU")
     add("--seed", type=int, default=0, help="of torch's random numbers; greedy decoding draws none")
@@ -174,6 +175,9 @@ def load_model(args: argparse.Namespace) -> PaliGemma:
         adapter=args.adapter,
         int8=args.int8,
         compiled=args.compile,
+        attention=args.attention,
+        attention_in=args.attention_in,
+        mask=args.mask,
         **{name: value for name, value in overrides.items() if value is not None},
     )
 

@@ -7,7 +7,7 @@ import torch
 from reference import pad_right, random_inputs, save, tiny_paligemma
 from torch.nn.attention.flex_attention import flex_attention
 
-from model import PaliGemma, flex, paligemma
+from model import PaliGemma, flex
 from model.attention import attend, prefix_lm_mask, window_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +47,7 @@ def test_long_prefill(monkeypatch, tmp_path):
 
     plain, fused = answers(), Mock(wraps=flex_attention)
     monkeypatch.setattr(flex, "fused", fused)
-    monkeypatch.setattr(paligemma, "_fused", lambda masks, _: tuple(map(flex.block_mask, masks)))
+    monkeypatch.setattr(PaliGemma, "_fused", lambda model, masks, _: tuple(map(flex.block_mask, masks)))
     for found, expected in zip(answers(), plain, strict=True):
         assert torch.allclose(found, expected, atol=1e-4)
     assert fused.call_count == 3 + 4  # the prefill's last block reads with one position, in the plain form

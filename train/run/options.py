@@ -10,7 +10,7 @@ from model.config import FORMS
 from model.io.writing import explain
 from model.lora import TARGETS
 from train.data.targets import Noise
-from train.run.program import minutes, not_negative, parser, positive
+from train.run.program import add_seam_arguments, minutes, not_negative, parser, positive
 
 # The machine and monitoring: a run may be resumed with other values of these. All others change the result.
 MAY_CHANGE = set(
@@ -85,6 +85,7 @@ def arguments(argv=None) -> argparse.Namespace:
         help="mean of all tokens, or of each answer's mean: long ones weigh no more")  # fmt: skip
     add("--attn-cap", type=float, help="soft cap of the attention scores instead of the checkpoint's; 0: off")
     add("--final-cap", type=float, help="soft cap of the logits instead of the checkpoint's; 0: off")
+    add_seam_arguments(add)
     add("--patch-weight", type=float, default=0.0, help="of the helper loss (train/nano/patch_head.py)")
     add("--patch-steps", type=not_negative, default=0, help="steps at the start with the helper loss alone")
 

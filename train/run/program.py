@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from model.io.names import shown
+from model.seam import TOWERS
 from train.run.processes import exit_program, lost_processes
 
 SIGPIPE = 13  # Windows has none, and no name for it
@@ -30,6 +31,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose help is the program's docstring as it stands; options cannot be abbreviated."""
     layout = argparse.RawDescriptionHelpFormatter
     return Parser(description=doc, formatter_class=layout, allow_abbrev=False)
+
+
+def add_seam_arguments(add: Callable) -> None:
+    """The options of model/seam.py. add: a parser's or a group's add_argument."""
+    function = dict(metavar="MODULE:FUNCTION")
+    add("--attention", **function, help="attend with it (model/attention.py says what it is given)")
+    add("--attention-in", choices=TOWERS, default=TOWERS[0], help="the tower that --attention is for")
+    add("--mask", **function, help="who reads whom, by it instead of the prefix-LM mask")
 
 
 def positive(text: str) -> int:

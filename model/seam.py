@@ -1,0 +1,92 @@
+"""The seam: look into a model's attention, or put another one in its place.
+
+    model = PaliGemma.from_pretrained("nano", attention="mine:sigmoid_attention")    # a file mine.py here
+    with model.record_attention() as maps:
+        model(images, tokens, prefix_len)
+    maps[0]    # of the first layer: float [B, N, T, S]
+
+Every layer calls the function that its `attend` holds, `attention.attend` unless another was put there, and
+the decoder's mask is whatever the model's `mask` makes of a sequence, `attention.prefix_lm_mask` likewise.
+What is asked of such functions stands in the docstrings of these two.
+
+Axes: B batch, N query heads, T query, S key.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import attend
+
+TOWERS = ("text", "vision", "both")
+
+
+def find_function(name: str | Callable) -> Callable:
+    """A function itself, or the one that "package.module:function" names. Modules of the working folder are
+    found, too. ValueError in one line if there is none."""
+    if callable(name):
+        return name
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"{name!r} names no function: write package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: it must not hide what is installed
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, SyntaxError, ValueError, AttributeError) as error:
+        raise ValueError(f"{name!r} cannot be used: {error}") from None
+    if not callable(found):
+        raise ValueError(f"{name!r} is no function")
+    return found
+
+
+def attention_layers(model: nn.Module, tower: str = "text") -> list[nn.Module]:
+    """The attention of each layer of a PaliGemma, in order: of "text", of "vision", or of "both"."""
+    if tower not in TOWERS:
+        raise ValueError(f"tower {tower!r} is none of {', '.join(TOWERS)}")
+    towers = {"text": [model.decoder], "vision": [model.vision], "both": [model.vision, model.decoder]}
+    return [block.attn for part in towers[tower] for block in part.layers]
+
+
+def replace_attention(model: nn.Module, attention: str | Callable, tower: str = "text") -> None:
+    """Let every layer of a tower call another function than attention.attend."""
+    function = find_function(attention)
+    for layer in attention_layers(model, tower):
+        layer.attend = function
+
+
+@contextlib.contextmanager
+def record_attention(model: nn.Module, tower: str = "text") -> Iterator[dict[int, Tensor]]:
+    """Inside, each pass through the model leaves its weights in the dict: {layer: [B, N, T, S]}.
+
+    A decoding step is a pass too; with a cache, S are its slots. What an attention makes of the rows of an
+    identity matrix as values are the weights themselves, however it comes by them.
+    """
+    layers, maps = attention_layers(model, tower), {}
+    before = [layer.attend for layer in layers]
+
+    def recorder(i: int, function: Callable) -> Callable:
+        def recorded(q, k, v, mask, scale, cap=None):
+            every_key = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
+            maps[i] = function(q, k, every_key, mask, scale, cap).detach().transpose(1, 2)
+            return function(q, k, v, mask, scale, cap)
+
+        return recorded
+
+    try:
+        for i, layer in enumerate(layers):
+            layer.attend = recorder(i, before[i])
+        yield maps
+    finally:
+        for layer, function in zip(layers, before):
+            layer.attend = function
+
+
+def is_own(model: nn.Module) -> bool:
+    """Whether the decoder's attention is this project's own in all layers, which alone knows fused forms."""
+    return all(layer.attend is attend for layer in attention_layers(model))
