@@ -38,7 +38,7 @@ def at(x: Tensor, only: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
-        self.attend = attend  # or what model/seam.py puts in its place
+        self.attend, self.rotate = attend, rotate  # or what is put in their place, see model/seam.py
         self.layer, self.head_dim = layer, config.head_dim
         self.scale, self.cap = config.query_scale, config.attn_cap
         self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
@@ -51,8 +51,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         heads = (-1, self.head_dim)
         readers, q_rope = (x, rope) if only is None else (at(x, only), (at(rope[0], only), at(rope[1], only)))
-        q = rotate(self.q_proj(readers).unflatten(-1, heads), q_rope)  # [B, T, N, H]
-        k = rotate(self.k_proj(x).unflatten(-1, heads), rope).transpose(1, 2)  # [B, K, T, H]
+        q = self.rotate(self.q_proj(readers).unflatten(-1, heads), q_rope)  # [B, T, N, H]
+        k = self.rotate(self.k_proj(x).unflatten(-1, heads), rope).transpose(1, 2)  # [B, K, T, H]
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, H]
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, K, S, H]: those of the past too, already rotated

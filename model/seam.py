@@ -7,7 +7,8 @@
 
 Every layer calls the function that its `attend` holds, `attention.attend` unless another was put there, and
 the decoder's mask is whatever the model's `mask` makes of a sequence, `attention.prefix_lm_mask` likewise.
-What is asked of such functions stands in the docstrings of these two.
+What is asked of such functions stands in the docstrings of these two. The decoder's layers hold their
+rotation, too (`rotate`); infer/ablate.py has examples of all three.
 
 Axes: B batch, N query heads, T query, S key.
 """
