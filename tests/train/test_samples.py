@@ -74,6 +74,25 @@ def test_noise_is_where_objects_are(tiny):
     assert seen == {True, False}
 
 
+def test_both_forms_of_an_answer(tiny, codec):
+    """Beside branches, some texts are the whole answer in sequence: the same objects, in random order."""
+    language, tokenizer = language_of(tiny), Tokenizer(tiny)
+    data = PracticeScenes(language, 64, 16, tokenizer=tokenizer, codec=codec, branches=64)
+    prompt, in_sequence = len(language.prompt), 0
+    for seed in range(100):
+        sample = data[0, seed]
+        text, labels = sample["text"][0], sample["labels"][0][prompt - 1 :]
+        if text[:prompt].tolist() != list(language.prompt):
+            continue
+        in_sequence += 1
+        groups = labels[:-1].view(language.groups, 5)
+        objects = groups[groups[:, 4] != language.noise]
+        branches = sample["objects"][:, :5] + torch.tensor([language.loc0] * 4 + [language.class0])
+        assert len(objects) == min(len(branches), language.groups)
+        assert all(found in branches.tolist() for found in objects.tolist())
+    assert 6 <= in_sequence <= 26
+
+
 def test_training_sees_what_detection_sees():
     """An image goes into the network alike, whether drawn for training or read from a file."""
     pixels = make_scene(0).image

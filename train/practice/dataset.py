@@ -9,12 +9,15 @@ from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.tokenizer import Tokenizer
 from train.data.samples import answer_sample, closed_set_sample
-from train.data.targets import NANO_NOISE, Noise, text_target
+from train.data.targets import NANO_NOISE, Noise, closed_set_target, text_target
 from train.practice.scenes import Scene, make_scene
 from train.practice.tasks import TASK_SHARES, make_tasks
 
 PROMPTS_PER_SCENE = 2  # when there are several tasks: the scene is drawn and encoded once
 WORD_TASKS = ("caption", "answer")
+SEQUENCE_SHARE = (
+    0.15  # of the texts beside branches: all objects in sequence, for the answer to be read so too
+)
 MIN_ANSWER_WEIGHT = 10  # in tokens: a "yes" that weighed one token would drown among boxes
 # The first location or two decide which object is meant: the 16 codes after them must not drown them out.
 LOC_WEIGHT, SEG_WEIGHT = 3.0, 0.5
@@ -45,7 +48,8 @@ class PracticeScenes(Dataset):
     """Endless: item i is scene number first + i.
 
     A sample is one of closed-set detection. With a tokenizer and a mask codec it has PROMPTS_PER_SCENE texts:
-    closed-set detection, and random tasks of train/practice/tasks.py.
+    closed-set detection, and random tasks of train/practice/tasks.py. If it is taught in branches, some texts
+    are closed-set detection in sequence.
     """
 
     def __init__(
@@ -86,9 +90,16 @@ class PracticeScenes(Dataset):
             samples = [self._in_words(rng, scene, task) for task in drawn]
             if self.branches is None:  # a text, like the others
                 samples.insert(0, sample)
+            elif rng.random() < SEQUENCE_SHARE:
+                samples[0] = self._in_sequence(rng, scene, grid)
             sample |= {name: [each[name] for each in samples] for name in samples[0] if name != "image"}
         labels, boxes = patch_targets(scene, self.patch, background=len(self.language.classes))
         return sample | dict(patch_labels=torch.tensor(labels), patch_boxes=torch.tensor(boxes))
+
+    def _in_sequence(self, rng: np.random.Generator, scene: Scene, grid: float) -> dict[str, Tensor]:
+        size = scene.owner.shape[::-1]
+        target = closed_set_target(rng, scene.boxes, scene.labels, *size, self.language, grid)
+        return answer_sample(scene.image, self.language.prompt, target)
 
     def _in_words(self, rng: np.random.Generator, scene: Scene, task: str) -> dict[str, Tensor]:
         prefix, suffix = self.tasks[task](rng, scene)
