@@ -109,9 +109,6 @@ def train(args: argparse.Namespace) -> int:
     index = read_coco_index(args.data, args.images) if args.data else None
     model = load_model(args, base, found if args.lora else None, index, device)
     tokenizer = model.tokenizer
-    if tokenizer.size > model.config.text.vocab_size:
-        size = model.config.text.vocab_size
-        raise ValueError(f"the tokenizer has {tokenizer.size} ids, {args.model} {size}")
     language = ClosedSet.of(model.config, tokenizer)
     data = load_data(args, model, language, index)
     if args.val_every and args.val and args.tasks == "closed-set" and is_jsonl(args.val) == data.closed_set:
