@@ -164,7 +164,7 @@ def train(args: argparse.Namespace) -> int:
             set_learning_rate(optimizers, step, args)
             parts = [next(batches) for _ in range(args.accumulate)]
             parts = [{name: x.to(device, non_blocking=True) for name, x in part.items()} for part in parts]
-            total, stop = agree(parts, stopping["now"], world)
+            total, stop = agree(parts, stopping["now"] > 0, world)
             loss = compute_gradient(compute, objective, parts, total, step, args)
             if loss is None:
                 saver.save()
@@ -201,7 +201,7 @@ def train(args: argparse.Namespace) -> int:
                 saver.save()
             if stop and done < args.steps:
                 say(f"\nstopped after step {done}; --resume continues")
-                return 128 + signal.SIGTERM
+                return 128 + (stopping["now"] or signal.SIGTERM)  # no number: another process was asked
     save_model(model, args.out / "final", run, torch.bfloat16)
     if log:
         log.close()

@@ -100,8 +100,9 @@ def test_kill_9_and_resume(processes, tiny, scenes, tmp_path):
         assert same(one, two), file
 
 
-def test_preemption(tiny, scenes, tmp_path):
-    """SIGTERM, to the workers too: the step is finished, everything saved, and the exit code says so."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_preemption(number, tiny, scenes, tmp_path):
+    """To the workers too: the step is finished, everything saved, and the exit code says so."""
     process = subprocess.Popen(
         command(tiny, tmp_path / "run", f"--data {scenes} --steps 100000 --save-every 100000 --workers 2"),
         env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -109,9 +110,9 @@ def test_preemption(tiny, scenes, tmp_path):
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     while not (tmp_path / "run" / "metrics.jsonl").read_text():
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     process.communicate(timeout=200)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     last = metrics(tmp_path / "run")[-1]["step"]
     assert checkpoint.newest(tmp_path / "run").name == f"step-{last:07d}"
 
