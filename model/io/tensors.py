@@ -60,6 +60,24 @@ def largest(tensor: Tensor) -> Tensor:
     return (torch.stack(tops).amax() if tops else numbers.new_zeros(())).view(tensor.dtype)
 
 
+def bound(tensor: Tensor) -> Tensor:
+    """A number, on the tensor's device, that no magnitude in it exceeds; NaN or infinity if there is one.
+
+    It is the greatest length of a row. That reads memory once, without a copy, in two thirds of the time of
+    `largest` or less, and is enough for weights: their rows are far shorter than LARGEST.
+    """
+    rows = tensor.detach().flatten(0, -2) if tensor.ndim > 1 else tensor.detach().view(1, -1)
+    return torch.linalg.vector_norm(rows, dim=-1).amax() if rows.numel() else rows.new_zeros(())
+
+
+def check_bounds(bounds: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
+    """check_numbers, given `bound` of every tensor: only what may be too large is read again."""
+    bounds = {name: number for name, number in bounds.items() if not number.is_meta}
+    tops = torch.stack([number.float() for number in bounds.values()]).tolist() if bounds else []
+    # Half of it: a length is rounded to the tensor's own dtype.
+    check_numbers({name: tensors[name] for name, top in zip(bounds, tops) if not top < LARGEST / 2}, source)
+
+
 def check_largest(
     found: dict[str, Tensor], source: Path, limit: float = LARGEST, remedy: str = AGAIN
 ) -> None:
