@@ -11,7 +11,8 @@ without objects too; then AP when the class is ignored, and how far scores are f
 --out keeps the predictions: report.py draws them, and a stopped run continues from them.
 
 Pictures that cannot be read, or have another size than the file says, are named, and there are no figures of
-the others: those would be of another set. With --out all others are predicted all the same, and kept.
+the others: those would be of another set. With --out all others are predicted all the same, and kept. With
+--skip-broken the figures are of the others, and say how many pictures are left out.
 """
 
 import argparse
@@ -39,12 +40,14 @@ from train.run.processes import all_gather, join_processes, own_device
 from train.run.program import parser, run
 
 # Options that do not change the boxes of an image.
-NOT_IN_PREDICTIONS = ("out", "json", "sets", "data", "images", "device", "batch_size")
+NOT_IN_PREDICTIONS = ("out", "json", "sets", "data", "images", "device", "batch_size", "skip_broken")
 
 
 def print_figures(name: str, figures: dict) -> None:
-    print(f"mAP {figures['AP']:.3f} ({shown(name)})")
-    others = [key for key in figures if key not in ("AP", "images", "calibration")]
+    skipped = len(figures.get("skipped", ()))
+    left_out = f"; {skipped} of {figures['images'] + skipped} pictures left out as broken" if skipped else ""
+    print(f"mAP {figures['AP']:.3f} ({shown(name)}{left_out})")
+    others = [key for key in figures if key not in ("AP", "images", "calibration", "skipped")]
     texts = [f"{key} {figures[key]:.3f}" if figures[key] >= 0 else f"{key} -" for key in others]
     for row in (texts[:5], texts[5:11], texts[11:]):  # precision, recall, ours
         print("   " + "   ".join(row))
@@ -79,6 +82,8 @@ def main() -> None:
     options = parser(__doc__)
     add_set_arguments(options, "a COCO instances file", tuple(HELD_OUT_SETS))
     options.add_argument("--score-threshold", type=float, default=0.0)
+    options.add_argument("--skip-broken", action=argparse.BooleanOptionalAction, default=False,
+        help="measure without pictures that cannot be used (default: no figures)")  # fmt: skip
     note = "folder of predictions and figures; what is there already is used"
     options.add_argument("--out", type=Path, metavar="DIR", help=note)
     add_detection_arguments(options)
@@ -95,7 +100,7 @@ def main() -> None:
         all_gather(None)  # no process predicts before all have looked
         detector = load_detector(args)
         for name, data, images, out in evaluation_sets(args, folder, detector.model):
-            if of_set := evaluate(detector, data, images, args.batch_size, name, out):
+            if of_set := evaluate(detector, data, images, args.batch_size, name, out, args.skip_broken):
                 print_figures(name, of_set)
                 figures[name] = of_set
     if args.json and figures:

@@ -170,13 +170,20 @@ class PaliGemma(nn.Module):
     @cached_property
     def tokenizer(self):
         """The model.io.tokenizer.Tokenizer of the folder that the model was loaded from. Read when it is
-        first asked for; another may be assigned."""
+        first asked for; another may be assigned. The embedding may have more rows than it has ids, as that of
+        official checkpoints has, but not fewer."""
         from model.io.tokenizer import Tokenizer
 
         if self.folder is None or not (self.folder / "tokenizer.model").exists():
             how = "put the checkpoint's into its folder, or assign model.tokenizer = Tokenizer(file)"
             raise ValueError(f"the model has no tokenizer.model: {how}")
-        return Tokenizer(self.folder)
+        tokenizer, rows = Tokenizer(self.folder), self.config.text.vocab_size
+        if tokenizer.size > rows:
+            why = (
+                f"{tokenizer.size:,} ids, locations and codes of masks included, the embedding {rows:,} rows"
+            )
+            raise ValueError(f"{self.folder / 'tokenizer.model'} is of another checkpoint: it has {why}")
+        return tokenizer
 
     @torch.inference_mode()
     def generate(self, image, prompt: str, max_new_tokens: int = 100, sampling=None, generator=None) -> str:

@@ -15,7 +15,7 @@ from helpers import ROOT
 PACKAGES = "model", "train", "infer"  # each may import those before it
 THE_LOOP = {f"train.{name}" for name in ("fit", "setup", "loss", "validate", "measures", "merge", "convert")}
 # What infer takes from train: the practice set, the measures and the readers, never the loop.
-FOR_INFER = r"train\.(practice(\..+)?|measures|data\.jsonl|run\.(processes|program))"
+FOR_INFER = r"train\.(practice(\..+)?|measures|data\.jsonl|run\.(pictures|processes|program))"
 OPTIONAL = {  # packages outside requirements.txt: who may import them, always inside a function
     "tensorboard": {"train.run.log"},
     "transformers": {"infer.benchmark", "infer.benchmark_step"},
@@ -182,7 +182,7 @@ def test_imports_inside_functions():
 def test_only_what_is_required():
     """The standard library and requirements.txt; transformers and peft are for tests and benchmarks."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    required = {re.match(r"[\w-]+", line).group() for line in lines if line.strip()}
+    required = {re.match(r"[\w-]+", line).group() for line in lines if line[0] != "#"}
     required = {IMPORT_NAMES.get(name, name) for name in required}
     known = required | sys.stdlib_module_names | set(PACKAGES)
 

@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 from helpers import ROOT, python
+from packaging.requirements import Requirement
 
 PACKAGES = "model", "train", "infer"
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
@@ -38,7 +39,17 @@ def test_every_module_is_in_it(unpacked):
     required = [
         line.partition(": ")[2] for line in metadata.read_text().splitlines() if "Requires-Dist" in line
     ]
-    assert len(required) == len((ROOT / "requirements.txt").read_text().splitlines())
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [Requirement(line.partition("  #")[0]) for line in lines if not line.startswith("#")]
+    assert list(map(Requirement, required)) == wanted and len(wanted) == 10
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"], ids=["programs", "tests"])
+def test_requirements(folder):
+    """Each has an upper bound and says what it is for."""
+    for line in (folder / "requirements.txt").read_text().splitlines()[1:]:
+        text, _, purpose = line.partition("  # ")
+        assert purpose and any(limit.operator in ("<", "==") for limit in Requirement(text).specifier), line
 
 
 def test_it_detects(unpacked, tmp_path):

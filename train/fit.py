@@ -109,9 +109,6 @@ def train(args: argparse.Namespace) -> int:
     index = read_coco_index(args.data, args.images) if args.data else None
     model = load_model(args, base, found if args.lora else None, index, device)
     tokenizer = model.tokenizer
-    if tokenizer.size > model.config.text.vocab_size:
-        size = model.config.text.vocab_size
-        raise ValueError(f"the tokenizer has {tokenizer.size} ids, {args.model} {size}")
     language = ClosedSet.of(model.config, tokenizer)
     data = load_data(args, model, language, index)
     if args.val_every and args.val and args.tasks == "closed-set" and is_jsonl(args.val) == data.closed_set:
@@ -167,7 +164,7 @@ def train(args: argparse.Namespace) -> int:
             set_learning_rate(optimizers, step, args)
             parts = [next(batches) for _ in range(args.accumulate)]
             parts = [{name: x.to(device, non_blocking=True) for name, x in part.items()} for part in parts]
-            total, stop = agree(parts, stopping["now"], world)
+            total, stop = agree(parts, stopping["now"] > 0, world)
             loss = compute_gradient(compute, objective, parts, total, step, args)
             if loss is None:
                 saver.save()
@@ -204,7 +201,7 @@ def train(args: argparse.Namespace) -> int:
                 saver.save()
             if stop and done < args.steps:
                 say(f"\nstopped after step {done}; --resume continues")
-                return 128 + signal.SIGTERM
+                return 128 + (stopping["now"] or signal.SIGTERM)  # no number: another process was asked
     save_model(model, args.out / "final", run, torch.bfloat16)
     if log:
         log.close()

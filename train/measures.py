@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,13 @@ def make_coco(images, annotations, categories) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         coco.createIndex()
     return coco
+
+
+def without_images(coco: COCO, ids: Collection[int]) -> COCO:
+    """The data set without some of its images and what is in them."""
+    images = [record for record in coco.dataset["images"] if record["id"] not in ids]
+    annotations = [record for record in coco.dataset["annotations"] if record["image_id"] not in ids]
+    return make_coco(images, annotations, coco.dataset["categories"])
 
 
 def category_ids(coco: COCO, classes: tuple[str, ...], file: Path) -> list[int]:

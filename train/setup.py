@@ -20,7 +20,7 @@ from train.data.open import check_length, classes_for, open_data
 from train.data.samples import TEXT_MULTIPLE, StepSampler, closed_set_lengths, collate
 from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import newest
-from train.run.log import logged_lines
+from train.run.log import STOPPING, logged_lines
 from train.run.options import branches_of, changed_options, noise_of, overrides_of
 from train.run.pictures import pictures_to_skip
 from train.run.processes import all_gather
@@ -143,6 +143,7 @@ def make_loader(
 
 
 def leave_signals_to_the_run(_worker: int) -> None:
-    """SIGTERM, with which torchrun and SLURM stop a run, reaches its workers too: they have to go on while
-    the run finishes its step, and end with it. SIGINT they ignore anyway."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """SIGTERM, with which torchrun and SLURM stop a run, a terminal's SIGHUP and Ctrl-C reach its workers as
+    well: they have to go on while the run finishes its step, and end with it."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

@@ -10,7 +10,7 @@ import numpy as np
 
 from model.io.names import shown
 from model.io.writing import explain, read_json
-from train.measures import match_boxes, read_coco, run_cocoeval
+from train.measures import match_boxes, read_coco, run_cocoeval, without_images
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 TRUTH, RIGHT, WRONG, MIDDLE = "#4d4d4d", "#0072b2", "#d55e00", "#009e73"
@@ -56,10 +56,14 @@ class Evaluated:
         with explain(f"{folder / 'settings.json'} is not evaluate.py's", KeyError, TypeError):
             self.name, self.images = shown(settings["name"]), folder / settings["images"]
             data = folder / settings["data"]
+        with explain(f"{folder / 'figures.json'}: skipped must name pictures", ValueError, TypeError):
+            skipped = set(map(int, self.figures.pop("skipped", {})))
         for key, value in self.figures.items():
             if key != "calibration" and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{folder / 'figures.json'}: {key} is {value!r}, not a number")
-        self.coco = read_coco(data)
+        self.coco = without_images(read_coco(data), skipped)
+        if skipped:
+            self.name += f" ({len(skipped)} pictures left out as broken)"
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         self.evaluation = run_cocoeval(self.coco, results)
         self.truth = [a for a in self.coco.dataset["annotations"] if not a.get("iscrowd")]

@@ -11,7 +11,6 @@ Without --data, it holds such a folder for each practice set, with the drawn sce
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -28,8 +27,17 @@ from model.io.hub import resolve
 from model.io.image import check_size, image_folder, read_ahead
 from model.io.names import shown
 from model.io.writing import explain, named, read_json, write_json, write_lines
-from train.measures import FIGURES, calibration_error, category_ids, read_coco, run_cocoeval, to_results
+from train.measures import (
+    FIGURES,
+    calibration_error,
+    category_ids,
+    read_coco,
+    run_cocoeval,
+    to_results,
+    without_images,
+)
 from train.practice.write import HELD_OUT_SETS, write_coco
+from train.run.pictures import name_broken, none_left
 from train.run.processes import all_gather, rank_and_world
 from train.run.program import positive
 
@@ -80,22 +88,29 @@ def evaluate(
     batch_size: int | None = None,
     title: str = "",
     out: Path | None = None,
+    skip_broken: bool = False,
 ) -> dict:
     """All figures of a set, in the first process; in the other processes of torchrun, nothing.
 
     batch_size: None for what memory holds. title: of the progress bar. out: where to keep the predictions.
+    skip_broken: pictures that cannot be used are left out, of what is to be found too; the figures then say
+    which, as "skipped", {image id: what is wrong with it}.
     """
     coco = read_coco(data, images)
     ids = category_ids(coco, detector.classes, data)
     rank, world = rank_and_world()
-    shares = all_gather(predict(detector, coco, images, ids, batch_size, title, out, rank, world))
+    keep_on = skip_broken or out is not None
+    shares = all_gather(predict(detector, coco, images, ids, batch_size, title, out, rank, world, keep_on))
     if rank > 0:
         return {}
-    if faults := [fault for _, of_share in shares for fault in of_share]:
-        for fault in faults[1:]:
-            print(fault, file=sys.stderr)
-        more = f", and {len(faults) - 1} more pictures" if len(faults) > 1 else ""
-        raise ValueError(f"{faults[0]}{more}: no figures of {data}, which would be those of other pictures")
+    if skipped := {str(i): fault for _, faults in shares for i, fault in faults.items()}:
+        found = name_broken(list(skipped.values()), skip_broken)
+        if not skip_broken:
+            why = "which would be those of other pictures; --skip-broken measures without what is broken"
+            raise ValueError(f"{found}: no figures of {data}, {why}")
+        if len(skipped) == len(coco.imgs):
+            raise none_left(data, found)
+        coco = without_images(coco, set(map(int, skipped)))
     results = sorted((result for share, _ in shares for result in share), key=lambda r: r["image_id"])
     # Boxes of a class that the set does not have count only where classes are ignored.
     of_set = [result for result in results if result["category_id"] != -1]
@@ -105,6 +120,7 @@ def evaluate(
     figures = {name: round(float(value), 4) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
     figures["AP any class"] = round(float(any_class.stats[0]), 4)
     figures |= {"calibration error": round(error, 4), "images": len(coco.imgs), "calibration": table}
+    figures |= {"skipped": skipped} if skipped else {}
     if out:
         write_lines([json.dumps(of_set)], out / "results.json")
         write_json(figures, out / "figures.json")
@@ -121,20 +137,21 @@ def predict(
     out: Path | None = None,
     rank: int = 0,
     world: int = 1,
-) -> tuple[list[dict], list[str]]:
-    """Results in COCO's format for every image of the set, and what is wrong with those that cannot be used;
-    of several processes, for this one's share.
+    keep_on: bool = False,
+) -> tuple[list[dict], dict[int, str]]:
+    """Results in COCO's format for every image of the set, and {image id: what is wrong with it} of those
+    that cannot be used; of several processes, for this one's share.
 
     ids: the set's category id of each class. With out, the results of an image are written there as they
-    come, and an image whose results are there, whichever process wrote them, is not decoded again. Without,
-    the first image that cannot be used is the last: no result would be kept.
+    come, and an image whose results are there, whichever process wrote them, is not decoded again.
+    keep_on: after an image that cannot be used; else it is the last.
     """
     known = read_predictions(out) if out else {}
     share = sorted(coco.dataset["images"], key=lambda record: record["id"])[rank::world]
     todo = [record for record in share if record["id"] not in known]
     log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
     bar = tqdm(total=len(todo), desc=shown(title), unit="image", leave=False, disable=rank > 0)
-    faults = []
+    faults = {}
     with log as lines, bar:
         records, size = iter(todo), batch_size or detector.fitting_batch()
         for batch in read_ahead((images / record["file_name"] for record in todo), size):
@@ -145,11 +162,11 @@ def predict(
                     if "width" in record and "height" in record:  # COCO's own evaluation needs neither
                         check_size(picture, file, record["width"], record["height"])
                 except ValueError as error:
-                    faults.append(str(error))
+                    faults[record["id"]] = str(error)
                     continue
                 pictures.append(picture)
                 of_batch.append(record)
-            if faults and not out:
+            if faults and not keep_on:
                 break
             found_in = detector(pictures) if pictures else []
             for found, record in zip(found_in, of_batch, strict=True):

@@ -33,6 +33,12 @@ _HANDLED_KEYS = set(
     "base_model_name_or_path revision inference_mode auto_mapping peft_version megatron_core runtime_config "
     "ensure_weight_tying qalora_group_size".split()
 )
+# Patterns are names, as PEFT writes them, or regular expressions by hand. Python's matching tries all ways,
+# and "(a+)+" has more of them than can ever be tried: so whatever multiplies them has a limit.
+_PLAIN_NAME = re.compile(r"\^?(\w|\\?\.)+\$?")
+_ESCAPE_OR_SET = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
+_MAX_CHOICES, _MAX_BARS, _MAX_LENGTH = 2, 50, 300  # groups and repetitions, |, characters of a pattern
+_MAX_PATTERNS, _MAX_NAMES = 10, 2000  # of an adapter: regular expressions; all, with plain names
 _TOO_LARGE = OverflowError, RecursionError  # of regular expressions, such as "a{99999999999}"
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal")  # others (pissa, olora, ...) change the base weights
 
@@ -94,11 +100,29 @@ def _check_settings(config: dict, file: Path) -> None:
     for key, good in dict(rank_pattern=is_rank, alpha_pattern=is_alpha).items():
         patterns = config.get(key) or {}
         check(isinstance(patterns, dict) and all(map(good, patterns.values())), key, patterns)
-        for pattern in patterns:
-            with explain(
-                f"{file}: {key} {pattern!r:.200} is not a regular expression", re.error, *_TOO_LARGE
-            ):
-                re.compile(pattern)
+        _check_patterns(patterns, f"{file}: {key}")
+
+
+def _check_patterns(patterns: Iterable[str], where: str) -> None:
+    """Refuse what is no regular expression, and what might take for ever to match."""
+    by_hand = [pattern for pattern in patterns if not _PLAIN_NAME.fullmatch(pattern)]
+    if len(by_hand) > _MAX_PATTERNS or len(patterns) > _MAX_NAMES:
+        many = f"{len(patterns):,} patterns, {len(by_hand):,} of them no plain names"
+        raise ValueError(f"{where} has {many}: at most {_MAX_NAMES:,} and {_MAX_PATTERNS} are read")
+    for pattern in patterns:
+        rest = _ESCAPE_OR_SET.sub("", pattern).replace("(?:", "(")
+        most = {"*+?{(": _MAX_CHOICES, "|": _MAX_BARS}
+        many = any(sum(map(rest.count, signs)) > limit for signs, limit in most.items())
+        if many or len(pattern) > _MAX_LENGTH or "(?" in rest or re.search(r"\)[*+?{]", rest):
+            limits = (
+                f"{_MAX_LENGTH} characters, {_MAX_CHOICES} groups or repetitions, {_MAX_BARS} alternatives"
+            )
+            how = "merge the adapter with PEFT and load the result"
+            raise ValueError(
+                f"{where} {pattern!r:.200} could take for ever to match (at most {limits}); {how}"
+            )
+        with explain(f"{where} {pattern!r:.200} is not a regular expression", re.error, *_TOO_LARGE):
+            re.compile(pattern)
 
 
 def _match(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> tuple[list, dict, list[str]]:
@@ -108,6 +132,7 @@ def _match(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> tuple[
     modules = {_short_path(name, version): name for name, m in model.named_modules() if type(m) is nn.Linear}
     params = {short_name(official_name(name, version)): name for name, _ in model.named_parameters()}
     found, pairs, whole, problems = {}, [], {}, []
+    ranks, alphas = (_compiled(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
     for name, tensor in tensors.items():
         from_peft, inner = name.startswith(PEFT_PREFIX), name.removeprefix(PEFT_PREFIX)
         path, _, matrix = inner.rpartition(".lora_")
@@ -125,8 +150,8 @@ def _match(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> tuple[
     for path, pair in found.items():
         module = modules[short_name(path)]
         linear = model.get_submodule(module)
-        rank = _by_pattern(config.get("rank_pattern"), path, config.get("r", 8))
-        alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
+        rank = _by_pattern(ranks, path, config.get("r", 8))
+        alpha = _by_pattern(alphas, path, config.get("lora_alpha", 8))
         wanted = {"A": [rank, linear.in_features], "B": [linear.out_features, rank]}
         shapes = {matrix: list(tensor.shape) for matrix, tensor in pair.items()}
         if shapes == wanted:
@@ -148,11 +173,16 @@ def _attach(model: nn.Module, config: dict, pairs: list, whole: dict[str, Tensor
         model.get_parameter(name).requires_grad_().copy_(tensor)
 
 
-def _by_pattern(patterns: dict | None, path: str, default):
+def _compiled(patterns: dict) -> list[tuple[re.Pattern, float]]:
+    """PEFT's patterns for the ends of paths, with their ranks or alphas."""
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+
+
+def _by_pattern(patterns: list[tuple[re.Pattern, float]], path: str, default):
     """PEFT's lookup of a rank or alpha: the first pattern that matches the end of a module's path wins."""
-    for pattern, value in (patterns or {}).items():
+    for pattern, value in patterns:
         # The file's path may be of another generation than that of the model which PEFT saw: try both.
-        if any(re.match(rf"(.*\.)?({pattern})$", p) for p in (path, short_name(path))):
+        if any(pattern.match(p) for p in (path, short_name(path))):
             return value
     return default
 

@@ -2,12 +2,14 @@
 
 import re
 import shutil
+import time
 from pathlib import Path
 
 NANO = Path(__file__).parent.parent / "nano"
 CODEC = "codec.safetensors"  # the mask codec's weights (model/decoding/masks.py)
 OFFICIAL_CODEC = "vae-oid.npz"  # the same, as big_vision publishes them
-MAX_SILENCE = 10  # seconds to wait for an answer of the hub
+MAX_SILENCE = 10  # seconds to wait for an answer of the hub, unless HF_HUB_ETAG_TIMEOUT asks for more
+PATIENCE = 3  # such waits for an answer from one address, whatever the library tries
 COMPANION_FILES = ("tokenizer.model", CODEC, OFFICIAL_CODEC)  # travel with a checkpoint's config and weights
 
 _STATUSES = {  # of the hub's answers: what a user can do
@@ -47,6 +49,8 @@ def _download(source: str, weights: bool) -> Path:
     hooks = getattr(get_session(), "event_hooks", None)  # older versions have another kind of session
     if hooks and _limit_silence not in hooks["request"]:
         hooks["request"].append(_limit_silence)
+        hooks["response"].append(_note_answer)
+    _unanswered.clear()
     # OSError and the HTTP library's, whichever that is; RuntimeError is the storage's (Xet).
     failures = *hub.HfHubHTTPError.__bases__, RuntimeError, *_NOT_THE_HUB
     try:
@@ -67,12 +71,30 @@ def _download(source: str, weights: bool) -> Path:
     return folder
 
 
+class SilenceTimeout(OSError):
+    """An address has not answered, however often it was asked."""
+
+
+_unanswered: dict[str, float] = {}  # {address: when it was first asked}, until it answers
+
+
 def _limit_silence(request) -> None:
-    """Let a request of the hub library end when the server is silent, where the library waits for ever."""
+    """Let a request of the hub library end when the server is silent. The library waits for ever in some
+    requests, and tries others seven times, a minute each."""
+    from huggingface_hub import constants
+
+    longest = max(MAX_SILENCE, constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    waited = time.monotonic() - _unanswered.setdefault(str(request.url), time.monotonic())
+    if waited > PATIENCE * longest:
+        raise SilenceTimeout(f"no answer for {waited:.0f} seconds")
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {
-        phase: limits.get(phase) or MAX_SILENCE for phase in ("connect", "read", "write", "pool")
+        phase: min(limits.get(phase) or longest, longest) for phase in ("connect", "read", "write", "pool")
     }
+
+
+def _note_answer(response) -> None:
+    _unanswered.pop(str(response.request.url), None)
 
 
 def _what_to_do(source: str, error: BaseException) -> str:

@@ -27,6 +27,7 @@ READERS = 4  # threads that decode image files: Pillow's decoders let other thre
 # PPM, PSD and EPS, which starts Ghostscript, are some): each is code that a hostile file could attack.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 178_956_970  # half a gigabyte in RGB; a file may say that it has any number. Pillow's own limit
+PIXELS_AHEAD = 2 * MAX_PIXELS  # decoded at a time, 1.4 GB: Pillow keeps 4 bytes of each
 # Of TIFF: the tags of a tile's sides, and how long they may be in a file whose image is smaller than that.
 TILE_WIDTH, TILE_HEIGHT, MAX_TILE = 322, 323, 4096
 # Of JPEG: encoders write about ten scans, libtiff refuses more than 100. A marker is FF and a byte that is no
@@ -148,18 +149,43 @@ def to_network(pixels: np.ndarray | Tensor) -> Tensor:
     return ((scaled - 0.5) / 0.5).movedim(-1, -3)
 
 
-def read_ahead(items: Iterable, size: int) -> Iterator[list[tuple[Any, Future]]]:
+def pixels_of(source: str | Path | Image.Image) -> int:
+    """How many pixels an image has, by its header; 0 if it has none that can be read."""
+    if isinstance(source, Image.Image):
+        return source.width * source.height
+    with contextlib.suppress(ValueError), open_image(source) as image:  # load_image will say what is wrong
+        return image.width * image.height
+    return 0
+
+
+def read_ahead(items: Iterable, size: int, most: int = PIXELS_AHEAD) -> Iterator[list[tuple[Any, Future]]]:
     """Batches of (file, future of its image): the images are read in the background while the caller works.
 
-    The future's result() is the image, or raises what load_image did.
+    The future's result() is the image, or raises what load_image did. A batch has at most half of `most`
+    pixels, and together with what is read for the next one at most all of them, or is a single image: so
+    large images make batches of fewer than `size`.
     """
-    pool, items, waiting = ThreadPoolExecutor(READERS), iter(items), deque()
+    # Headers in a thread of their own: they would wait for the decoding of all images before them.
+    headers, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(READERS)
+    items, waiting, reading = iter(items), deque(), deque()
     try:
         while True:
-            more = islice(items, 2 * size - len(waiting))
-            waiting.extend((item, pool.submit(load_image, item)) for item in more)
-            if not waiting:
+            more = islice(items, 2 * size - len(waiting) - len(reading))
+            waiting.extend((item, headers.submit(pixels_of, item)) for item in more)
+            pixels = sum(count for _, count, _ in reading)
+            while waiting and (not reading or pixels + waiting[0][1].result() <= most):
+                item, header = waiting.popleft()
+                pixels += header.result()
+                reading.append((item, header.result(), decoders.submit(load_image, item)))
+            if not reading:
                 return
-            yield [waiting.popleft() for _ in range(min(size, len(waiting)))]
+            batch, room = [], most // 2
+            while reading and len(batch) < size and (not batch or reading[0][1] <= room):
+                item, count, image = reading.popleft()
+                batch.append((item, image))
+                room -= count
+            yield batch
+            del batch, image  # they hold images
     finally:  # if the caller stops early, it need not wait for all that was to be read
-        pool.shutdown(cancel_futures=True)
+        for pool in (headers, decoders):
+            pool.shutdown(cancel_futures=True)

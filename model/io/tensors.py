@@ -15,6 +15,7 @@ from model.io.writing import explain
 
 READABLE = ("BF16", "F16", "F32")  # dtypes that weights are read from, as safetensors spells them
 LARGEST = 1 << 16  # float16, in which checkpoints are published too, ends just below; weights are below 1,000
+FINITE = torch.finfo(torch.float32).max  # the limit for what may be any number: an optimizer's state
 _PIECE = 1 << 18  # numbers compared at a time on a CPU: they stay in its cache between two operations
 AGAIN = "; download it again"
 _NAMED = 5  # tensors in a complaint; a damaged file may hold hundreds
@@ -33,11 +34,11 @@ def open_tensors(file: Path) -> safe_open:
     return opened
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
+def read_tensors(file: Path, limit: float = LARGEST, remedy: str = AGAIN) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. limit, remedy: see check_largest."""
     opened = open_tensors(file)
     tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
-    check_numbers(tensors, file)
+    check_largest({name: largest(tensor) for name, tensor in tensors.items()}, file, limit, remedy)
     return tensors
 
 
@@ -59,14 +60,38 @@ def largest(tensor: Tensor) -> Tensor:
     return (torch.stack(tops).amax() if tops else numbers.new_zeros(())).view(tensor.dtype)
 
 
-def check_largest(found: dict[str, Tensor], source: Path) -> None:
-    """The same, given `largest` of every tensor: all results are fetched from their device at once."""
+def bound(tensor: Tensor) -> Tensor:
+    """A number, on the tensor's device, that no magnitude in it exceeds; NaN or infinity if there is one.
+
+    It is the greatest length of a row. That reads memory once, without a copy, in two thirds of the time of
+    `largest` or less, and is enough for weights: their rows are far shorter than LARGEST.
+    """
+    rows = tensor.detach().flatten(0, -2) if tensor.ndim > 1 else tensor.detach().view(1, -1)
+    return torch.linalg.vector_norm(rows, dim=-1).amax() if rows.numel() else rows.new_zeros(())
+
+
+def check_bounds(bounds: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
+    """check_numbers, given `bound` of every tensor: only what may be too large is read again."""
+    bounds = {name: number for name, number in bounds.items() if not number.is_meta}
+    tops = torch.stack([number.float() for number in bounds.values()]).tolist() if bounds else []
+    # Half of it: a length is rounded to the tensor's own dtype.
+    check_numbers({name: tensors[name] for name, top in zip(bounds, tops) if not top < LARGEST / 2}, source)
+
+
+def check_largest(
+    found: dict[str, Tensor], source: Path, limit: float = LARGEST, remedy: str = AGAIN
+) -> None:
+    """The same, given `largest` of every tensor: all results are fetched from their device at once.
+
+    limit: other than LARGEST, FINITE. remedy: what to do about a file that is not in the hub's cache.
+    """
     found = {name: number for name, number in found.items() if not number.is_meta}  # those have no numbers
     numbers = torch.stack([number.float() for number in found.values()]).tolist() if found else []
-    wrong = [f"{name} ({number:g})" for name, number in zip(found, numbers) if not number <= LARGEST]
+    wrong = [f"{name} ({number:g})" for name, number in zip(found, numbers) if not number <= limit]
     if wrong:
-        what = f"NaN, infinity or numbers above {LARGEST:,}, which no training leaves"
-        raise ValueError(f"{source} holds {what}{replacement(source, AGAIN)}: {_some(wrong)}")
+        large = "NaN or infinity" if limit == FINITE else f"NaN, infinity or numbers above {limit:,}"
+        what = f"{large}, which no training leaves{replacement(source, remedy)}"
+        raise ValueError(f"{source} holds {what}: {_some(wrong)}")
 
 
 def _some(names: list[str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from model.config import MAX_CLASSES
 from model.io.hub import replacement
 from model.io.writing import explain
 
@@ -35,6 +36,12 @@ class Tokenizer:
         self.loc0 = self._id("<loc0000>", file) if inside else len(self._sp)
         self.seg0 = self._id("<seg000>", file) if inside else self.loc0 + LOCS
         self.size = len(self._sp) + (0 if inside else LOCS + SEGS)
+        runs = [("<unused{}>", self.unused0, MAX_CLASSES + 1)]  # classes, and noise
+        runs += [("<loc{:04d}>", self.loc0, LOCS), ("<seg{:03d}>", self.seg0, SEGS)] if inside else []
+        for form, first, count in runs:  # ids of a run are computed from its first
+            for i, piece in enumerate(map(form.format, range(count)), first):
+                if self._id(piece, file) != i:
+                    raise ValueError(f"{file}: {piece} is not piece {i}, {i - first} after {form.format(0)}")
 
     def _id(self, piece: str, file: Path) -> int:
         if (i := self.id_of(piece)) is None:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from model.config import PaliGemmaConfig
 from model.io.config_json import config_from_json, config_to_json
 from model.io.hub import CODEC, resolve
-from model.io.tensors import check_largest, largest, open_tensors
+from model.io.tensors import bound, check_bounds, open_tensors
 from model.io.writing import explain, read_json, save_tensors, write_json
 from model.siglip import resample_positions
 
@@ -128,16 +128,16 @@ def load_weights(
     if problems:
         raise ValueError(f"{folder} does not fit its config.json: " + "; ".join(sorted(problems)))
 
-    state, numbers = {}, {}
+    state, bounds = {}, {}
     for key, name in ours.items():
         tensor = read(stored[key])
         _mark_mapped(tensor)
         if name == _POSITIONS:
             tensor = resample_positions(tensor, model.config.vision.tokens)
         state[name] = tensor.to(device=device, dtype=dtype)
-        numbers[stored[key]] = largest(state[name])
+        bounds[stored[key]] = bound(state[name])
         release_pages(state[name])
-    check_largest(numbers, folder)
+    check_bounds(bounds, {stored[key]: state[name] for key, name in ours.items()}, folder)
     model.load_state_dict(state, assign=True)  # not copied: the model takes these very tensors
 
 

@@ -188,6 +188,26 @@ def test_hostile_names(run_detect, here):
     assert sorted(os.listdir(here / "detections")) == sorted(f"{name}.png" for name in hostile)
 
 
+@pytest.mark.parametrize("label", ["../../escaped", "/etc/escaped", "..", "a\0b", "x" * 300])
+def test_no_label_leads_out_of_the_folder(label, run_detect, here):
+    """A checkpoint's config names the classes, and each mask is written to a file named after its class."""
+
+    class Segments(Everywhere):
+        def __call__(self, images):
+            found = super().__call__(images)
+            for one, image in zip(found, images):
+                one.labels, one.masks = [label], [np.full((image.height, image.width), 255, np.uint8)]
+            return found
+
+    file = picture(here / "in" / "a.png")
+    before = {path for path in here.parent.rglob("*")}
+    code, _, err = run_detect("--image", file, "--out", "in/out", "--json", "out.json", detector=Segments())
+    assert (code, err) == (0, [])
+    new = {path for path in here.parent.rglob("*")} - before
+    assert new - {here / "out.json", here / "in" / "out"} == set((here / "in" / "out").iterdir())
+    assert len(list((here / "in" / "out").iterdir())) == 2 and not Path("/etc/escaped.png").exists()
+
+
 def test_hostile_options(run_detect, capsys):
     """A file whose name begins like an option, as a shell's * brings it."""
     code, _, err = run_detect("--image", "a.png", "-\x1b[31m\udcff")

@@ -286,6 +286,42 @@ def test_broken_pictures(evaluate_data, data, tmp_path, straight):
     assert code == 0 and rest.seen == 2 and files_of(out) == straight
 
 
+def test_skip_broken(evaluate_data, monkeypatch, capsys, data, tmp_path):
+    """As if they were not in the file: named, counted beside the figures, and no object of theirs is missed.
+    A run without the option is continued; report.py leaves the same pictures out."""
+    shutil.copytree(data.parent, tmp_path / "set")
+    broken, images, out = tmp_path / "set" / "instances.json", tmp_path / "set" / "images", tmp_path / "out"
+    without = tmp_path / "set" / "without.json"
+    content = json.loads(broken.read_text())
+    for name in ("images", "annotations"):
+        key = "id" if name == "images" else "image_id"
+        content[name] = [record for record in content[name] if record[key] not in (2, 5)]
+    without.write_text(json.dumps(content))
+    wanted = predictions.evaluate(FromAList(data), without, images, 3, "without")
+    (images / "2.png").write_bytes((images / "2.png").read_bytes()[:900])
+    (images / "5.png").unlink()
+
+    options = ["--data", broken, "--out", out, "--json", tmp_path / "figures.json"]
+    code, printed, err = evaluate_data(*options)
+    assert code == 1 and printed == "" and "--skip-broken" in err
+    rest = FromAList(data)
+    code, printed, err = evaluate_data(*options, "--skip-broken", detector=rest)
+    assert code == 0 and rest.seen == 0
+    assert "2.png: not a readable image" in err and "5.png: no such file" in err
+    assert f"(instances; 2 of {LISTED_IMAGES} pictures left out as broken)" in printed.splitlines()[0]
+    figures = json.loads((out / "figures.json").read_text())
+    skipped = figures.pop("skipped")
+    assert list(skipped) == ["2", "5"] and "not a readable image" in skipped["2"] and figures == wanted
+    assert list(json.loads((tmp_path / "figures.json").read_text())["instances"]["skipped"]) == ["2", "5"]
+    code, _, err = call(monkeypatch, capsys, report, "--eval", out, "--out", tmp_path / "page")
+    assert code == 0, err
+    assert "(2 pictures left out as broken)" in (tmp_path / "page" / "index.html").read_text()
+    for file in images.iterdir():
+        file.write_text("no picture")
+    code, printed, err = evaluate_data("--data", broken, "--skip-broken")  # and without --out
+    assert code == 1 and printed == "" and "none of its pictures can be used" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_shares(data, tmp_path, world, straight):
     """Every process takes its part, and any number of processes goes on with what others left."""

@@ -25,7 +25,7 @@ time.sleep = lambda seconds: None
 from huggingface_hub import constants
 from model.io import hub
 from model.io.weights import load_config
-constants.HF_HUB_DOWNLOAD_TIMEOUT = hub.MAX_SILENCE = 0.3
+constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = hub.MAX_SILENCE = 0.3
 
 def words(function, source):
     try:
@@ -61,6 +61,7 @@ SENTENCES = {
     "silent": "does not answer",
     "silent-list": "does not answer",
     "silent-file": "does not answer",
+    "silent-head": "does not answer",
     "html": "HF_ENDPOINT",
     "html-files": "HF_ENDPOINT",
     "a-list": "HF_ENDPOINT",
@@ -77,6 +78,7 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     done = threading.Event()  # lets those that are silent go
     asked = set()
+    unanswered = 0  # requests of "silent-head"
 
     def log_message(self, *_):
         pass
@@ -138,6 +140,9 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(int(repo[-3:]))
         if repo == "html-files":
             return self.reply(body=HTML)
+        if self.command == "HEAD" and repo == "silent-head":
+            Hub.unanswered += 1
+            return self.be_silent()
         if self.command == "GET" and repo == "silent-file":
             return self.be_silent()
         if self.command == "GET" and repo == "cut":
@@ -183,6 +188,11 @@ def test_failures(repo, said):
     assert "\n" not in message and len(message) < 500
     others = set(SENTENCES.values()) - {SENTENCES[repo]}
     assert repo == "gated" or not [sentence for sentence in others if sentence in message]
+
+
+def test_silence_has_an_end(said):
+    """The library alone would ask for the head of a file seven times, and mostly wait for a minute."""
+    assert "does not answer" in said["silent-head"] and 0 < Hub.unanswered <= 5
 
 
 def test_a_damaged_file_in_the_cache(said):

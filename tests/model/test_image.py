@@ -4,6 +4,7 @@ What is no image, or a damaged or hostile one, is in test_broken_images.py.
 """
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from model.io import image as image_module
 from model.io.image import load_image, read_ahead, square, to_network
 
 SHAPES = [(640, 480), (333, 517), (56, 56), (57, 55), (1200, 31), (40, 900), (9, 7), (1, 1)]  # width, height
@@ -184,3 +186,38 @@ def test_read_ahead(tmp_path):
             else:
                 assert reading.result().getpixel((0, 0)) == (int(file.stem), 0, 0)
     assert seen == files and threading.active_count() < 20
+
+
+@pytest.mark.parametrize("sides", [[40] * 9, [4] * 9, [4, 4, 90, 4, 4, 40, 40, 40, 4, 0, 4, 4]])
+def test_pixels_read_ahead(sides, tmp_path, monkeypatch):
+    """However large the images: what the caller has, and what is decoded or being decoded for it, stay within
+    the limit, or are one image. In order, and all of them; small ones come in whole batches."""
+    lock, decoded, limit, most = threading.Lock(), [], 4 * 40**2, []
+    real = image_module.load_image
+
+    def load(file):
+        with lock:
+            decoded.append(file)
+        return real(file)
+
+    monkeypatch.setattr(image_module, "load_image", load)
+    files = {}
+    for i, side in enumerate(sides):
+        files[tmp_path / f"{i}.png"] = side**2
+        Image.new("RGB", (max(side, 1),) * 2, (i, 0, 0)).save(tmp_path / f"{i}.png")
+        if not side:
+            (tmp_path / f"{i}.png").write_text("no picture")
+    seen, sizes = [], []
+    for batch in read_ahead(files, 3, limit):
+        time.sleep(0.05)  # all that can be read ahead is
+        with lock:
+            held = [file for file in decoded if file not in seen]
+        most.append(sum(files[file] for file in held))
+        assert most[-1] <= limit or len(held) == 1
+        seen += [file for file, _ in batch]
+        sizes.append(len(batch))
+        for file, reading in batch:
+            if files[file]:
+                assert reading.result().size == (files[file] ** 0.5,) * 2
+    assert seen == list(files) and max(sizes) <= 3
+    assert max(most) > limit or sizes == ([3, 3, 3] if sides[0] == 4 else [2, 2, 2, 2, 1])

@@ -6,6 +6,7 @@ Weights that are no numbers, other dtypes, sizes that no memory holds, and JSON 
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from model.config import VisionConfig
 from model.decoding.masks import MaskCodec
 from model.io.adapter import DETECTION
 from model.io.hub import CODEC, NANO, replacement
-from model.io.tensors import LARGEST, largest
+from model.io.tensors import LARGEST, bound, check_bounds, largest
 from model.io.weights import load_config
 from model.io.writing import MAX_JSON_BYTES, read_json
 
@@ -55,6 +56,28 @@ def test_largest(dtype):
     for place, value in ((0, -9.0), (600_000, 9.5), (300_000, -torch.inf), (5, torch.nan)):
         numbers[place] = value
         assert str(largest(numbers).item()) == str(abs(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(), (7,), (0,), (0, 3), (40, 50), (8, 3, 4, 4)])
+def test_bound(shape, dtype):
+    """No magnitude is above it, it is not far above all of them, and what is no number shows."""
+    numbers = torch.randn(shape, dtype=dtype)
+    top, length = largest(numbers).item(), shape[-1] if shape else 1
+    assert top * 0.99 <= bound(numbers) <= 1.01 * top * length**0.5
+    for value in (-2.0 * LARGEST, 1e30, -torch.inf, torch.nan) if numbers.numel() else ():
+        numbers.view(-1)[numbers.numel() // 2] = value
+        assert not bound(numbers) <= LARGEST
+
+
+def test_long_rows_of_small_numbers():
+    """They are looked at again, and pass."""
+    tensors = {"a": torch.full((2, 10_000), 60_000.0)}
+    assert bound(tensors["a"]) > LARGEST
+    check_bounds({"a": bound(tensors["a"])}, tensors, Path("here"))
+    tensors["a"][1, 2] = -70_000
+    message = complaint(check_bounds, {"a": bound(tensors["a"])}, tensors, Path("here"))
+    assert "a (70000)" in message and "here" in message
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, 1e30, -1e30])

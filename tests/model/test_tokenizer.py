@@ -9,10 +9,12 @@ import re
 import numpy as np
 import pytest
 import sentencepiece
+from helpers import complaint, load
 from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, PaliGemmaProcessor, SiglipImageProcessor
 
+from model import Detector
 from model.config import COCO_CLASSES
 from model.io.tokenizer import Tokenizer
 from train.practice.sentences import random_sentences
@@ -249,6 +251,37 @@ def test_foreign_model(form, piece, tmp_path):
     with pytest.raises(ValueError) as error:
         Tokenizer(file)
     assert str(file) in str(error.value) and piece in str(error.value) and "Gemma" in str(error.value)
+
+
+@pytest.mark.parametrize("gone", ["<loc0007>", "<seg127>", "<unused98>"])
+def test_pieces_out_of_order(gone, full, tmp_path):
+    """Ids are computed from the first of a run, so a file whose runs have gaps would be read wrongly."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(full.read_bytes())
+    (piece,) = (piece for piece in model.pieces if piece.piece == gone)
+    for name in (f"{gone}?", None):  # renamed; then put at the end
+        if name is None:
+            model.pieces.add(piece=gone, type=Piece.USER_DEFINED)
+        else:
+            piece.piece = name
+        (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+        message = complaint(Tokenizer, tmp_path)
+        assert str(tmp_path / "tokenizer.model") in message and gone in message
+
+
+def test_more_ids_than_the_embedding_has(model, tmp_path):
+    """Of another checkpoint. As many are fine, and so is an embedding with more rows."""
+    grown, tokenizer = load(model), tmp_path / "tokenizer.model"
+    rows, ids = grown.config.text.vocab_size, Tokenizer(model).size
+    assert rows > ids
+    grown.folder = tmp_path
+    with_pieces(model / "tokenizer.model", tokenizer, [f"<more{i}>" for i in range(rows - ids)])
+    assert grown.tokenizer.size == rows
+    del grown.tokenizer
+    with_pieces(tokenizer, tokenizer, ["<one more>"])
+    message = complaint(getattr, grown, "tokenizer")
+    assert f"{rows + 1:,} ids" in message and f"{rows:,} rows" in message and "another checkpoint" in message
+    assert message == complaint(Detector, grown)
 
 
 @pytest.mark.parametrize("source", ["file", "folder"])

@@ -1,11 +1,28 @@
 """The log of a run."""
 
 import json
+import os
+import signal
 from argparse import Namespace
 
 import torch
 
-from train.run.log import Log
+from train.run.log import STOPPING, Log, stop_on_signals
+
+
+def test_an_ignored_signal_stays_ignored():
+    """nohup starts a program with SIGHUP ignored, and closing the terminal must not stop it."""
+    before = [signal.getsignal(number) for number in STOPPING]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stopping = stop_on_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopping == {"now": 0}
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping == {"now": signal.SIGTERM}
+    finally:
+        for number, handler in zip(STOPPING, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_resumed_run_drops_what_it_does_again(tmp_path):

@@ -1,6 +1,7 @@
 """Going on: killed, preempted or out of disk, a run ends with the weights of one that never stopped."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ENVIRONMENT, same, torchrun
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import PLAIN, Killed, command, launch, metrics, run, run_complaint, run_until_killed, weights
 
 from model import PaliGemma
@@ -99,8 +100,9 @@ def test_kill_9_and_resume(processes, tiny, scenes, tmp_path):
         assert same(one, two), file
 
 
-def test_preemption(tiny, scenes, tmp_path):
-    """SIGTERM, to the workers too: the step is finished, everything saved, and the exit code says so."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_preemption(number, tiny, scenes, tmp_path):
+    """To the workers too: the step is finished, everything saved, and the exit code says so."""
     process = subprocess.Popen(
         command(tiny, tmp_path / "run", f"--data {scenes} --steps 100000 --save-every 100000 --workers 2"),
         env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -108,9 +110,9 @@ def test_preemption(tiny, scenes, tmp_path):
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     while not (tmp_path / "run" / "metrics.jsonl").read_text():
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     process.communicate(timeout=200)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     last = metrics(tmp_path / "run")[-1]["step"]
     assert checkpoint.newest(tmp_path / "run").name == f"step-{last:07d}"
 
@@ -149,6 +151,28 @@ def test_damaged_checkpoint(damage, tiny, scenes, tmp_path, capsys):
     assert "step-0000004 is damaged" in capsys.readouterr().err
     assert same(weights(newest), whole)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4], "no step is logged twice"
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_optimizer_that_is_not_finite(value, tiny, scenes, tmp_path):
+    """Refused by the name of its tensor; the checkpoint before it can be gone on from."""
+    options = f"{PLAIN} --data {scenes} --steps 4 --save-every 2"
+    run(tiny, tmp_path / "run", options)
+    whole = weights(tmp_path / "run" / "step-0000004")
+    file = tmp_path / "run" / "step-0000004" / "optimizer.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if name.endswith("q_proj.weight/exp_avg"))
+    state[name].view(-1)[5] = value
+    state[name.replace("exp_avg", "step")].fill_(2e6)  # a large number is none of its faults
+    save_file(state, file)
+    message = run_complaint(tiny, tmp_path / "run", f"{options} --steps 4 --resume")
+    assert (
+        str(file) in message and f"{name} ({abs(value)})" in message and "step" not in message.split(": ")[-1]
+    )
+    assert "remove" in message
+    shutil.rmtree(file.parent)
+    run(tiny, tmp_path / "run", options, "--resume")
+    assert same(weights(file.parent), whole)
 
 
 def test_full_disk(tiny, scenes, tmp_path, monkeypatch):

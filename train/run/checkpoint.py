@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 from model import PaliGemma
 from model.io.adapter import adapter_tensors, save_adapter
 from model.io.hub import COMPANION_FILES
+from model.io.tensors import FINITE, read_tensors
 from model.io.weights import save_weights
 from model.io.writing import named, read_json, save_tensors, write_json
 from model.lora import lora_layers
@@ -188,8 +188,10 @@ def newest(out: Path) -> Path | None:
 
 
 def load_trainer_state(folder: Path, trained: nn.Module, optimizers: list[Optimizer]) -> dict:
-    """Restore optimizers and the parameters that are not the model's; returns what trainer.json holds."""
-    stored = load_file(folder / "optimizer.safetensors")
+    """Restore optimizers and the parameters that are not the model's; returns what trainer.json holds.
+    Numbers that are not finite are refused: one step later all weights would be NaN."""
+    remedy = f"; remove {folder}, and --resume goes on from the checkpoint before it"
+    stored = read_tensors(folder / "optimizer.safetensors", FINITE, remedy)
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             if f"module/{name}" in stored:

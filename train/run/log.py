@@ -14,18 +14,21 @@ from tqdm import tqdm
 from model.io.writing import explain, named, write_lines
 from train.run.processes import peak_memory
 
+STOPPING = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), signal.SIGINT]  # Windows: no SIGHUP
 
-def stop_on_signals() -> dict[str, bool]:
-    """A flag, "now", that SIGTERM and SIGINT set: the loop looks at it once a step. A second SIGINT ends the
-    program at once."""
-    stopping = {"now": False}
+
+def stop_on_signals() -> dict[str, int]:
+    """A flag, "now", that SIGTERM, SIGHUP and SIGINT set to their number: the loop looks at it once a step. A
+    second SIGINT ends the program at once. What is ignored stays ignored: nohup sets SIGHUP so."""
+    stopping = {"now": 0}
 
     def handler(number, _frame):
-        stopping["now"] = True
+        stopping["now"] = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
     return stopping
 
 

@@ -56,13 +56,25 @@ def pictures_to_skip(
     new = list(dict.fromkeys(fault for item, fault in found.items() if item not in (known or {})))
     if not new:
         return known or {}
-    if rank_and_world()[0] == 0 and (skip or len(new) > 1):
-        print("\n".join(new), file=sys.stderr)
-    shown = new[0] + (f", and {len(new) - 1} more pictures" if len(new) > 1 else "")
+    shown = name_broken(new, skip)
     if known is not None:
         raise ValueError(f"{shown}; this run began with all of its pictures and cannot go on with fewer")
     if not skip:
         raise ValueError(f"{shown}; --skip-broken trains without what is broken")
     if len(found) == len(items):
-        raise ValueError(f"{file}: none of its pictures can be used, {shown}")
+        raise none_left(file, shown)
     return found
+
+
+def name_broken(faults: list[str], skip: bool) -> str:
+    """Print what is wrong with each picture, in the first process. Returns the first and the number of the
+    others, for a complaint; without `skip`, a single one is in that complaint alone."""
+    if rank_and_world()[0] == 0 and (skip or len(faults) > 1):
+        print("\n".join(faults), file=sys.stderr)
+    more = len(faults) - 1
+    return faults[0] + (f", and {more} more picture{'s' if more > 1 else ''}" if more else "")
+
+
+def none_left(file: Path, shown: str) -> ValueError:
+    """The complaint about a file all of whose pictures are broken. shown: what name_broken returned."""
+    return ValueError(f"{file}: none of its pictures can be used, {shown}")
