@@ -136,12 +136,15 @@ class PaliGemmaConfig:
     pad: int = 0
     groups: int = 51  # boxes in a closed-set answer
     answers: str = "sequence"  # which of FORMS closed-set answers were taught in
+    # (a, b, c): of parallel boxes of score s, sigmoid(a ln s - b ln(1 - s) + c) are right. None: s itself
+    calibration: tuple[float, float, float] | None = None
     classes: tuple[str, ...] = field(default=COCO_CLASSES, repr=False)
     open_vocabulary: bool = True  # False: it knows no words except its classes, like nano
 
     def __post_init__(self):
-        if isinstance(self.classes, list):
-            object.__setattr__(self, "classes", tuple(self.classes))
+        for name in ("classes", "calibration"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         names = isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)
         good = names and 0 < len(self.classes) <= MAX_CLASSES
         _check(good, self, "classes", f"must be a list of 1 to {MAX_CLASSES} names")
@@ -151,6 +154,10 @@ class PaliGemmaConfig:
         _check(isinstance(self.open_vocabulary, bool), self, "open_vocabulary", "must be true or false")
         _check_positive(self, "groups", most=MAX_GROUPS)
         _check(self.answers in FORMS, self, "answers", f"must be {' or '.join(FORMS)}")
+        if self.calibration is not None:
+            good = isinstance(self.calibration, tuple) and len(self.calibration) == 3
+            good = good and all(map(is_number, self.calibration)) and min(self.calibration[:2]) >= 0
+            _check(good, self, "calibration", "must be null or three numbers, the first two at least 0")
         for name in ("bos", "eos", "pad"):
             value = getattr(self, name)
             in_vocab = type(value) is int and 0 <= value < self.text.vocab_size

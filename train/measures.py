@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -126,6 +127,23 @@ def calibration_error(evaluation: COCOeval) -> tuple[float, list[dict]]:
         table.append(row)
     error = sum(row["boxes"] * abs(row["mean_score"] - row["right"]) for row in table) / len(scores)
     return float(error), table
+
+
+def fit_calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, float, float]:
+    """The most likely PaliGemmaConfig.calibration of boxes with these scores [n], some of them right [n]."""
+    scores, right = torch.from_numpy(scores).clamp(1e-6, 1 - 1e-6), torch.from_numpy(right).double()
+    features = torch.stack((scores.log(), -torch.log1p(-scores)), dim=1)  # [n, 2]
+    logs, c = torch.zeros(2, dtype=torch.double, requires_grad=True), torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([logs, c], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(features @ logs.exp() + c, right)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return (*logs.exp().tolist(), c.item())
 
 
 # ---- answers in words --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.decoding.boxes import areas, locs_to_boxes, nms
+from model.decoding.boxes import areas, locs_to_boxes, nms, vote
 from model.decoding.generate import check_finite
 from model.decoding.masks import paste_mask
 from model.io.names import shown
@@ -63,7 +63,8 @@ class Selection:
     """Which objects of an image are kept.
 
     score_threshold: lowest score; nms_iou: of two boxes of a class that overlap more, the better one is kept
-    (1: both); min_size: shortest side in pixels.
+    (1: both), moved towards the others that nearly cover it (boxes.vote; not those with masks, which lie in
+    them); min_size: shortest side in pixels.
     """
 
     score_threshold: float = 0.0
@@ -96,8 +97,9 @@ class Selection:
         good = (scores >= self.score_threshold) & (areas(boxes) > 0) & (shortest >= self.min_size)
         kept = np.flatnonzero(good)
         kept = kept[nms(boxes[kept], scores[kept], class_ids[kept], self.nms_iou)]
+        voted = masks is None and self.nms_iou < 1
         return Detections(
-            boxes=boxes[kept],
+            boxes=vote(boxes, scores, class_ids, kept) if voted else boxes[kept],
             scores=scores[kept],
             class_ids=class_ids[kept],
             labels=[classes[c] for c in class_ids[kept]],

@@ -28,7 +28,7 @@ from model.io.tokenizer import LOCS
 from model.paligemma import PaliGemma
 
 COORDINATES = GROUP - 1  # tokens of a branch that are fed back: y0, x0, y1, x1
-BRANCHES = 24
+BRANCHES = 32
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reading:
     """How peaks are found and ranked. Decided on the practice set's development scenes (infer/README.md)."""
 
     radius: int = 16  # bins on each side of a peak that belong to it: 16 are two of nano's pixels
-    x0_peaks: int = 3  # for each y0, at most
+    x0_peaks: int = 6  # for each y0, at most
     mass_power: float = 0.1  # a box's score is its class's probability * (mass of y0 and x0) ** mass_power
 
 
@@ -60,6 +60,19 @@ def peaks(p: Tensor, count: int, radius: int) -> tuple[Tensor, Tensor]:
     return torch.stack(at, dim=1), torch.stack(mass, dim=1)
 
 
+def calibrated(scores: Tensor, calibration: tuple[float, float, float] | None) -> Tensor:
+    """Scores -> the shares of boxes with such scores that are right: PaliGemmaConfig.calibration.
+
+    The class's probability is taught to be the share of COCO's ten IoU thresholds that a box passes, and is
+    lowered by the mass: it ranks boxes well, but more of them are right at the usual IoU of 0.5. The form is beta calibration (Kull and others, AISTATS 2017); infer/calibrate.py fits it.
+    """
+    if calibration is None:
+        return scores
+    a, b, c = calibration
+    scores = scores.clamp(1e-6, 1 - 1e-6)
+    return torch.sigmoid(a * scores.log() - b * torch.log1p(-scores) + c)
+
+
 class ParallelDecoder:
     """Decodes the answers to batches of images in branches. It is used like closed_set.GroupDecoder; the
     groups of its answers are the K branches, best first."""
@@ -75,6 +88,7 @@ class ParallelDecoder:
         """head: chooses the classes; see GroupDecoder."""
         self.model, self.language, self.groups = model, language, branches
         self.reading = reading or Reading()
+        self.calibration = model.config.calibration
         allowed = [language.allowed(slot) for slot in range(GROUP)]
         self.head = head(model.decoder, allowed, noise_feedback=False, sampling=GREEDY)
         self.prefix = model.config.vision.tokens + len(language.prompt)  # slots before the branches
@@ -128,6 +142,7 @@ class ParallelDecoder:
         choice = self.head(hidden.flatten(0, 1), GROUP - 1, self.uniform)  # [B * K]
         labels = choice.best.view(B, K) - language.class0
         scores = choice.score.view(B, K) * mass**self.reading.mass_power
+        scores = calibrated(scores, self.calibration)
         locs = torch.stack(locs, dim=-1)  # [B, K, 4]
         tokens = torch.cat((locs + language.loc0, choice.best.view(B, K, 1)), dim=-1)
         noise, live = choice.noise.view(B, K), torch.ones_like(labels, dtype=torch.bool)

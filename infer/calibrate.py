@@ -1,0 +1,99 @@
+"""Make the scores of parallel boxes say how many of them are right.
+
+    python infer/calibrate.py --model runs/mine/final --data val.json --images photos
+    python infer/calibrate.py    # nano, on scenes of the practice set's development split
+
+Fits three numbers (PaliGemmaConfig.calibration) to the boxes that are found in a set of pictures, and writes
+them to the checkpoint's config.json, or to the adapter's detection.json. The order of the boxes, and with it
+mAP, stays. The pictures must be none that the model was trained on, where scores are too high, and none on
+which it will be measured.
+"""
+
+import tempfile
+from pathlib import Path
+
+from infer.lib.options import add_detection_arguments, load_detector
+from infer.lib.predictions import predict
+from model.decoding.parallel import ParallelDecoder
+from model.io.adapter import DETECTION
+from model.io.hub import resolve
+from model.io.image import image_folder
+from model.io.names import shown
+from model.io.writing import check_writable, read_json, write_json
+from train.measures import (
+    calibration_error,
+    category_ids,
+    fit_calibration,
+    match_boxes,
+    read_coco,
+    run_cocoeval,
+)
+from train.practice.write import write_coco
+from train.run.program import parser, positive, run
+
+
+def calibrate(detector, data: Path, images: Path, batch_size: int | None) -> tuple[float, float, float]:
+    """Fit the calibration of a detector to a COCO file, and set it."""
+    coco = read_coco(data, images)
+    ids = category_ids(coco, detector.classes, data)
+
+    def evaluation():
+        results, faults = predict(detector, coco, images, ids, batch_size, data.stem)
+        if faults:
+            raise ValueError(next(iter(faults.values())))
+        return run_cocoeval(coco, [result for result in results if result["category_id"] != -1])
+
+    detector.decode.calibration = None
+    scores, right, _ = match_boxes(before := evaluation())
+    if not 0 < right.sum() < len(right):
+        raise ValueError(
+            f"{data}: {right.sum()} of {len(right)} boxes are right, which says nothing of scores"
+        )
+    detector.decode.calibration = fit_calibration(scores, right)
+    after = evaluation()  # boxes that find the same object weigh by their odds, so they may move a little
+    print(
+        f"calibration error {calibration_error(before)[0]:.3f} -> {calibration_error(after)[0]:.3f}", end=""
+    )
+    print(f"   mAP {before.stats[0]:.3f} -> {after.stats[0]:.3f}")
+    return detector.decode.calibration
+
+
+def main() -> None:
+    options = parser(__doc__)
+    add = options.add_argument
+    add("--data", type=Path, help="a COCO instances file; without it, practice scenes are drawn")
+    add("--images", type=Path, help="the folder of its images (default: images/ beside the file)")
+    add("--count", type=positive, default=1000, help="practice scenes")
+    add_detection_arguments(options)
+    options.set_defaults(score_threshold=0.0)
+    args = options.parse_args()
+    if args.classes:
+        raise ValueError("--classes: only boxes in parallel are calibrated, those without --classes")
+    source = args.adapter or args.model
+    if source != "nano" and not Path(source).is_dir():
+        raise ValueError(
+            f"{shown(source)} is no folder here: give a copy of the checkpoint that can be changed"
+        )
+    folder = resolve(source)
+    check_writable(folder)
+    detector = load_detector(args)
+    if not isinstance(detector.decode, ParallelDecoder):
+        raise ValueError(
+            f"{shown(source)} answers in sequence: give --decode parallel to calibrate it for that"
+        )
+    with tempfile.TemporaryDirectory() as scenes:
+        data, images = args.data, args.data and image_folder(args.data, args.images)
+        if not data:
+            data, images = Path(scenes, "scenes", "instances.json"), Path(scenes, "scenes", "images")
+            size = detector.model.config.vision.image_size
+            write_coco(data.parent, args.count, "development", size)
+        found = [round(x, 4) for x in calibrate(detector, data, images, args.batch_size)]
+    file = folder / (DETECTION if args.adapter else "config.json")
+    raw = read_json(file)
+    (raw if args.adapter else raw.setdefault("detection", {}))["calibration"] = found
+    write_json(raw, file)
+    print(f"{shown(file)}: calibration {found}")
+
+
+if __name__ == "__main__":
+    run(main, __file__)
