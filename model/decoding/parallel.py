@@ -64,7 +64,8 @@ def calibrated(scores: Tensor, calibration: tuple[float, float, float] | None) -
     """Scores -> the shares of boxes with such scores that are right: PaliGemmaConfig.calibration.
 
     The class's probability is taught to be the share of COCO's ten IoU thresholds that a box passes, and is
-    lowered by the mass: it ranks boxes well, but more of them are right at the usual IoU of 0.5. The form is beta calibration (Kull and others, AISTATS 2017); infer/calibrate.py fits it.
+    lowered by the mass: it ranks boxes well, but more of them are right at the usual IoU of 0.5. The form is
+    beta calibration (Kull and others, AISTATS 2017); infer/calibrate.py fits it.
     """
     if calibration is None:
         return scores
