@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import complaint, load
-from safetensors import SafetensorError
 
 from model import PaliGemma
 from model.decoding import masks
@@ -109,7 +108,7 @@ def test_no_pickle_is_read(checkpoint, pickles, tmp_path, monkeypatch):
             file.write_bytes(content)
             assert newest(tmp_path) is None, "a damaged checkpoint"
             if name == "optimizer.safetensors":
-                with pytest.raises(SafetensorError):
+                with pytest.raises(ValueError, match="cannot be read as safetensors"):
                     load_trainer_state(training, model, [optimizer])
         file.write_bytes(good)
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")

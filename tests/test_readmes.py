@@ -159,7 +159,7 @@ def test_nano_recipe(run, folder):
 
 def test_all_other_blocks_are_below():
     others = ["".join(language[:1] for language, _ in BLOCK.findall(text)) for text in TEXTS.values()]
-    assert others == ["tpt", "p", "", "t"], "p(ython) or t(ext) of each README"
+    assert others == ["tpt", "pp", "", "t"], "p(ython) or t(ext) of each README"
 
 
 def test_what_you_should_see(folder):
@@ -175,10 +175,10 @@ def test_python_prints_what_is_shown(folder):
 
 def test_python_of_the_network(folder):
     """With images and tokens for its placeholders."""
-    (code,) = blocks("model/README.md", "python")
+    code = "\n".join(blocks("model/README.md", "python"))
     given = "images, tokens, prefix_len = torch.rand(2, 3, 128, 128), torch.ones(2, 5).long(), 3"
-    code = f"import torch\n{given}\n{code}\nprint(*logits.shape, logits.dtype)"
-    assert shell(folder, f"python - <<'END'\n{code}\nEND") == "2 5 2560 torch.float32\n"
+    code = f"import torch\n{given}\n{code}\nprint(*logits.shape, logits.dtype, *maps[0].shape)"
+    assert shell(folder, f"python - <<'END'\n{code}\nEND") == "2 5 2560 torch.float32 2 4 69 69\n"
 
 
 def test_conversation(folder):
