@@ -9,6 +9,7 @@ Open the file in a browser; it needs no network and no server.
 
 from pathlib import Path
 
+from infer.inside.closed_set import staying
 from infer.inside.look import look_inside
 from infer.inside.page import page
 from infer.lib.options import add_model_arguments, check_output, load_model
@@ -49,8 +50,12 @@ def main() -> None:
         max_tokens=args.max_tokens,
     )
     write_lines([page(data)], args.out)
-    kept = [box["label"] for box in data["boxes"] if box.get("fate", "kept") == "kept"]
-    print(f"{shown(args.image)}: {data.get('text') or ', '.join(kept) or 'nothing found'}")
+    said = data.get("text") or ", ".join(
+        f"{box['label']} {box['score']:.2f}"
+        for box in staying(data["boxes"])
+        if box["score"] >= args.score_threshold
+    )
+    print(f"{shown(args.image)}: {said or 'nothing found'}")
     print(f"{shown(args.out)}: {args.out.stat().st_size / 1e6:.1f} MB, for a browser")
 
 

@@ -43,7 +43,7 @@ def closed_set(
 
     decoder = new_decoder()
     language, found = decoder.language, decoder(images)
-    boxes = boxes_of(found, language.classes, selection)
+    boxes = boxes_of(found, language.classes, selection.nms_iou)
     prompt = torch.tensor(language.prompt, device=images.device)
     start, n, per_box = len(prompt), len(boxes), GROUP if sequence else COORDINATES  # tokens that are read
     check_room(model, start + n * per_box)
@@ -89,26 +89,27 @@ def closed_set(
 
     def answer_again() -> list[dict]:
         # By a decoder of its own, as on a GPU the graph of another keeps the model as it was.
-        return boxes_of(new_decoder()(images), language.classes, selection)
+        return boxes_of(new_decoder()(images), language.classes, selection.nms_iou)
 
     changes = what_if(model, answer_again) if is_cheap(model) else []
     return data | {"what_if": [where | compare(boxes, others) for where, others in changes]}
 
 
-def boxes_of(answer: Answer, classes: tuple[str, ...], selection: Selection) -> list[dict]:
-    """Every box of an answer, kept or not, with the reason: "kept", "score", "empty" or the number of the
-    better box that it is a double of."""
+def boxes_of(answer: Answer, classes: tuple[str, ...], nms_iou: float) -> list[dict]:
+    """Every box of an answer. "fate" is "stays" if only its score decides whether it is kept, "empty" if it
+    ends before it begins, or the number of the better box of its class that it overlaps too much."""
     scores, labels = answer.scores[0].cpu().numpy(), answer.labels[0].cpu().numpy()
     check_finite(np.isfinite(scores).all())
     boxes = locs_to_boxes(answer.locs[0].cpu().numpy(), 1, 1)
-    good = np.flatnonzero((scores >= selection.score_threshold) & (areas(boxes) > 0))
-    kept = good[nms(boxes[good], scores[good], labels[good], selection.nms_iou)]
+    # Suppressed whatever their scores: a threshold only ends the list, which is in order of scores.
+    real = np.flatnonzero(areas(boxes) > 0)
+    stays = real[nms(boxes[real], scores[real], labels[real], nms_iou)]
     overlaps, found = iou(boxes, boxes), []
     for i, noise in enumerate(answer.noise[0].tolist()):
-        fate = "kept" if i in kept else "empty" if areas(boxes[i]) <= 0 else "score"
-        if i in good and fate != "kept":
-            better = (labels[kept] == labels[i]) & (overlaps[kept, i] > selection.nms_iou)
-            fate = int(kept[better.argmax()])
+        fate = "stays" if i in stays else "empty"
+        if i in real and i not in stays:
+            better = (labels[stays] == labels[i]) & (overlaps[stays, i] > nms_iou)
+            fate = int(stays[better.argmax()])
         numbers = dict(
             score=round(float(scores[i]), 4), noise=round(noise, 4), box=boxes[i].round(5).tolist()
         )
@@ -116,25 +117,28 @@ def boxes_of(answer: Answer, classes: tuple[str, ...], selection: Selection) -> 
     return found
 
 
+def staying(boxes: list[dict]) -> list[dict]:
+    """Those that only their scores could remove, best first."""
+    return sorted((box for box in boxes if box["fate"] == "stays"), key=lambda box: -box["score"])
+
+
 def found_classes(boxes: list[dict], names: list[str]) -> list[int]:
-    """The classes of the boxes that are kept, best first, and noise."""
-    best = sorted((box for box in boxes if box["fate"] == "kept"), key=lambda box: -box["score"])
-    return [names.index(name) for name in dict.fromkeys(box["label"] for box in best)] + [len(names) - 1]
+    """Numbers of the classes that stay, best first, and of noise."""
+    found = dict.fromkeys(names.index(box["label"]) for box in staying(boxes))
+    return [*found, len(names) - 1]
 
 
 def compare(boxes: list[dict], others: list[dict]) -> dict:
-    """What is no longer kept: [number of the box, best score that it has left or None]; and what is new."""
+    """What another answer makes of the boxes that stay: the best score of each there, None if it is not among
+    them; and what only the other has, with its score."""
 
     def is_same(a: dict, b: dict) -> bool:
         return a["label"] == b["label"] and iou(np.array([a["box"]]), np.array([b["box"]]))[0, 0] >= SAME_BOX
 
-    def kept(of: list[dict]) -> list[dict]:
-        return [box for box in of if box["fate"] == "kept"]
-
-    vanished = []
-    for i, box in enumerate(boxes):
-        if box["fate"] == "kept" and not any(is_same(box, other) for other in kept(others)):
-            left = [other["score"] for other in others if is_same(box, other)]
-            vanished.append([i, max(left, default=None)])
-    new = [box for box in kept(others) if not any(is_same(box, other) for other in kept(boxes))]
-    return {"vanished": vanished, "new": [f"{box['label']} {box['score']:.2f}" for box in new]}
+    left = {
+        i: max((other["score"] for other in others if is_same(box, other)), default=None)
+        for i, box in enumerate(boxes)
+        if box["fate"] == "stays"
+    }
+    new = [box for box in staying(others) if not any(is_same(box, one) for one in staying(boxes))]
+    return {"left": left, "new": [[box["label"], box["score"]] for box in new]}
