@@ -71,7 +71,11 @@ def closed_set(
         box["tokens"] = [dict(text=t, slot=slot, row=row) for t, slot, row in zip(texts, SLOTS, rows)]
     names = [*map(shown, language.classes), "noise"]
     states = logit_lens(model, seen.states, image_tokens.shape[1], slice(language.class0, language.noise + 1))
-    labels = [f"{SLOTS[i]} of {k + 1}" for k in range(n) for i in range(per_box)]
+    read = [
+        dict(text=token["text"], of=f"{token['slot']} of {box['label']}, box {k + 1}")
+        for k, box in enumerate(boxes)
+        for token in box["tokens"][:per_box]
+    ]
     data = {
         "form": form,
         "boxes": boxes,
@@ -80,9 +84,8 @@ def closed_set(
         "coordinates": pack_probabilities(coordinates, 16),
         "classes": pack_probabilities(classes, 16),
         "lens": {"names": names, "shown": found_classes(boxes, names), "values": pack_probabilities(states)},
-        **text_data(model, seen, [*language.prompt, *answer.flatten().tolist()], start, labels,
-            depth=None if sequence else COORDINATES),
-    }  # fmt: skip
+        **text_data(model, seen, list(language.prompt), read, depth=None if sequence else COORDINATES),
+    }
     if not sequence:
         at, mass = peaks(torch.from_numpy(coordinates[:1, 0]), n, decoder.reading.radius)
         data["peaks"] = [dict(at=a, mass=round(m, 4)) for a, m in zip(at[0].tolist(), mass[0].tolist())]

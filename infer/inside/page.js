@@ -47,7 +47,8 @@ function pictureSvg(pad, label) {
 function boxShape(box, at) {
   const [x0, y0, x1, y1] = box.box;
   const size = { x: x0 * W, y: y0 * H, width: Math.max(0, x1 - x0) * W, height: Math.max(0, y1 - y0) * H };
-  const caption = svg("text", { class: "caption", x: size.x + 8, y: Math.max(34, size.y - 12), "font-size": 32 },
+  const right = x0 > 0.6; // a caption there would leave the picture
+  const caption = svg("text", { class: "caption", x: right ? x1 * W : size.x + 8, y: Math.max(36, size.y - 12), "text-anchor": right ? "end" : "start" },
     box.score === undefined ? box.label : `${box.label} ${box.score.toFixed(2)}`);
   return [svg("rect", { class: at ? "box at" : "box", ...size }), caption];
 }
@@ -138,7 +139,7 @@ function shade(nodes, values, write) {
 }
 
 function chipName(chip) {
-  if (chip.slot) return `${chip.slot} of ${boxes[chip.box].label}`;
+  if (chip.slot) return chip.slot === "class" ? `the class of ${chip.text}` : `${chip.slot} of ${boxes[chip.box].label}`;
   return chip.word ? `“${chip.text}”` : `${chip.text} of the question`;
 }
 
@@ -147,7 +148,8 @@ function showReading(i) { // one token: what it reads
   state.patch = null;
   shade(patches, image, (node, share) => { node.style.fillOpacity = (0.85 * share).toFixed(3); node.classList.remove("at"); });
   chips.forEach(other => { other.node.style.background = ""; other.node.classList.toggle("at", other === chip); });
-  $("boxes").replaceChildren(...boxes.flatMap((box, k) => isKept(box) || k === chip.box ? boxShape(box, k === chip.box) : []));
+  const shapes = boxes.map((box, k) => isKept(box) || k === chip.box ? boxShape(box, k === chip.box) : []);
+  $("boxes").replaceChildren(...[0, 1].flatMap(part => shapes.flatMap(shape => shape[part] ?? []))); // captions last
   const text = tokens.map((token, key) => ({ ...token, key, share: reads(row, P + key) }));
   const readable = text.filter(token => mask.values[row_(row) + P + token.key] < CLOSED);
   $("strip").replaceChildren(...readable.map(token => make("div", { role: "listitem", title: token.of,
@@ -158,10 +160,10 @@ function showReading(i) { // one token: what it reads
   const rest = sum(text.slice(data.prompt_tokens).map(token => token.share));
   const best = image.indexOf(Math.max(...image)), verb = chip.slot || chip.word ? "To write" : "At";
   const exact = state.layer !== MAXIMUM && state.head !== MAXIMUM;
-  $("reading").textContent = `${verb} ${chipName(chip)}${chip.slot ? ` (${chip.text})` : ""} it reads ` + (exact
+  $("reading").textContent = `${verb} ${chipName(chip)} it reads ` + (exact
     ? `the picture with ${percent(onImage)} of its attention, <bos> with ${percent(bos)}, the rest of the question with ` +
       `${percent(asked)} and the answer with ${percent(rest)}. ` : "the most that any layer or head reads. ") +
-    `The darkest patch, ${placeOf(best)}, has ${percent(image[best])}.`;
+    `The strongest patch, ${placeOf(best)}, has ${percent(image[best])}.`;
 }
 const row_ = row => maskOffset(state.layer) + (P + row) * S;
 
@@ -248,10 +250,11 @@ function showBox(k) {
     const [path, highest] = curve(k, slot, place), [x, y] = place(0.5, 1.12);
     const turn = slot % 2 ? "" : `rotate(-90 ${x} ${y})`;
     most.push(`${names[slot]} ${percent(highest)}`);
-    figure.append(svg("path", { class: "curve", d: path }), svg("text", { x, y: y + 10, "font-size": 34, "text-anchor": "middle", transform: turn }, names[slot]));
+    figure.append(svg("path", { class: "curve", d: path }), svg("text", { x, y: y + 10, "text-anchor": "middle", transform: turn }, names[slot]));
   });
   $("curves").replaceChildren(figure);
-  $("curves-text").textContent = `Left to bottom: y0, y1 along the height, x0, x1 along the width. Each is drawn to its own height; the likeliest position has ${list(most)}.`;
+  $("curves-text").textContent = `Left to bottom: y0, y1 along the height, x0, x1 along the width. Each is drawn to its own height; the likeliest position has ${list(most)}.` +
+    (form === "parallel" ? " The curve of y0 is the same for all boxes: it is written before they part." : "");
   const count = classes.shape[1], p = classes.values.subarray(k * count, (k + 1) * count);
   const order = Array.from(p.keys()).sort((a, b) => p[b] - p[a]), best = order.slice(0, 10);
   if (!best.includes(count - 1)) best.push(count - 1);
@@ -277,7 +280,7 @@ function buildTree() {
   const figure = svg("svg", { viewBox: "0 0 1000 640", role: "img", "aria-label": "Branches from y0 to x0, y1 and x1" });
   const top = 60, height = 560, axes = [190, 360, 530, 700], at = position => top + height * position / 1024;
   axes.forEach((x, i) => figure.append(svg("line", { class: "axis", x1: x, x2: x, y1: top, y2: top + height }),
-    svg("text", { x, y: 36, "font-size": 30, "text-anchor": "middle" }, ["y0", "x0", "y1", "x1"][i])));
+    svg("text", { x, y: 36, "text-anchor": "middle" }, ["y0", "x0", "y1", "x1"][i])));
   figure.append(svg("path", { class: "curve", d: curve(0, 0, (u, v) => [axes[0] - 170 * v, at(1024 * u)])[0] }));
   const used = new Set(boxes.map(box => +box.tokens[0].text)), names = [];
   boxes.forEach((box, k) => {
@@ -291,8 +294,8 @@ function buildTree() {
     cx: axes[0], cy: at(y), r: 4 + 24 * Math.sqrt(mass) }, svg("title", {}, `y0 ${y}: ${percent(mass)} of the probability`))));
   let y = 0; // names side by side would cover each other
   names.sort((a, b) => a[0] - b[0]).forEach(([wanted, box, k], i) => {
-    y = Math.min(Math.max(wanted + 10, y + 34), top + height - 34 * (names.length - 1 - i) + 10);
-    figure.append(svg("text", { x: axes[3] + 22, y, "font-size": 28, "data-box": k }, box.label));
+    y = Math.min(Math.max(wanted + 10, y + 44), top + height - 44 * (names.length - 1 - i) + 10);
+    figure.append(svg("text", { x: axes[3] + 22, y, class: "leaf", "data-box": k }, box.label));
   });
   $("tree").append(figure);
 }
@@ -321,7 +324,7 @@ function buildScores() {
     }));
     const stay = boxes.filter(box => box.fate === "stays"), kept = boxes.filter(isKept);
     $("scores-count").textContent = `${boxes.length} ${sequence ? "boxes" : "branches"}, ${stay.length} after NMS, ${kept.length} above the threshold.`;
-    document.querySelectorAll(".branch").forEach(node => node.classList.toggle("kept", isKept(boxes[node.dataset.box])));
+    document.querySelectorAll("#tree [data-box]").forEach(node => node.classList.toggle("kept", isKept(boxes[node.dataset.box])));
     $("answer").textContent = answerText();
     showReading(state.chip);
     showChanges();
@@ -389,7 +392,7 @@ const CLOSED = 100; // added to the reasons of closed cells as they are unpacked
 
 const maskOffset = layer => (mask.shape[0] > 1 && layer >= 0 ? layer % 2 : 0) * S * S;
 const reasonOf = cell => data.mask.reasons[cell % CLOSED][1];
-const tokenName = i => i < P ? placeOf(i) : `“${tokens[i - P].text}” (${tokens[i - P].of === "prompt" ? "question" : tokens[i - P].of})`;
+const tokenName = i => i < P ? placeOf(i) : `“${tokens[i - P].text}” (${tokens[i - P].of})`;
 
 function buildMask() {
   const canvas = $("cells"), names = model.window && mask.shape[0] > 1
@@ -415,16 +418,18 @@ function buildMask() {
   });
 }
 
-const SHADES = [1, 0.3, 0.55, 0.8, 0, 0, 0.12, 0.35, 0.9, 0]; // of each reason: accent if open, else ink
+const SHADES = [1, 0.3, 0.55, 0.8, 0, 0.06, 0.14, 0.4, 0.9, 0]; // of each reason: accent if open, else ink
 
 function showMask() {
-  const pen = $("cells").getContext("2d"), style = getComputedStyle(document.body), offset = maskOffset(state.layer);
+  const pen = $("cells").getContext("2d", { willReadFrequently: true }), style = getComputedStyle(document.body), offset = maskOffset(state.layer);
   const used = [...new Set(mask.values.subarray(offset, offset + S * S))].sort((a, b) => a - b);
   const colour = reason => {
     const [open] = data.mask.reasons[reason % CLOSED];
     return `color-mix(in srgb, var(--${open ? "accent" : "ink"}) ${100 * SHADES[reason % CLOSED]}%, var(--panel))`;
   };
   const items = used.map(reason => make("li", {}, [make("i", { style: `background: ${colour(reason)}` }), reasonOf(reason)]));
+  if (model.window && offset === 0 && !used.includes(CLOSED + 7))
+    items.push(make("li", {}, "the window cuts nothing off: no token of this answer is that far from the first"));
   $("legend").replaceChildren(...items);
   // The browser mixes the colours; one pixel of each tells what they became.
   const pixels = pen.createImageData(S, S), rgb = new Map(used.map((reason, i) => {
@@ -476,7 +481,7 @@ function showChanges() {
   const body = make("tbody");
   for (const first of data.what_if.filter(change => change.head === null)) {
     const same = data.what_if.filter(change => change.tower === first.tower && change.layer === first.layer);
-    body.append(make("tr", {}, [make("th", { scope: "row" }, `${first.tower === "vision" ? "vision layer" : "decoder layer"} ${first.layer}`),
+    body.append(make("tr", {}, [make("th", { scope: "row" }, `${first.tower === "vision" ? "vision" : "decoder"} ${first.layer}`),
       ...same.map(change => {
         const [share, text, words] = effect(change);
         change.node = make("button", { type: "button", "aria-label": words, onclick: () => show(change), onfocus: () => show(change), onpointerenter: () => show(change),

@@ -79,22 +79,17 @@ def token_text(tokenizer, i: int) -> str:
 
 
 def text_data(
-    model: PaliGemma,
-    seen: Recording,
-    text: list[int],
-    start: int,
-    labels: list[str],
-    depth: int | None = None,
+    model: PaliGemma, seen: Recording, prompt: list[int], answer: list[dict], depth: int | None = None
 ) -> dict:
     """The text's tokens, what they read, and the mask with its reasons.
 
-    start: how many of them are the prompt; labels: of the others; depth: how many tokens a branch of the
-    answer has, None if it does not branch.
+    prompt: its ids; answer: of each token that was read of it, {"text", "of": what it is}; depth: how many
+    tokens a branch of the answer has, None if it does not branch.
     """
     P = model.config.vision.tokens
-    prefix, answer = P + start, np.arange(len(text) - start)
-    branch = np.concatenate((np.full(prefix, -1), answer // depth if depth else 0 * answer))
-    positions = np.concatenate((np.arange(prefix), prefix + (answer % depth if depth else answer)))
+    prefix, number = P + len(prompt), np.arange(len(answer))
+    branch = np.concatenate((np.full(prefix, -1), number // depth if depth else 0 * number))
+    positions = np.concatenate((np.arange(prefix), prefix + (number % depth if depth else number)))
     # Layers 0, 2, 4, ... are local, the others global (model/gemma.py).
     windows = model.config.text.sliding_window, None
     cells = [
@@ -102,11 +97,8 @@ def text_data(
         for mask, window in zip(seen.masks, windows)
     ]
     return {
-        "prompt_tokens": start,
-        "tokens": [
-            {"text": token_text(model.tokenizer, i), "of": label}
-            for i, label in zip(text, ["prompt"] * start + labels, strict=True)
-        ],
+        "prompt_tokens": len(prompt),
+        "tokens": [dict(text=token_text(model.tokenizer, i), of="question") for i in prompt] + answer,
         "maps": pack_probabilities(seen.text_maps(P).numpy()),
         "mask": {"reasons": REASONS, "cells": pack(np.stack(cells))},
     }

@@ -55,7 +55,7 @@ def words(model: PaliGemma, images: Tensor, prompt: str, max_tokens: int) -> dic
     seen_in = list(dict.fromkeys(i for i in ids if i < tokenizer.loc0))  # of the lens: words, not locations
     lens = logit_lens(model, seen.states, image_tokens.shape[1], torch.tensor(seen_in, dtype=torch.int64))
     names = [token_text(tokenizer, i) for i in seen_in]
-    labels = [f"word {k + 1}" for k in range(len(ids))]
+    read = [dict(text=token_text(tokenizer, i), of="answer") for i in ids]
     changes = what_if(model, answer) if is_cheap(model) else []
     return {
         "form": "words",
@@ -63,7 +63,7 @@ def words(model: PaliGemma, images: Tensor, prompt: str, max_tokens: int) -> dic
         "boxes": boxes,
         "words": spelled,
         "lens": {"names": names, "shown": list(range(len(names))), "values": pack_probabilities(lens)},
-        **text_data(model, seen, asked + ids, start, labels),
+        **text_data(model, seen, asked, read),
         "what_if": [
             where | {"same": other == ids, "text": shown(tokenizer.decode(other))} for where, other in changes
         ],
