@@ -371,12 +371,12 @@ function buildLens() {
       captions[i].textContent = `${i ? `after layer ${i - 1}` : "before the first layer"}: up to ${percent(highest)}`;
       canvas.setAttribute("aria-label", `${names[c]} ${captions[i].textContent}`);
     });
-    $("lens-text").textContent = `“${names[c]}” in all maps on one scale, the strongest colour is ${percent(most)}.`;
+    $("lens-text").textContent = `“${names[c]}” among all ${inWords ? "tokens" : "classes and noise"}, on one scale: the strongest colour is ${percent(most)}.`;
     buttons.forEach(button => button.setAttribute("aria-pressed", +button.dataset.class === c));
     others.value = shown.includes(c) ? "" : c;
     state.lens = c;
   };
-  const buttons = shown.map(c => make("button", { type: "button", "data-class": c, onclick: () => show(c) }, names[c]));
+  const buttons = shown.map(c => make("button", { type: "button", "data-class": c, onclick: () => show(c) }, names[c].trim() || "␣"));
   const others = make("select", { "aria-label": "Any class", onchange: event => event.target.value && show(+event.target.value) },
     [make("option", { value: "" }, "any other …"), ...names.map((name, c) => make("option", { value: c }, name))]);
   $("lens-classes").append(...buttons, ...(names.length > shown.length ? [others] : []));
