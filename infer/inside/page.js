@@ -183,7 +183,10 @@ function showPatch(patch) { // one patch: which tokens read it
 function select(i) {
   state.chip = i;
   const chip = chips[i];
-  chips.forEach((other, k) => { other.node.tabIndex = k === i ? 0 : -1; });
+  chips.forEach((other, k) => {
+    other.node.tabIndex = k === i ? 0 : -1;
+    other.node.setAttribute("aria-current", k === i);
+  });
   showReading(i);
   if (chip.box !== undefined && chip.box !== state.box) showBox(chip.box);
   if (chip.word) showBars($("best"), chip.word.best.map(([text, p]) => ({ text, p, at: text === chip.text })));
@@ -228,7 +231,7 @@ let coordinates, classes;
 
 function showBars(parent, rows) {
   parent.replaceChildren(...rows.map(({ text, p, at, low }) => make("div", { role: "listitem", class: [at && "at", low && "low"].filter(Boolean).join(" ") || null }, [
-    make("span", {}, text), make("i", { "aria-hidden": "true" }, make("b", { style: `width: ${100 * p}%` })), make("span", {}, percent(p))])));
+    make("span", {}, text), make("i", { "aria-hidden": "true" }, make("b", { class: low && "noise", style: `width: ${100 * p}%` })), make("span", {}, percent(p))])));
 }
 
 function curve(k, slot, place) { // an SVG path of 1,024 probabilities; place(position 0..1, height 0..1) -> [x, y]
@@ -304,7 +307,7 @@ function buildScores() {
   const sequence = form === "sequence";
   $("h-scores").textContent = sequence ? "Where the objects end" : "Which branches stay";
   $("scores-text").textContent = sequence
-    ? `The answer always has ${boxes.length} boxes. Those that the objects leave over are noise: the longer the answer, the more of the probability goes to “no object here” (grey), and the less is left for the class (coloured).`
+    ? `The answer always has ${boxes.length} boxes, in this order. Where no object is left, noise, “no object here”, takes the probability (grey) and leaves little to the class (coloured). An object that is named twice is removed by non-maximum suppression (NMS).`
     : "Several branches often find the same object. Of boxes of one class that overlap, non-maximum suppression (NMS) keeps the best; of those, the threshold keeps the ones with a higher score.";
   const order = boxes.map((box, k) => k);
   if (!sequence) order.sort((a, b) => boxes[b].score - boxes[a].score);
