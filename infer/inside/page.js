@@ -307,8 +307,8 @@ function buildScores() {
   const sequence = form === "sequence";
   $("h-scores").textContent = sequence ? "Where the objects end" : "Which branches stay";
   $("scores-text").textContent = sequence
-    ? `The answer always has ${boxes.length} boxes, in this order. Where no object is left, noise, “no object here”, takes the probability (grey) and leaves little to the class (coloured). An object that is named twice is removed by non-maximum suppression (NMS).`
-    : "Several branches often find the same object. Of boxes of one class that overlap, non-maximum suppression (NMS) keeps the best; of those, the threshold keeps the ones with a higher score.";
+    ? `The answer always has ${boxes.length} boxes, in this order. Where no object is left, noise, “no object here”, takes the probability (grey) and leaves little to the class (coloured), whose probability is the score. An object that is named twice is removed by non-maximum suppression (NMS).`
+    : "Several branches often find the same object. Of boxes of one class that overlap, non-maximum suppression (NMS) keeps the best; of those, the threshold keeps the ones with a higher score. The score of a branch is the probability of its class, lowered a little where its y0 and x0 were unlikely.";
   const order = boxes.map((box, k) => k);
   if (!sequence) order.sort((a, b) => boxes[b].score - boxes[a].score);
   $("threshold").value = state.threshold;
