@@ -13,7 +13,7 @@ MAX_SIDE = 768  # pixels of the picture in the page
 
 
 def pack(codes: np.ndarray) -> dict:
-    """An array of uint8 or uint16 -> what page.js unpacks."""
+    """An array of uint8 or uint16 -> what web/page.js unpacks."""
     whole = np.ascontiguousarray(codes, codes.dtype.newbyteorder("<"))
     data = base64.b64encode(zlib.compress(whole.tobytes(), 9)).decode()
     return {"shape": list(codes.shape), "bits": 8 * codes.dtype.itemsize, "data": data}
@@ -43,11 +43,11 @@ def picture(image: Image.Image) -> dict:
 
 def page(data: dict) -> str:
     """What look_inside collects -> the HTML file."""
-    parts = {
-        name: (files("infer.inside") / name).read_text("utf-8")
-        for name in ("page.html", "page.css", "page.js")
-    }
+    web = files("infer.inside") / "web"
+    html, css, *scripts = (
+        (web / name).read_text("utf-8") for name in ("page.html", "page.css", "panels.js", "page.js")
+    )
     # "<" could end the script element that holds the data, wherever in a name it stands.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    html = parts["page.html"].replace("{{css}}", parts["page.css"]).replace("{{js}}", parts["page.js"])
+    html = html.replace("{{css}}", css).replace("{{js}}", "\n".join(scripts))
     return html.replace("{{data}}", text)

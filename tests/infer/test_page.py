@@ -103,6 +103,9 @@ def test_it_fits_and_shows_names_as_text(visit, form, width, scheme):
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert text(tab, "title") == HOSTILE and HOSTILE in tab.title()
     assert tab.locator("img, [onerror]").count() == 0 and tab.locator("script").count() == 2
+    nameless = """[...document.querySelectorAll("button, input, select, canvas, svg[role]")].filter(x =>
+        !x.getAttribute("aria-label") && !x.textContent.trim() && !x.labels?.length).map(x => x.outerHTML)"""
+    assert tab.evaluate(nameless) == []
     if form != "words":
         assert CLASS in text(tab, "distributions") and CLASS in text(tab, "score-list")
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
