@@ -37,13 +37,13 @@ def main() -> None:
     add_model_arguments(options)
     args = options.parse_args()
     check(args)
-    image = load_image(args.image)
+    selection, image = Selection(args.score_threshold, args.nms_iou), load_image(args.image)
     data = look_inside(
         load_model(args),
         image,
         args.image.name,
         prompt=args.prompt.strip(),
-        selection=Selection(args.score_threshold, args.nms_iou),
+        selection=selection,
         decode=args.decode,
         branches=args.branches,
         groups=args.groups,

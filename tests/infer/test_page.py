@@ -185,6 +185,10 @@ def test_choose_a_box(visit):
     assert tab.locator(".branch").count() == 6 and tab.locator("#curves .curve").count() == 4
     tab.select_option("#box", "0")
     assert tab.locator(".branch.at").get_attribute("data-box") == "0"
+    tab.locator(".hit").nth(2).dispatch_event("pointerenter")
+    assert tab.locator("#box").input_value() == "2"
+    assert tab.locator("#tokens .chip.at").get_attribute("aria-label").startswith("class")
+    tab.select_option("#box", "0")
     classes = (unpack(data["classes"])[0] / 65535) ** 2
     first = tab.locator("#classes > div").first.inner_text().split("\n")
     assert first[0].strip() == data["names"][classes.argmax()]
