@@ -74,6 +74,8 @@ def test_attention_in_sequence(tiny, image):
     recorded = np.stack([weights[0, :, P:] for weights in maps.values()])
     assert data["maps"]["shape"] == [2, 4, len(prompt) + 15, P + len(prompt) + 15] == list(recorded.shape)
     assert rounded(data["maps"], recorded, 8) < 0.51
+    rows = [token["row"] for box in data["boxes"] for token in box["tokens"]]
+    assert rows == list(range(len(prompt) - 1, len(prompt) + 14))  # each is written by the one before it
     assert np.abs(probabilities(data["maps"]).sum(-1) - 1).max() < 0.03
 
 

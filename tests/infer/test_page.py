@@ -125,6 +125,8 @@ def test_point_at_a_token(visit):
 
     assert same(maps[:, :, row, :16].mean((0, 1)))
     assert "To write y1 of" in text(tab, "reading")
+    on_image = 100 * maps[:, :, row, :16].mean((0, 1)).sum()
+    assert abs(float(re.search(r"picture with ([\d.]+)%", text(tab, "reading"))[1]) - on_image) < 0.51
     assert tab.locator("#strip > *").count() <= row + 1
     tab.locator("#tokens .row").nth(1).locator(".chip").nth(2).click()  # stays as the sliders are moved
     tab.locator("#layer").fill("1")
@@ -190,6 +192,19 @@ def test_choose_a_box(visit):
     assert tab.locator("#tokens .chip.at").get_attribute("aria-label").startswith("class")
     tab.select_option("#box", "0")
     classes = (unpack(data["classes"])[0] / 65535) ** 2
+    # The four curves are highest where they should be, each along its own edge; the picture is 1000 x 667.
+    paths = tab.eval_on_selector_all("#curves .curve", "all => all.map(x => x.getAttribute('d'))")
+    points = [np.array(re.findall(r"-?[\d.]+", path), float).reshape(-1, 2) for path in paths]
+    tops = (
+        points[0][:, 0].argmin(),
+        points[1][:, 1].argmin(),
+        points[2][:, 0].argmax(),
+        points[3][:, 1].argmax(),
+    )
+    lengths, axes = (1000 * 60 / 90, 1000) * 2, (1, 0) * 2
+    for slot, (p, top) in enumerate(zip(points, tops)):
+        likeliest = unpack(data["coordinates"])[0, slot].argmax()
+        assert abs(p[top, axes[slot]] - (likeliest + 0.5) / 1024 * lengths[slot]) < 0.06
     first = tab.locator("#classes > div").first.inner_text().split("\n")
     assert first[0].strip() == data["names"][classes.argmax()]
     assert abs(float(first[-1].rstrip("%")) - 100 * classes.max()) < 0.51
