@@ -18,7 +18,7 @@ from infer.inside.reasons import REASONS, reasons
 from infer.lib.knock_out import without_head, without_layer
 from model.attention import prefix_lm_mask
 from model.decoding.batches import network_images
-from model.decoding.closed_set import ClosedSet, Head
+from model.decoding.closed_set import Answer, ClosedSet, Head
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector, closed_set_decoder
 from model.decoding.parallel import COORDINATES
@@ -202,6 +202,19 @@ def test_what_is_kept(tiny, image, form, threshold):
             better = boxes[box["fate"]]
             assert better["fate"] == "stays" and better["score"] >= box["score"]
             assert better["label"] == box["label"]
+
+
+def test_fates_by_hand():
+    """A double is suppressed by the best box of its class, not by one of another class or one that is empty."""
+    locs = torch.tensor(
+        [[0, 0, 500, 500], [0, 0, 490, 500], [0, 0, 510, 500], [9, 0, 500, 500], [9, 9, 9, 500]]
+    )
+    scores, labels = torch.tensor([0.5, 0.7, 0.6, 0.3, 0.9]), torch.tensor([0, 0, 1, 1, 0])
+    answer = Answer(None, locs[None], labels[None], scores[None], torch.zeros(1, 5), None)
+    boxes = inside.boxes_of(answer, ("cat", "dog"), 0.5)
+    assert [box["fate"] for box in boxes] == [1, "stays", "stays", 2, "empty"]
+    assert [box["score"] for box in inside.staying(boxes)] == [0.7, 0.6]
+    assert inside.found_classes(boxes, ["cat", "dog", "noise"]) == [0, 1, 2]
 
 
 def test_compare():
