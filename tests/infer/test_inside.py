@@ -205,7 +205,7 @@ def test_what_is_kept(tiny, image, form, threshold):
 
 
 def test_fates_by_hand():
-    """A double is suppressed by the best box of its class, not by one of another class or one that is empty."""
+    """The best box of its class suppresses a double, not one of another class or an empty one."""
     locs = torch.tensor(
         [[0, 0, 500, 500], [0, 0, 490, 500], [0, 0, 510, 500], [9, 0, 500, 500], [9, 9, 9, 500]]
     )
