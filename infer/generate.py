@@ -20,9 +20,8 @@ import torch
 from infer.lib.options import add_model_arguments, add_sampling_arguments, load_model, sampling_options
 from model import PaliGemma
 from model.decoding.batches import network_images
-from model.decoding.closed_set import PROMPT
 from model.decoding.generate import generate
-from model.decoding.open_set import class_names
+from model.decoding.open_set import check_prompt
 from model.io.image import load_image
 from model.io.names import shown
 from train.run.program import complain, parser, positive, run
@@ -50,9 +49,7 @@ class Speaker:
 
         A prompt that is too long, or asks for what the model cannot know, is refused.
         """
-        verb, _, names = prompt.partition(" ")
-        if verb in ("detect", "segment") and prompt != PROMPT:
-            class_names(names, self.model.config)
+        check_prompt(prompt, self.model.config)
         image_tokens = self.image_tokens.expand(self.samples, -1, -1)
         prompts = [self.tokenizer.encode_prompt(prompt)] * self.samples
         steps = generate(self.model, image_tokens, prompts, self.max_tokens, self.sampling, self.generator)

@@ -13,13 +13,13 @@ without k others: if a few heads did the finding, the first would cost far more.
 import argparse
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from infer.lib.knock_out import knock_out
 from infer.lib.measuring import print_table
 from infer.lib.options import add_device_argument, usable_device
 from infer.lib.plots import MIDDLE, RIGHT, WRONG, new_figure, require_matplotlib
@@ -30,7 +30,6 @@ from model.decoding.closed_set import ClosedSet
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector, closed_set_decoder
 from model.io.image import to_network
-from model.seam import attention_layers
 from train.practice.scenes import make_scene
 from train.practice.write import HELD_OUT_SETS, write_coco
 from train.run.program import parser, positive, run
@@ -105,23 +104,6 @@ def where_it_looks(
 
 
 # ---- without some heads ------------------------------------------------------------------------------------
-
-
-def knock_out(model: PaliGemma, heads: list[tuple[int, int]]) -> None:
-    """Let some heads, (layer, head), read nothing."""
-    layers = attention_layers(model)
-
-    def without(function: Callable, gone: list[int]) -> Callable:
-        def attend(q, k, v, mask, scale, cap=None):
-            out = function(q, k, v, mask, scale, cap).clone()
-            out[:, :, gone] = 0
-            return out
-
-        return attend
-
-    for i, layer in enumerate(layers):
-        if gone := [head for of_layer, head in heads if of_layer == i]:
-            layer.attend = without(layer.attend, gone)
 
 
 def mean_ap(args: argparse.Namespace, device: str, heads: list[tuple[int, int]], data: Path) -> float:

@@ -3,6 +3,7 @@
     python infer/tradeoffs.py early-stop --out media/early_stop.png    # mAP and time of --early-stop, on nano
     python infer/tradeoffs.py growth --out media/growth.png    # mAP and time of both forms of decoding
     python infer/tradeoffs.py head    # a choice among the ids that a position allows, three ways
+    python infer/tradeoffs.py seam    # nano's prefill before, during and after its attention is recorded
 
 growth uses random weights of nano's form where images are of another size than nano's. The three ways of
 head, on random hidden states: "full", the logits of the whole vocabulary with those not allowed masked;
@@ -197,10 +198,34 @@ def head(args: argparse.Namespace) -> None:
     print_table(rows)
 
 
+# ---- seam --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def seam(args: argparse.Namespace) -> None:
+    """Milliseconds of nano's prefill: of a model that never was recorded, one that was, and while it is. In
+    turns; medians."""
+    (never, language), (once, _) = load_nano(), load_nano()
+    images, prompt = torch.zeros(1, 3, 128, 128), torch.tensor([language.prompt])
+    cache = never.new_cache(1, prompt.shape[1])
+
+    def prefill(model: PaliGemma) -> None:
+        model.prefill(model.encode(images), prompt, cache)
+
+    def recorded() -> None:
+        with once.record_attention():
+            prefill(once)
+
+    ways = {"never recorded": partial(prefill, never), "recorded before": partial(prefill, once)}
+    ways["while recording"] = recorded
+    times = [{name: seconds(way, "cpu") for name, way in ways.items()} for _ in range(args.repeats + 5)][5:]
+    print_table([{name: f"{1e3 * median(row[name] for row in times):.2f}" for name in ways}])
+
+
 def main() -> None:
     options = parser(__doc__)
-    commands, parsers = options.add_subparsers(required=True, metavar="early-stop | growth | head"), {}
-    for name, function in {"early-stop": early_stop, "growth": growth, "head": head}.items():
+    commands, parsers = options.add_subparsers(required=True, metavar="early-stop | growth | head | seam"), {}
+    for name, function in {"early-stop": early_stop, "growth": growth, "head": head, "seam": seam}.items():
         parsers[name] = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
         parsers[name].set_defaults(function=function)
     for name in ("early-stop", "growth"):
@@ -223,6 +248,7 @@ def main() -> None:
     add("--batch-size", nargs="+", type=positive, default=[1, 32])
     add("--widths", nargs="+", choices=WIDTHS, default=list(WIDTHS), help="hidden states of which model")
     add("--repeats", type=positive, default=50, help="of each timing; their median counts")
+    parsers["seam"].add_argument("--repeats", type=positive, default=500, help="of each, in turns")
     args = options.parse_args()
     torch.manual_seed(0)
     args.function(args)

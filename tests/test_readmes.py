@@ -32,6 +32,7 @@ QUICK = {
     "infer/benchmark_step.py": f"--steps 1 --no-peer --device cpu --folder {NANO}",
     "infer/tradeoffs.py early-stop": "--count 2 --repeats 1 --noise 0.5 --patience 1",
     "infer/tradeoffs.py growth": "--count 2 --repeats 1 --groups 1 2 --batch-size 1 2 --sides 32 64",
+    "infer/tradeoffs.py seam": "--repeats 2",
     "infer/tradeoffs.py head": "--repeats 2 --widths nano --device cpu",
     "train/recipes/nano.sh": "--batch-size 1 --workers 0 --no-compile",  # of its runs of fit.py
 }

@@ -18,6 +18,7 @@ from PIL import Image
 from model.config import PaliGemmaConfig
 from model.decoding.batches import fitting_batch
 from model.decoding.boxes import ParsedBox, box_prompt, check_label, parse_answer
+from model.decoding.closed_set import PROMPT
 from model.decoding.detections import KEEP_ALL, Detections, Selection
 from model.decoding.generate import Prompter
 from model.decoding.masks import MaskCodec
@@ -49,6 +50,13 @@ def class_names(classes: str | Sequence[str], config: PaliGemmaConfig) -> tuple[
                 f"{name!r} is none of the {len(config.classes)} classes that this model knows; {hint}"
             )
     return names
+
+
+def check_prompt(prompt: str, config: PaliGemmaConfig) -> None:
+    """Refuse a prompt that asks for the boxes of classes that the model cannot know."""
+    verb, _, names = prompt.partition(" ")
+    if verb in ("detect", "segment") and prompt != PROMPT:
+        class_names(names, config)
 
 
 @dataclass(frozen=True)
