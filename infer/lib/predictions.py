@@ -220,8 +220,9 @@ def check_settings(out: Path, settings: dict) -> None:
 
 
 def file_stamps(source: str | None) -> dict | None:
-    """Size and time of the weights' files: they change when a checkpoint is overwritten by another."""
+    """Size and time of the checkpoint's files: they change when it is overwritten by another, or calibrated."""
     if source is None:
         return None
-    files = [file.resolve() for file in sorted(resolve(source).glob("*.safetensors"))]
+    folder = resolve(source)
+    files = [file.resolve() for kind in ("*.json", "*.safetensors") for file in sorted(folder.glob(kind))]
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

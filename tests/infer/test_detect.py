@@ -22,6 +22,7 @@ from model import PaliGemma
 from model.config import COCO_CLASSES
 from model.decoding.boxes import areas, locs_to_boxes
 from model.decoding.detector import Detector
+from model.decoding.parallel import BRANCHES
 from model.io.tokenizer import Tokenizer
 
 
@@ -208,7 +209,7 @@ def test_in_parallel(run_detect, here):
         return json.loads((here / "out.json").read_text())[0]["tokens"]
 
     in_parallel = tokens("--decode", "parallel")
-    assert len(in_parallel) == 5 * 24 and len(tokens("--decode", "parallel", "--branches", 7)) == 5 * 7
+    assert len(in_parallel) == 5 * BRANCHES and len(tokens("--decode", "parallel", "--branches", 7)) == 5 * 7
     assert tokens("--decode", "parallel", "--seed", 3) == in_parallel
     assert tokens("--decode", "sequence") == tokens() != in_parallel
 

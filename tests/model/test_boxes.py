@@ -13,6 +13,7 @@ from model.decoding.boxes import (
     locs_to_boxes,
     nms,
     parse_answer,
+    vote,
 )
 from model.io.tokenizer import LOCS
 
@@ -137,6 +138,18 @@ def test_nms(threshold):
         assert (np.diff(scores[kept]) <= 0).all()
         suppressed += n - len(kept)
     assert (suppressed == 0) == (threshold == 1)
+
+
+def test_vote():
+    """The mean of the boxes that found the same object, weighted by their odds; others have no say."""
+    boxes = np.array([[0, 0, 100, 100], [0, 0, 90, 100], [0, 0, 100, 95], [0, 0, 50, 100], [0, 0, 99, 99.0]])
+    scores, labels = np.array([0.8, 0.5, 0.5, 0.9, 0.9]), np.array([1, 1, 1, 1, 2])
+    first = vote(boxes, scores, labels, np.array([0]))[0]
+    assert first == pytest.approx([0, 0, (4 * 100 + 90 + 100) / 6, (4 * 100 + 100 + 95) / 6])
+    assert vote(boxes, scores, labels, np.array([3, 4])) == pytest.approx(boxes[[3, 4]])
+    for certain in (0.0, 1.0):  # odds of 0 and of infinity
+        assert vote(boxes[:1], np.array([certain]), labels[:1], np.array([0])) == pytest.approx(boxes[:1])
+    assert vote(boxes, scores, labels, np.array([], int)).shape == (0, 4)
 
 
 def test_nms_keeps_at_the_threshold():

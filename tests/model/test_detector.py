@@ -18,7 +18,7 @@ from model.config import COCO_CLASSES
 from model.decoding import detector as module
 from model.decoding.detections import Detections, Selection
 from model.decoding.masks import tight_box
-from model.decoding.parallel import ParallelDecoder
+from model.decoding.parallel import BRANCHES, ParallelDecoder
 
 EXAMPLE = ROOT / "media" / "example.png"
 SEEN = ["wine glass", "kite", "person", "tennis racket", "car", "remote"]  # in it, by nano
@@ -34,6 +34,12 @@ def equal(a: Detections, b: Detections) -> bool:
     return same and a.labels == b.labels and np.array_equal(a.class_ids, b.class_ids)
 
 
+def alike(a: Detections, b: Detections) -> bool:
+    """As decoded in batches of other sizes, which may change last digits, and a location by one bin."""
+    near = np.allclose(a.boxes, b.boxes, rtol=0, atol=0.5) and np.allclose(a.scores, b.scores, atol=1e-3)
+    return near and a.labels == b.labels
+
+
 def test_an_image_in_every_form(nano):
     """A file by its path or name, a PIL image, a list of them: the same objects, best first."""
     found = nano(EXAMPLE)
@@ -44,7 +50,7 @@ def test_an_image_in_every_form(nano):
         width, height = image.size
         assert equal(nano(image), found) and equal(nano(str(EXAMPLE)), found)
         several = nano([image, EXAMPLE, str(EXAMPLE)])
-    assert isinstance(several, list) and all(equal(one, found) for one in several) and nano([]) == []
+    assert isinstance(several, list) and all(alike(one, found) for one in several) and nano([]) == []
     assert (found.boxes >= 0).all() and (found.boxes <= [width, height, width, height]).all()
 
 
@@ -55,7 +61,7 @@ def test_as_text_and_in_a_loop(nano):
     for line, (label, score, box) in zip(lines, found, strict=True):
         assert re.fullmatch(rf"{label} +{score:.2f} " + "".join(f" +{side:.1f}" for side in box), line)
     assert [(one.label, one.score, one.box) for one in found] == [tuple(one) for one in found]
-    assert repr(found).startswith("<Detections: ") and "kite 1.00" in repr(found)
+    assert repr(found).startswith("<Detections: ") and "kite 0.9" in repr(found)
     nothing = nano(Image.new("RGB", (60, 40)), classes=["zebra"])
     assert len(nothing) == 0 and list(nothing) == [] and str(nothing) == "nothing found"
     assert repr(nothing) == "<Detections: none>" and nothing.boxes.shape == (0, 4)
@@ -77,10 +83,10 @@ def test_in_parallel(nano, monkeypatch, capsys, here):
     """Five steps for all boxes: the same objects, and the program's own boxes; open-set goes on in words."""
     detector = Detector.from_pretrained("nano", device="cpu", decode="parallel", score_threshold=0.3)
     decoder = detector.closed_set.decode
-    assert isinstance(decoder, ParallelDecoder) and decoder.groups == 24
+    assert isinstance(decoder, ParallelDecoder) and decoder.groups == BRANCHES
     found = detector(EXAMPLE)
-    assert set(found.labels) == set(SEEN) and found.tokens.shape == (24, 5)
-    assert np.array_equal(detector([EXAMPLE, EXAMPLE])[1].boxes, found.boxes)
+    assert set(found.labels) == set(SEEN) and found.tokens.shape == (BRANCHES, 5)
+    assert alike(detector([EXAMPLE, EXAMPLE])[1], found)
     assert equal(detector(EXAMPLE, classes=["kite"]), nano(EXAMPLE, classes=["kite"]))
     few = Detector(nano.model, Selection(0.3, 0.5), decode="parallel", branches=8)(EXAMPLE)
     assert few.tokens.shape == (8, 5)
@@ -92,7 +98,7 @@ def test_in_parallel(nano, monkeypatch, capsys, here):
         assert [d["label"] for d in record["detections"]] == ours.labels
     for options, words in (
         (dict(decode="both"), "'both': must be one of 'sequence', 'parallel'"),
-        (dict(branches=8), 'branches=8 is for decode="parallel"'),
+        (dict(decode="sequence", branches=8), 'branches=8 is for decode="parallel"'),
         (dict(decode="parallel", branches=0), "branches=0: must be at least 1"),
         (dict(decode="parallel", branches=10**9), "branches=1000000000: must be at least 1, at most 1,000"),
     ):
@@ -145,7 +151,8 @@ def test_batches(nano, monkeypatch):
 def test_selection():
     """Options reach the selection; nothing below the threshold."""
     detector = Detector.from_pretrained("nano", device="cpu", score_threshold=0.0, nms_iou=0.3, min_size=5)
-    assert detector.selection == Selection(0.0, 0.3, 5) and len(detector(EXAMPLE)) > 6
+    assert detector.selection == Selection(0.0, 0.3, 5)
+    assert len(detector(EXAMPLE)) < len(Detector(detector.model, Selection(0.0, 1.0))(EXAMPLE)) == BRANCHES
     assert detector.model.projector.weight.dtype == torch.float32
 
 
