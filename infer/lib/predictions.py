@@ -220,7 +220,7 @@ def check_settings(out: Path, settings: dict) -> None:
 
 
 def file_stamps(source: str | None) -> dict | None:
-    """Size and time of the checkpoint's files: they change when it is overwritten by another, or calibrated."""
+    """Size and time of the checkpoint's files, which change when it is overwritten or calibrated."""
     if source is None:
         return None
     folder = resolve(source)
