@@ -15,7 +15,7 @@ from helpers import ROOT
 PACKAGES = "model", "train", "infer"  # each may import those before it
 THE_LOOP = {f"train.{name}" for name in ("fit", "setup", "loss", "validate", "measures", "merge", "convert")}
 # What infer takes from train: the practice set, the measures and the readers, never the loop.
-FOR_INFER = r"train\.(practice(\..+)?|measures|data\.jsonl|run\.(pictures|processes|program))"
+FOR_INFER = r"train\.(practice(\..+)?|measures|data\.(coco|jsonl|open)|run\.(pictures|processes|program))"
 OPTIONAL = {  # packages outside requirements.txt: who may import them, always inside a function
     "tensorboard": {"train.run.log"},
     "transformers": {"infer.benchmark", "infer.benchmark_step"},
