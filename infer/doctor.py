@@ -5,11 +5,12 @@
     python infer/doctor.py --model SRC --data train.jsonl --images photos
 
 A table of what passed and what is broken, with the number that was measured and the place where. The loss of
-answers is measured on pictures of --data, or without it on practice scenes. The exit code is 0 only if
-nothing is broken. In bfloat16 the limits are wider than in float32 (--dtype), which finds more and takes more
-memory."""
+answers is measured on pictures of --data, or on practice scenes where that has no two that can be used. The
+exit code is 0 only if nothing is broken. In bfloat16 the limits are wider than in float32 (--dtype), which
+finds more and takes more memory."""
 
 import argparse
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,41 +50,35 @@ def main() -> int:
 
 
 def table_row(finding: Finding) -> dict[str, str]:
-    return {
-        "check": finding.check,
-        "": RESULTS[finding.passed],
-        "measured": finding.number,
-        "where": shown(finding.where),
-    }
+    row = {"check": finding.check, "": RESULTS[finding.passed], "measured": finding.number}
+    return row | {"where": shown(finding.where)}
 
 
 def examine(model: PaliGemma, args: argparse.Namespace) -> Iterator[Finding]:
     """All checks, in the order of the table."""
-    of_data = list(check_data(model, args.data, image_folder(args.data, args.images))) if args.data else []
-    with tempfile.TemporaryDirectory() as folder:
-        cases = find_cases(model, args, Path(folder))
+    cases, images = [], args.data and image_folder(args.data, args.images)
+    if args.data:
+        with contextlib.suppress(ValueError, OSError):  # check_data says what is wrong
+            cases = find_cases(model, args, args.data, images)
+    if len(cases) < 2:
+        with tempfile.TemporaryDirectory() as folder:
+            scenes = Path(folder) / "scenes"
+            write_coco(scenes, 3 * args.count, "same", model.config.vision.image_size)
+            cases = find_cases(model, args, scenes / "instances.json", scenes / "images")
     yield from check_network(patient_for(model, cases))
     yield from check_answers(model, cases)
-    yield from of_data
+    if args.data:
+        yield from check_data(model, args.data, images)
 
 
-def find_cases(model: PaliGemma, args: argparse.Namespace, folder: Path) -> list[Case]:
-    """Pictures and answers of --data, or of practice scenes, which are drawn into a folder."""
-    file, images = args.data, image_folder(args.data, args.images) if args.data else None
-    if file is None:
-        write_coco(folder / "scenes", 3 * args.count, "same", model.config.vision.image_size)
-        file, images = folder / "scenes" / "instances.json", folder / "scenes" / "images"
-    try:
-        if is_jsonl(file):
-            return jsonl_cases(model, file, images, args.count)
-        index = CocoIndex.read(file, images, max_classes=None)
-    except (ValueError, OSError):
-        if args.data is None:
-            raise
-        return []  # the file cannot be read, which is among the findings
-    named = args.ask == "words" or (args.ask is None and model.config.open_vocabulary)
-    words = named or not set(index.classes) <= set(model.config.classes)
-    return coco_cases(model, index, images, args.count, words)
+def find_cases(model: PaliGemma, args: argparse.Namespace, file: Path, images: Path) -> list[Case]:
+    if is_jsonl(file):
+        return jsonl_cases(model, file, images, args.count)
+    index, config = CocoIndex.read(file, images, max_classes=None), model.config
+    words = args.ask == "words" or (args.ask is None and config.open_vocabulary)
+    return coco_cases(
+        model, index, images, args.count, words or not set(index.classes) <= set(config.classes)
+    )
 
 
 if __name__ == "__main__":

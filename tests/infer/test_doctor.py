@@ -1,7 +1,6 @@
 """infer/doctor.py: nano passes, and each of many deliberate bugs is found and named, with its place."""
 
 import re
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ from helpers import call, edit_json, load, write_jsonl
 from torch import nn
 
 from infer import doctor
+from infer.checkup.answers import check_answers, coco_cases, jsonl_cases
 from infer.checkup.data import check_data, check_locations
 from infer.checkup.network import check_network, patient_for
 from model import attention, paligemma
@@ -19,6 +19,7 @@ from model.io.hub import NANO
 from model.io.tokenizer import Tokenizer
 from model.seam import replace_attention
 from train.data import jsonl
+from train.data.coco import CocoIndex
 from train.practice.write import write_coco
 
 CAUSAL, PADDING, BATCH = "a suffix token never", "padding changes nothing", "batch equals single"
@@ -31,21 +32,29 @@ SHUFFLED, EXCHANGED, BOUND = "right answers", "boxes cost less", "the loss is no
 def scenes(tmp_path_factory):
     """Practice scenes as a COCO file."""
     folder = tmp_path_factory.mktemp("doctor") / "scenes"
-    write_coco(folder, 16)
+    write_coco(folder, 12)
     return folder / "instances.json"
 
 
-def examine(model, data=None, **options) -> dict[str, doctor.Finding]:
-    """The doctor's table by the names of the checks."""
-    args = Namespace(data=data, images=None, count=4, ask=None)
-    for name, value in options.items():
-        setattr(args, name, value)
-    return {finding.check: finding for finding in doctor.examine(model, args)}
+def cases_of(model, file, count=6, images=None):
+    images = images or file.parent / "images"
+    return coco_cases(model, CocoIndex.read(file, images), images, count, words=False)
+
+
+def check_nano(file, count=6, model=None, images=None):
+    model = model or load(NANO)
+    return list(check_answers(model, cases_of(model, file, count, images)))
 
 
 def broken(findings) -> dict[str, str]:
     """Where it is broken, by check."""
-    return {name: finding.where for name, finding in findings.items() if finding.passed is False}
+    return {finding.check: finding.where for finding in findings if finding.passed is False}
+
+
+def assert_named(findings, check: str, where: str) -> None:
+    found = broken(findings)
+    [name] = [name for name in found if name.startswith(check)]
+    assert where in found[name], found
 
 
 # The network ------------------------------------------------------------------------------------------------
@@ -138,13 +147,13 @@ def window_in_the_prefix(model, patch):
     """As transformers 4.47 had it."""
 
     def everywhere(mask, query_pos, key_pos, is_suffix, window):
-        return mask & (query_pos[:, :, None] - key_pos[:, None, :] < 16)
+        return mask & (query_pos[:, :, None] - key_pos[:, None, :] < 9)
 
     patch.setattr(paligemma, "window_mask", everywhere)
 
 
 def nan_in_a_weight(model, patch):
-    model.decoder.layers[2].mlp.up_proj.weight.data[3, 5] = torch.nan
+    model.decoder.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
 
 
 def overflow(model, patch):
@@ -153,12 +162,12 @@ def overflow(model, patch):
 
 
 def locations_are_split(model, patch):
-    model.tokenizer = Tokenizer(NANO)
+    model.tokenizer = Tokenizer(model.folder)
     model.tokenizer.encode = lambda text: model.tokenizer._sp.encode(text)
 
 
 def locations_start_one_later(model, patch):
-    model.tokenizer = Tokenizer(NANO)
+    model.tokenizer = Tokenizer(model.folder)
     model.tokenizer.seg0 += 1
 
 
@@ -197,19 +206,19 @@ def next_token_is_copied(model, patch):
 
 BUGS = {
     causal_prefix: (PREFIX, "layer 0: position 0 does not read position 1"),
-    prefix_reads_suffix: (CAUSAL, "of the text changed, token 1"),
+    prefix_reads_suffix: (CAUSAL, "of the text changed, token"),
     suffix_reads_ahead: (CAUSAL, "of the text changed"),
-    padding_is_read: (PADDING, "step by step after a padded prompt, token 1"),
+    padding_is_read: (PADDING, "step by step after a padded prompt, token"),
     padding_takes_positions: (PADDING, "step by step after a padded prompt"),
     rows_are_mixed: (BATCH, "picture, token"),
     cache_is_one_position_off: (CACHED, "answer, token"),
     cache_forgets_the_newest: (CACHED, "answer, token"),
     branches_follow_each_other: (PARALLEL, "branches, decoded"),
     branches_see_each_other: (PARALLEL, "branches, "),
-    window_is_ignored: (WINDOW, "layer 0: position 80 reads position 0, window 80"),
+    window_is_ignored: (WINDOW, "reads position 0, window 16"),
     window_is_one_short: (WINDOW, "does not read position"),
-    window_in_the_prefix: (PREFIX, "layer 0: position 16 does not read position 0"),
-    nan_in_a_weight: (FINITE, "decoder.layers.2.mlp.up_proj.weight"),
+    window_in_the_prefix: (PREFIX, "layer 0: position 9 does not read position 0"),
+    nan_in_a_weight: (FINITE, "decoder.layers.1.mlp.up_proj.weight"),
     overflow: (FINITE, "what decoder.layers.1 computes"),
     locations_are_split: (SPECIAL, "<loc0000> is"),
     locations_start_one_later: (SPECIAL, "<seg000> is"),
@@ -221,56 +230,53 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_each_bug_is_named(bug, scenes, monkeypatch):
+def test_each_bug_is_named(bug, model, scenes, monkeypatch):
+    """What holds for any weights is checked on a small random model, what answers cost on nano."""
     check, where = BUGS[bug]
     of_answers = check in (SHUFFLED, BOUND)
-    # A shorter window is left by a shorter answer, which is decoded sooner; nano was taught with another.
-    changes = dict(final_cap=None) if bug is next_token_is_copied else {}
-    model = load(NANO, **changes, **({} if of_answers else dict(sliding_window=80)))
-    bug(model, monkeypatch)
-    found = broken(examine(model, scenes, count=6 if of_answers else 2))
-    print(found)
-    [name] = [name for name in found if name.startswith(check)]
-    assert where in found[name]
+    patient = load(NANO if of_answers else model, **(dict(final_cap=None) if check == BOUND else {}))
+    bug(patient, monkeypatch)
+    if of_answers:
+        return assert_named(check_nano(scenes, model=patient), check, where)
+    assert_named(check_network(patient_for(patient, cases_of(patient, scenes, 2))), check, where)
+
+
+def test_sound_models_pass(model, scenes):
+    """Random weights too; in bfloat16, where rounding is a thousand times as coarse; without a window; and
+    with an attention that is not the usual one, but breaks nothing."""
+
+    def sinks(q, k, v, mask, scale, cap=None):
+        """A score of 0 that nothing belongs to."""
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], dim=1) for x in (k, v))
+        scores = (q.transpose(1, 2) @ k.mT * scale).masked_fill(~mask[:, None], -1e30)
+        return (nn.functional.pad(scores, (0, 1)).softmax(-1)[..., :-1] @ v).transpose(1, 2)
+
+    changes = dict(), dict(dtype=torch.bfloat16), dict(sliding_window=None), dict(attention=sinks)
+    for change in changes:
+        patient = load(model, **change)
+        found = list(check_network(patient_for(patient, cases_of(patient, scenes, 2))))
+        assert not broken(found) and len(found) == 9
+        assert sum(finding.passed is None for finding in found) == ("sliding_window" in change)
 
 
 def test_nano_passes(monkeypatch, capsys):
-    """As a command; and in bfloat16, where rounding is a thousand times as coarse, what needs no answers."""
-    code, out, err = call(monkeypatch, capsys, doctor, "--count", 6)
+    code, out, err = call(monkeypatch, capsys, doctor, "--count", 4)
     assert code == 0, out + err
     assert out.count("passed") == 12 and "BROKEN" not in out and "nothing is broken" in out
     assert "0 pairs wrong" in out  # the window was crossed
-    model = load(NANO, dtype=torch.bfloat16, sliding_window=80)
-    assert all(finding.passed for finding in check_network(patient_for(model, [])))
 
 
-def test_the_seam_is_examined(monkeypatch, capsys, here):
-    """An attention and a mask of the working folder: what they break, and what they leave whole."""
-    (here / "for_doctor.py").write_text(SEAM)
-    run = lambda *own: call(monkeypatch, capsys, doctor, "--count", 4, *own)  # noqa: E731
-    code, out, _ = run("--attention", "for_doctor:sinks", "--attn-cap", "0")
-    assert code == 0, out
-    code, out, _ = run("--mask", "for_doctor:causal")
-    assert code == 1 and "does not read position" in out and "1 broken" in out
-    code, out, _ = run("--attention", "for_doctor:of_all_queries")
-    assert code == 1 and re.search("a suffix token never changes earlier logits +BROKEN", out)
+def test_the_seam_is_examined(monkeypatch, capsys, here, scenes):
+    """As a command: a mask of the working folder, and data."""
+    (here / "for_doctor.py").write_text(MASK)
+    options = "--mask", "for_doctor:causal", "--data", scenes, "--count", 2
+    code, out, _ = call(monkeypatch, capsys, doctor, *options)
+    assert code == 1 and re.search("the prefix reads all of itself +BROKEN .* does not read position", out)
+    assert re.search("pictures open +passed +0 of 12", out)
 
 
-SEAM = """
+MASK = """
 import torch
-from model.attention import attend, prefix_lm_mask
-
-def sinks(q, k, v, mask, scale, cap=None):  # a zero beside the scores
-    B, T, N, H = q.shape
-    k, v = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (k, v))
-    scores = q.transpose(1, 2) @ k.mT * scale
-    weights = scores.masked_fill(~mask[:, None], -1e30).float()
-    weights = torch.cat((weights, torch.zeros_like(weights[..., :1]) - 9), dim=-1).softmax(-1)[..., :-1]
-    return (weights.to(v.dtype) @ v).transpose(1, 2)
-
-def of_all_queries(q, k, v, mask, scale, cap=None):
-    return attend(q - 0.1 * q.mean(1, keepdim=True), k, v, mask, scale, cap)
-
 def causal(valid, is_suffix):
     return valid[:, None] & torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool).tril()
 """
@@ -325,17 +331,14 @@ COCO_FAULTS = {
 @pytest.mark.parametrize("fault", COCO_FAULTS, ids=lambda fault: fault.__name__)
 def test_faults_of_coco_files(fault, scenes, tmp_path):
     check, where = COCO_FAULTS[fault]
-    file = tmp_path / "instances.json"
+    file, images = tmp_path / "instances.json", scenes.parent / "images"
     file.write_text(scenes.read_text())
     edit_json(file, fault)
-    args = dict(images=scenes.parent / "images", count=6 if fault in (shuffle, exchange) else 2)
-    found = examine(
-        load(NANO, sliding_window=80 if args["count"] == 2 else 112, answers="sequence"), file, **args
-    )
-    [name] = [name for name in broken(found) if name.startswith(check)]
-    assert where in found[name].where
-    if fault is not as_corners:
-        assert len(broken(found)) <= 2, broken(found)
+    if fault in (shuffle, exchange):
+        return assert_named(check_nano(file, 8, images=images), check, where)
+    found = list(check_data(load(NANO, answers="sequence"), file, images))
+    assert_named(found, check, where)
+    assert len(broken(found)) == (2 if fault is as_corners else 1)  # some of those boxes leave their pictures
 
 
 GOOD = "<loc0000><loc0128><loc0512><loc0640> kite ; <loc0256><loc0300><loc0900><loc1023> person"
@@ -372,14 +375,16 @@ def test_faults_of_lines(check, scenes, tmp_path):
     assert where in wrong[name]
 
 
-def test_good_lines(scenes, tmp_path, monkeypatch, capsys):
+def test_good_lines(scenes, tmp_path):
     """Nothing is broken in them, and the loss of their answers is measured."""
     records = [line(), line(image="000001.png", prefix="caption en", suffix=["a kite", "kites"])]
     file = write_jsonl(tmp_path / "lines.jsonl", *records)
-    found = examine(load(NANO, sliding_window=80), file, images=scenes.parent / "images", count=2)
-    assert found["the loss is not below what the labels allow"].passed
-    assert found["right answers cost less than shuffled ones"].number
-    assert broken(found).keys() <= {"right answers cost less than shuffled ones"}  # they are made up
+    nano = load(NANO)
+    assert not broken(check_data(nano, file, scenes.parent / "images"))
+    cases = jsonl_cases(nano, file, scenes.parent / "images", 2)
+    assert [len(case.answers) for case in cases] == [2, 2]  # boxes, right answers
+    found = {finding.check: finding for finding in check_answers(nano, cases)}
+    assert found["the loss is not below what the labels allow"].passed  # the others are made up
 
 
 def test_samples_without_newline_and_eos(scenes, tmp_path, monkeypatch):
@@ -387,7 +392,11 @@ def test_samples_without_newline_and_eos(scenes, tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "lines.jsonl", line(), line())
     prompt, target = Tokenizer.encode_prompt, jsonl.text_target
     monkeypatch.setattr(Tokenizer, "encode_prompt", lambda *args: prompt(*args)[:-1])
-    check = lambda: {f.check for f in check_data(load(NANO), file, scenes.parent / "images") if not f.passed}  # noqa: E731
+    nano = load(NANO)
+
+    def check():
+        return broken(check_data(nano, file, scenes.parent / "images")).keys()
+
     assert check() == {"prompts begin with bos and end in a newline"}
     monkeypatch.undo()
 
