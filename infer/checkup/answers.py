@@ -81,7 +81,7 @@ def coco_cases(model: PaliGemma, index: CocoIndex, images: Path, count: int, wor
 def jsonl_cases(model: PaliGemma, file: Path, images: Path, count: int) -> list[Case]:
     """The first lines of a file whose pictures open, each of another picture."""
     cases, seen = [], set()
-    for _, record in read_lines(file, images, allow_outside=True):
+    for _, record in read_lines(file, images):
         if len(cases) == count:
             break
         if record["image"] in seen:

@@ -1,6 +1,7 @@
 """What goes wrong in data without an error: its boxes or lines are read, its pictures opened."""
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ MANY_PIECES = 8  # of a label: it is spelt letter by letter
 GRID = (
     0.5  # share of the location tokens to be expected of so many coordinates, below which they lie on a grid
 )
+MANY_PICTURES = 2000  # that are worth starting other processes for
 SAMPLES = 16  # that are made as training makes them
 _SPECIAL = re.compile(r"<(?:loc|seg)[^<>]*>?")
 _EXISTS = re.compile(LOC_PATTERN + r"|<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>")
@@ -40,7 +42,8 @@ def check_data(model: PaliGemma, file: Path, images: Path) -> Iterator[Finding]:
         return
     yield Finding(check, True, f"{len(data):,}", "samples")
     yield from findings
-    faults = broken_pictures(data, range(len(data)), workers=0, title="opening pictures")
+    workers = os.cpu_count() if len(data) > MANY_PICTURES else 0
+    faults = broken_pictures(data, range(len(data)), workers, title="opening pictures")
     yield Finding(
         "pictures open", not faults, f"{len(faults):,} of {len(data):,}", next(iter(faults.values()), "")
     )
@@ -53,7 +56,7 @@ def as_trained(model: PaliGemma, file: Path, images: Path) -> JsonlPairs | CocoD
     """The data as training reads it, in sequence."""
     size = model.config.vision.image_size
     if is_jsonl(file):
-        return JsonlPairs(file, images, model.tokenizer, size, allow_outside=True)
+        return JsonlPairs(file, images, model.tokenizer, size)
     index, language = CocoIndex.read(file, images), ClosedSet.of(model.config, model.tokenizer)
     language = replace(language, classes=classes_for(index, language.classes))
     return CocoDetections(index, images, language, [language.classes.index(c) for c in index.classes], size)
@@ -104,9 +107,9 @@ def check_lines(model: PaliGemma, file: Path, images: Path) -> Iterator[Finding]
     room = model.config.text.max_positions - model.config.vision.tokens
     lines, boxes, locs, labels = 0, 0, set(), {}
     order, unknown, loose, cut, newline, ends = (Tally() for _ in range(6))
-    for _, record in read_lines(file, images, allow_outside=True):
+    for _, record in read_lines(file, images):
         lines += 1
-        where = f"line {lines} of those that are not blank"
+        where = f"entry {lines}, {record['image']:.100}"
         prompt = model.tokenizer.encode_prompt(record["prefix"])
         if "\n" in record["prefix"]:
             newline.add(f"{where}: the prefix has a line end of its own")

@@ -11,7 +11,7 @@ from torch import nn
 from infer import doctor
 from infer.checkup.answers import check_answers, coco_cases, jsonl_cases
 from infer.checkup.data import check_data, check_locations
-from infer.checkup.network import check_network, patient_for
+from infer.checkup.network import check_network, patient_for, special_tokens
 from model import attention, paligemma
 from model.cache import KVCache
 from model.gemma import Gemma
@@ -259,6 +259,20 @@ def test_sound_models_pass(model, scenes):
         assert sum(finding.passed is None for finding in found) == ("sliding_window" in change)
 
 
+def test_nano_in_words(scenes):
+    """Asked for the same boxes by their names."""
+    nano, images = load(NANO), scenes.parent / "images"
+    cases = coco_cases(nano, CocoIndex.read(scenes), images, 4, words=True)
+    assert "<loc" not in nano.tokenizer.decode(cases[0].prompt) and len(cases[0].answers) > 1
+    assert not broken(check_answers(nano, cases))
+
+
+def test_ids_of_official_checkpoints(tokenizer):
+    """They are known: another tokenizer beside an official embedding is found out."""
+    finding = special_tokens(tokenizer, rows=257_216)
+    assert finding.passed is False and "not [256000]" in finding.where and finding.number == "1,152 of 1,152"
+
+
 def test_nano_passes(monkeypatch, capsys):
     code, out, err = call(monkeypatch, capsys, doctor, "--count", 4)
     assert code == 0, out + err
@@ -354,7 +368,7 @@ LINE_FAULTS = {
     "locations come in fours": (line("<loc0000><loc0128><loc0512> kite"), "3 locations that are no box"),
     "no answer is cut off": (line("kite " * 600), "more than the 448 tokens"),
     "labels tokenise well": (line(GOOD.replace("kite", "Kite")), "'kite'"),
-    "prompts have no line end": (line(prefix="detect kite\n"), "line 3 "),
+    "prompts have no line end": (line(prefix="detect kite\n"), "entry 3, 000000.png"),
     "answers have no eos": (line(GOOD + "<eos>"), "<eos> in it"),
     "pictures open": (line(image="missing.png"), "missing.png: no such file"),
     "the data can be read": (
