@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from infer.checkup.finding import Finding
@@ -28,9 +27,7 @@ from train.data.jsonl import read_lines, right_answers
 
 MOST_OBJECTS = 4  # of a picture
 SURE = 2.0  # standard errors by which one loss must differ from another
-MARGIN = (
-    0.5  # nats a token by which its picture must make a box cheaper: a model that finds it has more than 1
-)
+MARGIN = 0.5  # nats a token that the right picture must save of a box: a model that finds it saves 1 or more
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,13 @@ class Case:
 # ---- where they come from ----------------------------------------------------------------------------------
 
 
-def network_image(model: PaliGemma, image: Image.Image) -> Tensor:
-    pixels = to_network(square(image, model.config.vision.image_size))
-    return pixels[None].to(model.projector.weight.device)
+def network_image(model: PaliGemma, file: Path) -> Tensor | None:
+    """None for a picture that does not open, which check_data reports."""
+    try:
+        pixels = square(load_image(file), model.config.vision.image_size)
+    except (ValueError, OSError):
+        return None
+    return to_network(pixels)[None].to(model.projector.weight.device)
 
 
 def coco_cases(model: PaliGemma, index: CocoIndex, images: Path, count: int, words: bool) -> list[Case]:
@@ -62,9 +63,7 @@ def coco_cases(model: PaliGemma, index: CocoIndex, images: Path, count: int, wor
         names = [index.classes[label] for label in labels[:MOST_OBJECTS]]
         if len(cases) == count or not names:
             break
-        try:
-            image = network_image(model, load_image(images / index.name(row)))
-        except (ValueError, OSError):  # is reported as a picture that does not open
+        if (image := network_image(model, images / index.name(row))) is None:
             continue
         if words:
             prompt = tokenizer.encode_prompt(box_prompt(list(dict.fromkeys(names))))
@@ -84,19 +83,16 @@ def jsonl_cases(model: PaliGemma, file: Path, images: Path, count: int) -> list[
     for _, record in read_lines(file, images):
         if len(cases) == count:
             break
-        if record["image"] in seen:
+        name = record["image"]
+        if name in seen or (image := network_image(model, images / name)) is None:
             continue
-        seen.add(record["image"])
-        try:
-            image = network_image(model, load_image(images / record["image"]))
-        except (ValueError, OSError):
-            continue
+        seen.add(name)
         answers = right_answers(record)
         if len(answers) == 1 and len(parse_answer(answers[0])) > 1:
             answers = answers[0].split(" ; ")[:MOST_OBJECTS]
         ids = [model.tokenizer.encode(answer) or [model.config.eos] for answer in answers]
         prompt = model.tokenizer.encode_prompt(record["prefix"])
-        cases.append(Case(record["image"], image, prompt, ids))
+        cases.append(Case(name, image, prompt, ids))
     return cases
 
 

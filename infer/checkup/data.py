@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,7 @@ from train.run.pictures import broken_pictures
 SLACK = 1.0  # pixels by which boxes of COCO itself leave their pictures
 SLIPS = 0.1  # share of boxes that fit in another order only, up to which they are mistakes of their own
 MANY_PIECES = 8  # of a label: it is spelt letter by letter
-GRID = (
-    0.5  # share of the location tokens to be expected of so many coordinates, below which they lie on a grid
-)
+GRID = 0.5  # share of the location tokens that so many coordinates should use: with fewer, they lie on a grid
 MANY_PICTURES = 2000  # that are worth starting other processes for
 SAMPLES = 16  # that are made as training makes them
 _SPECIAL = re.compile(r"<(?:loc|seg)[^<>]*>?")
@@ -44,12 +43,10 @@ def check_data(model: PaliGemma, file: Path, images: Path) -> Iterator[Finding]:
     yield from findings
     workers = os.cpu_count() if len(data) > MANY_PICTURES else 0
     faults = broken_pictures(data, range(len(data)), workers, title="opening pictures")
-    yield Finding(
-        "pictures open", not faults, f"{len(faults):,} of {len(data):,}", next(iter(faults.values()), "")
-    )
-    yield from check_samples(
-        model.tokenizer, data, [i for i in range(len(data)) if i not in faults][:SAMPLES]
-    )
+    number, first = f"{len(faults):,} of {len(data):,}", next(iter(faults.values()), "")
+    yield Finding("pictures open", not faults, number, first)
+    whole = (item for item in range(len(data)) if item not in faults)
+    yield from check_samples(model.tokenizer, data, list(islice(whole, SAMPLES)))
 
 
 def as_trained(model: PaliGemma, file: Path, images: Path) -> JsonlPairs | CocoDetections:
@@ -122,11 +119,7 @@ def check_lines(model: PaliGemma, file: Path, images: Path) -> Iterator[Finding]
                 if not _EXISTS.fullmatch(special):
                     unknown.add(f"{where}: {special:.20}")
             found = parse_answer(answer)
-            if (
-                (rest := len(re.findall(LOC_PATTERN, answer)) - 4 * len(found))
-                or "<seg" in answer
-                and not found
-            ):
+            if rest := len(re.findall(LOC_PATTERN, answer)) - 4 * len(found):
                 loose.add(f"{where}: {rest} locations that are no box")
             for box in found:
                 boxes += 1
@@ -150,19 +143,19 @@ def check_labels(tokenizer: Tokenizer, labels: Iterable[str]) -> Finding:
     hard to learn; one with ; < or > cannot be read back."""
     wrong, seen = Tally(), {}
     for name in labels:
-        same = seen.setdefault(" ".join(name.split()).casefold(), name)
+        plain = " ".join(name.split())
+        same = seen.setdefault(plain.casefold(), name)
         pieces = [tokenizer.piece(i) for i in tokenizer.encode(f" {name}") if i < tokenizer.loc0]
+        in_bytes = any(piece == "<unk>" or piece.startswith("<0x") for piece in pieces)
         try:
             check_label(name)
         except ValueError as error:
             wrong.add(str(error))
-            continue
-        if same != name or name != " ".join(name.split()):
-            wrong.add(f"{name!r} and {same!r}" if same != name else f"{name!r} has spaces too many")
-        elif (
-            any(piece == "<unk>" or piece.startswith("<0x") for piece in pieces) or len(pieces) > MANY_PIECES
-        ):
-            wrong.add(f"{name!r} is {' '.join(pieces):.60}")
+        else:
+            if same != name or name != plain:
+                wrong.add(f"{name!r} and {same!r}" if same != name else f"{name!r} has spaces too many")
+            elif in_bytes or len(pieces) > MANY_PIECES:
+                wrong.add(f"{name!r} is {' '.join(pieces):.60}")
     return wrong.finding("labels tokenise well", len(seen))
 
 

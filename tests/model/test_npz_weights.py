@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import apart, complaint, load, tiny_config
+from helpers import apart, call, complaint, load, picture, tiny_config
 
+from infer import generate
 from model import PaliGemma
 from model.config import VARIANTS, TextConfig
 from model.decoding.packing import load_for_decoding
@@ -123,6 +124,16 @@ def test_the_same_logits(case, tmp_path):
     larger = load(file, image_size=96), load(folder, image_size=96)
     images = torch.rand(1, 3, 96, 96)
     assert torch.equal(larger[0](images, tokens[:1], 4), larger[1](images, tokens[:1], 4))
+
+
+def test_in_a_program(case, tmp_path, monkeypatch, capsys):
+    """It says which variant it takes the file for."""
+    _, _, arrays = case
+    np.savez(tmp_path / "pt.npz", **arrays)
+    copy_companions(NANO, tmp_path)
+    options = "--model", tmp_path / "pt.npz", "--image", picture(tmp_path / "a.png"), "--prompt", "caption en"
+    code, out, err = call(monkeypatch, capsys, generate, *options, "--max-tokens", 2)
+    assert code == 0 and "pt.npz: tiny, by its shapes" in out, err
 
 
 @pytest.mark.parametrize("kind", ["V2", "<u2", "<i2"])
