@@ -217,7 +217,8 @@ class PaliGemma(nn.Module):
         mask: str | Callable | None = None,
         **config_overrides,
     ) -> "PaliGemma":
-        """Load a folder, a hub id ("owner/name" or "owner/name@revision"), or the shipped "nano".
+        """Load a folder, a hub id ("owner/name" or "owner/name@revision"), the shipped "nano", or an .npz
+        file as big_vision and Kaggle publish it.
 
         dtype: torch.bfloat16 or torch.float32; adapter: a LoRA adapter's folder or hub id. attention, mask: a
         function or "package.module:function" to use instead of attend (in the layers of "text", "vision" or
@@ -226,7 +227,7 @@ class PaliGemma(nn.Module):
         An error names every tensor that is missing, unexpected or of another shape.
         """
         from model.io.adapter import detection_overrides, load_adapter
-        from model.io.hub import resolve
+        from model.io.hub import folder_of, resolve
         from model.io.weights import check_dtype, load_config, load_weights, without_memory
         from model.io.writing import located
 
@@ -246,7 +247,7 @@ class PaliGemma(nn.Module):
             replace_attention(model, attention, attention_in)
         if mask is not None:
             model.mask = find_function(mask)
-        model.folder = folder
+        model.folder = folder_of(folder)
         return model.eval()
 
     def save_pretrained(

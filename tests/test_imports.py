@@ -15,8 +15,9 @@ from helpers import ROOT
 PACKAGES = "model", "train", "infer"  # each may import those before it
 THE_LOOP = {f"train.{name}" for name in ("fit", "setup", "loss", "validate", "measures", "merge", "convert")}
 # What infer takes from train: the practice set, the measures and the readers, never the loop.
-FOR_INFER = r"train\.(practice(\..+)?|measures|data\.jsonl|run\.(pictures|processes|program))"
+FOR_INFER = r"train\.(practice(\..+)?|measures|data\.(coco|jsonl|open)|run\.(pictures|processes|program))"
 OPTIONAL = {  # packages outside requirements.txt: who may import them, always inside a function
+    "supervision": {"model.decoding.detections"},
     "tensorboard": {"train.run.log"},
     "transformers": {"infer.benchmark", "infer.benchmark_step"},
     "peft": {"infer.benchmark_step"},
@@ -29,6 +30,7 @@ LATE = [  # the only imports inside functions: (importer, imported)
     (r"model\.paligemma", r"model\.(io|decoding)\..+"),  # from_pretrained, save_pretrained and generate
     (r"model\.io\.hub", r"huggingface_hub.*"),
     (r"model\.decoding\.masks", r"pycocotools.*"),
+    (r"model\.decoding\.detections", r"supervision"),
     (r".*", r"model\.decoding\.head_kernel"),  # needs Triton, which has no build for some systems
     (r"infer\..+", r"matplotlib.*"),
     (r"infer\.generate", r"readline"),  # Windows has none

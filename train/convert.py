@@ -1,8 +1,9 @@
-"""COCO instances <-> JSON lines for open-set detection, and masks -> JSON lines for segmentation.
+"""COCO instances <-> JSON lines for open-set detection; masks -> JSON lines; boxes -> Label Studio.
 
     python train/convert.py coco-to-jsonl --data instances.json --out train.jsonl --absent 2
     python train/convert.py jsonl-to-coco --data train.jsonl --images photos/ --out instances.json
     python train/convert.py masks-to-jsonl --data instances.json --images photos/ --out train.jsonl
+    python train/convert.py label-studio --data found.json --out tasks.json
 
 A line asks for classes, {"image": "a.jpg", "prefix": "detect cat ; dog", "suffix": "<loc...> cat"}, and its
 answer is empty if the image shows none of them. The way back reads the sizes of the images. Boxes come back
@@ -11,10 +12,14 @@ edge, which the last location stands for).
 
 Masks come from a COCO file or from pictures (train/data/masks.py); their lines ask for one class, {"image":
 "a.jpg", "prefix": "segment cat", "suffix": "<loc...><seg...> cat"}. --sheet shows what 16 codes keep of them.
+
+For Label Studio, boxes are in percent of the picture: predictions of what detect.py writes with --json, or
+annotations of a COCO file. Its pictures are given by URL, to which --url is the beginning.
 """
 
 import argparse
 import json
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +32,7 @@ from model.decoding.masks import MaskCodec
 from model.io.hub import CODEC, NANO
 from model.io.image import load_image
 from model.io.names import shown
-from model.io.writing import atomic_write, write_json, write_lines
+from model.io.writing import atomic_write, explain, write_json, write_lines
 from train.data.coco import CocoIndex
 from train.data.jsonl import read_lines, right_answers
 from train.data.masks import Sheet, read_outlines, segment_lines
@@ -127,6 +132,58 @@ def masks_to_jsonl(args: argparse.Namespace) -> str:
     )
 
 
+# ---- Label Studio ------------------------------------------------------------------------------------------
+
+
+def label_studio(args: argparse.Namespace) -> str:
+    with open(args.data, "rb") as file:
+        predicted = file.read(100).lstrip().startswith(b"[")
+    kind = "predictions" if predicted else "annotations"
+    tasks, boxes = [], 0
+    for name, size, objects in (predicted_objects if predicted else annotated_objects)(args.data):
+        result = [studio_box(number, size, *each) for number, each in enumerate(objects)]
+        image = args.url + urllib.parse.quote(name, errors="surrogatepass")
+        tasks.append({"data": {"image": image}, kind: [{"result": result}]})
+        boxes += len(result)
+    write_json(tasks, args.out)
+    return f"{len(tasks)} tasks with {boxes} boxes as {kind}"
+
+
+def annotated_objects(file: Path) -> Iterator[tuple[str, tuple, list[tuple]]]:
+    """Name and size of each image of a COCO file, and its objects: box, label and score (None)."""
+    index = CocoIndex.read(file, max_classes=None)
+    for item in range(len(index)):
+        boxes, labels = index.objects(item)
+        names = [index.classes[label] for label in labels]
+        rows = [(box, name, None) for box, name in zip(boxes.tolist(), names)]
+        yield index.name(item), tuple(index.sizes[item].tolist()), rows
+
+
+def predicted_objects(file: Path) -> Iterator[tuple[str, tuple, list[tuple]]]:
+    """The same of what detect.py writes."""
+    with explain(f"{file} is not what detect.py writes with --json", ValueError, RecursionError, *WRONG_FORM):
+        for image in json.loads(file.read_bytes()):
+            width, height = (int(image[side]) for side in ("width", "height"))
+            if min(width, height) < 1:
+                raise ValueError(f"a picture of {width} x {height} pixels")
+            found = image["detections"]
+            rows = [([float(x) for x in d["box"]], str(d["label"]), float(d["score"])) for d in found]
+            yield str(image["image"]), (width, height), rows
+
+
+WRONG_FORM = KeyError, TypeError, AttributeError  # what values of another form end in
+
+
+def studio_box(number: int, size: tuple[int, int], box: list[float], label: str, score: float | None) -> dict:
+    """A box in pixels of a picture of that width and height -> a region of Label Studio, in percent."""
+    (width, height), (x0, y0, x1, y1) = size, box
+    sides = dict(x=x0 / width, y=y0 / height, width=(x1 - x0) / width, height=(y1 - y0) / height)
+    value = {side: 100 * share for side, share in sides.items()} | dict(rotation=0, rectanglelabels=[label])
+    region = dict(id=str(number), type="rectanglelabels", from_name="label", to_name="image", value=value)
+    region |= dict(original_width=width, original_height=height, image_rotation=0)
+    return region if score is None else region | dict(score=score)
+
+
 def arguments(argv=None) -> argparse.Namespace:
     options = parser(__doc__)
     commands = options.add_subparsers(required=True)
@@ -151,6 +208,10 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--most", type=positive, default=8, help="objects of a class and image, at most")
     add("--skip-bad", action="store_true", help="leave bad masks out instead of stopping")
     add("--sheet", type=Path, metavar="PNG", help="a picture of masks before and after")
+    add = command(
+        "label-studio", label_studio, "a file for Label Studio to import, from COCO or detect.py's JSON"
+    )
+    add("--url", default="", help="put before each file name, such as /data/local-files/?d=photos/")
     return options.parse_args(argv)
 
 

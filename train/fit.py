@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from model.decoding.closed_set import ClosedSet
-from model.io.hub import resolve
+from model.io.hub import folder_of, resolve
 from model.io.writing import write_json
 from train.data.jsonl import is_jsonl
 from train.data.open import read_coco_index
@@ -105,7 +105,7 @@ def train(args: argparse.Namespace) -> int:
     found, before = checkpoint_to_resume(args)
     torch.manual_seed(args.seed)  # new adapters and the helper head start from random numbers
     base = found if found and not args.lora else resolve(args.model)  # with --lora, found is only an adapter
-    run = Run.of(args.out, base=args.model, files=base, keep=args.keep)
+    run = Run.of(args.out, base=args.model, files=folder_of(base), keep=args.keep)
     index = read_coco_index(args.data, args.images) if args.data else None
     model = load_model(args, base, found if args.lora else None, index, device)
     tokenizer = model.tokenizer

@@ -81,11 +81,15 @@ def installed(package: str) -> bool:
         return False
 
 
-def print_table(rows: list[dict[str, str]]) -> None:
-    """Rows of texts by column, aligned: the first column to the left, the others to the right."""
+def print_table(rows: list[dict[str, str]], left: tuple[str, ...] = ()) -> None:
+    """Rows of texts by column, aligned: the first column and those of `left` to the left, others to the
+    right."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = [columns, *([row.get(name, "") for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
-    for first, *rest in table:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]
-        print("  ".join(cells).rstrip())
+    for row in table:
+        aligned = [
+            cell.ljust(width) if name in (columns[0], *left) else cell.rjust(width)
+            for name, cell, width in zip(columns, row, widths)
+        ]
+        print("  ".join(aligned).rstrip())

@@ -17,8 +17,9 @@ from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
 from model.decoding.parallel import BRANCHES
-from model.io.hub import OFFICIAL_CODEC, codec_file
+from model.io.hub import OFFICIAL_CODEC, codec_file, resolve
 from model.io.names import shown
+from model.io.npz import variant_of
 from model.io.weights import DTYPES
 from model.io.writing import explain, write_json
 from train.run.program import add_seam_arguments, positive
@@ -167,9 +168,11 @@ def load_model(args: argparse.Namespace) -> PaliGemma:
     """The model that the options ask for, ready to decode."""
     torch.manual_seed(args.seed)
     device = usable_device(args.device)
+    if (source := resolve(args.model)).suffix == ".npz":
+        print(f"{shown(source)}: {variant_of(source)}, by its shapes")
     overrides = dict(image_size=args.image_size, attn_cap=args.attn_cap, final_cap=args.final_cap)
     return load_for_decoding(
-        args.model,
+        source,
         dtype=DTYPES.get(args.dtype),
         device=device,
         adapter=args.adapter,

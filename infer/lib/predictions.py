@@ -23,7 +23,7 @@ from model import PaliGemma
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import OpenSetDetector
-from model.io.hub import resolve
+from model.io.hub import resolve, weight_files
 from model.io.image import check_size, image_folder, read_ahead
 from model.io.names import shown
 from model.io.writing import explain, named, read_json, write_json, write_lines
@@ -224,5 +224,5 @@ def file_stamps(source: str | None) -> dict | None:
     if source is None:
         return None
     folder = resolve(source)
-    files = [file.resolve() for kind in ("*.json", "*.safetensors") for file in sorted(folder.glob(kind))]
+    files = [file.resolve() for file in (*sorted(folder.glob("*.json")), *weight_files(folder))]
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

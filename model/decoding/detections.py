@@ -57,6 +57,22 @@ class Detections:
             f"<Detections: {', '.join(f'{shown(label)} {score:.2f}' for label, score, _ in self) or 'none'}>"
         )
 
+    def to_supervision(self):
+        """The same as supervision.Detections, for its annotators, trackers and metrics; the names of the
+        classes are data["class_name"]. ImportError if that package is not installed."""
+        try:
+            import supervision
+        except ImportError:
+            message = "to_supervision needs a package that is not installed: pip install supervision"
+            raise ImportError(message) from None
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32).reshape(-1, 4),
+            mask=np.stack(self.masks) if self.masks else None,  # bool [n, H, W]
+            confidence=np.asarray(self.scores, np.float32),
+            class_id=np.asarray(self.class_ids, np.int64),
+            data={"class_name": np.array(self.labels, str)},
+        )
+
 
 @dataclass(frozen=True)
 class Selection:

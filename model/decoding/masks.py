@@ -8,8 +8,6 @@ Axes: n masks, C channels, H, W pixels of the image.
 """
 
 import hashlib
-import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.io.hub import OFFICIAL_CODEC, replacement
+from model.io.npz import open_arrays
 from model.io.tensors import AGAIN, check_numbers, read_tensors
 from model.io.tokenizer import SEGS
 from model.io.writing import explain, save_tensors
@@ -138,42 +137,11 @@ def _read(file: Path, check_sha256: bool) -> dict[str, Tensor]:
         raise ValueError(
             f"{file} has {size:,} bytes, {OFFICIAL_CODEC} has {OFFICIAL_BYTES:,}{replacement(file, AGAIN)}"
         )
-    arrays = _read_npz(file)
+    arrays = open_arrays(file)
     names = {name: "codebook" if name == _CODEBOOK else name for name in arrays.keys() - _TRAINING_STATE}
-    tensors = {ours: torch.from_numpy(arrays[theirs]) for theirs, ours in names.items()}
+    tensors = {ours: torch.from_numpy(arrays[theirs].astype("f4")) for theirs, ours in names.items()}
     check_numbers(tensors, file)
     return tensors
-
-
-# What np.savez writes before the numbers of a float32 array. np.load would evaluate a damaged header, and ask
-# for as much memory as it says.
-_NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\0..\{'descr': '<f4', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n",
-    re.DOTALL,
-)
-
-
-def _read_npz(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file: float32, not compressed, so that none is larger than the file."""
-    arrays = {}
-    fault = f"{file} is not a numpy file{replacement(file, AGAIN)}"
-    errors = ValueError, OSError, RuntimeError, OverflowError, EOFError, zipfile.BadZipFile
-    with explain(fault, *errors), zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        # Stored as they are, and not over each other: then they need no more memory than the file.
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        if not stored or sum(entry.file_size for entry in entries) > OFFICIAL_BYTES:
-            raise ValueError("its arrays are compressed, or larger than the file")
-        for entry in entries:
-            content = archive.read(entry)
-            header = _NPY_HEADER.match(content)
-            if not header:
-                raise ValueError(f"{entry.filename} is not an array of float32")
-            shape = [int(size) for size in header[2].split(b",") if size.strip()]
-            numbers = np.frombuffer(content, "<f4", offset=header.end())
-            order = "F" if header[1] == b"True" else "C"
-            arrays[entry.filename.removesuffix(".npy")] = numbers.reshape(shape, order=order).copy()
-    return arrays
 
 
 # ---- masks as pixels ---------------------------------------------------------------------------------------

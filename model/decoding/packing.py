@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.io.hub import resolve
+from model.io.hub import resolve, weight_files
 from model.io.weights import release_pages
 from model.lora import LoRALinear, fold
 from model.paligemma import PaliGemma
@@ -41,7 +41,7 @@ def load_for_decoding(
     """
     folder = resolve(source)
     if dtype is None:
-        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        weights = sum(file.stat().st_size for file in weight_files(folder))
         small_on_cpu = torch.device(device).type == "cpu" and weights < SMALL_MODEL
         dtype = torch.float32 if small_on_cpu else torch.bfloat16
     model = PaliGemma.from_pretrained(folder, dtype=dtype, device=device, adapter=adapter, **config_overrides)

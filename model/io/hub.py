@@ -24,16 +24,31 @@ _NOT_THE_HUB = ValueError, AssertionError, TypeError, KeyError, AttributeError
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
-    """The folder of a source. A hub id is downloaded first, with or without the weights."""
+    """The folder of a source, or its .npz file: that itself, or the only one in a folder without a config. A
+    hub id is downloaded first, with or without the weights."""
     source = str(source)
     if source == "nano":
         return NANO
-    if Path(source).is_dir():
+    if source.endswith(".npz") and Path(source).is_file():
         return Path(source)
+    if Path(source).is_dir():
+        files = [file for file in Path(source).glob("*.npz") if file.name != OFFICIAL_CODEC]
+        alone = len(files) == 1 and not any(Path(source).glob("*config.json"))
+        return files[0] if alone else Path(source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", source):
-        where = "give a folder, a hub id such as google/paligemma2-3b-pt-448, or 'nano'"
+        where = "give a folder, an .npz file, a hub id such as google/paligemma2-3b-pt-448, or 'nano'"
         raise ValueError(f"no folder {source!r}; {where}")
     return _download(source, weights)
+
+
+def folder_of(path: Path) -> Path:
+    """What lies beside a checkpoint lies here: its tokenizer, its codec. path: of `resolve`."""
+    return path if path.is_dir() else path.parent
+
+
+def weight_files(path: Path) -> list[Path]:
+    """All files of weights of a checkpoint. path: of `resolve`."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
 
 
 def _download(source: str, weights: bool) -> Path:
@@ -142,7 +157,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def codec_file(source: str | Path) -> Path:
     """The mask codec that lies beside a checkpoint."""
-    folder = resolve(source, weights=False)
+    folder = folder_of(resolve(source, weights=False))
     for name in (CODEC, OFFICIAL_CODEC):
         if (folder / name).exists():
             return folder / name

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from model.config import PaliGemmaConfig
 from model.io.config_json import config_from_json, config_to_json
 from model.io.hub import CODEC, resolve
+from model.io.npz import NpzTensors, npz_config, variant_of
 from model.io.tensors import bound, check_bounds, open_tensors
 from model.io.writing import explain, read_json, save_tensors, write_json
 from model.siglip import resample_positions
@@ -66,7 +67,10 @@ def short_name(name: str) -> str:
 
 def load_config(source: str | Path) -> PaliGemmaConfig:
     """The config of a source. Of a hub id, only the small files are downloaded."""
-    path = resolve(source, weights=False) / "config.json"
+    path = resolve(source, weights=False)
+    if path.suffix == ".npz":
+        return npz_config(path)
+    path = path / "config.json"
     raw = read_json(path)
     with explain(f"{path} cannot be used", TypeError, ValueError):
         return config_from_json(raw)
@@ -97,7 +101,8 @@ def without_memory() -> Iterator[None]:
 def load_weights(
     model: nn.Module, folder: Path, image_tokens: int, dtype: torch.dtype, device: str | torch.device
 ) -> None:
-    """Give a model made without memory the tensors of a folder. One error names all that do not fit.
+    """Give a model made without memory the tensors of a folder, or of an .npz file. One error names all that
+    do not fit.
 
     image_tokens: by the folder's own config. The model may be for another image size; then its position
     embeddings are resampled from the folder's.
@@ -105,7 +110,7 @@ def load_weights(
     version = model.config.text.version
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes[_POSITIONS][0] = image_tokens
-    shards = _open_shards(folder)
+    shards = _open_npz(folder, version) if folder.suffix == ".npz" else _open_shards(folder)
     ours = {short_name(official_name(name, version)): name for name in shapes}  # {short name: ours}
     stored = {short_name(name): name for name in shards}  # {short name: the file's}
 
@@ -126,7 +131,8 @@ def load_weights(
         if not torch.equal(read(head), read(embed)):
             problems.append(f"{head} differs from {embed}, but PaliGemma's head is tied to its embedding")
     if problems:
-        raise ValueError(f"{folder} does not fit its config.json: " + "; ".join(sorted(problems)))
+        what = "its config.json" if folder.is_dir() else f"the variant {variant_of(folder)}"
+        raise ValueError(f"{folder} does not fit {what}: " + "; ".join(sorted(problems)))
 
     state, bounds = {}, {}
     for key, name in ours.items():
@@ -139,6 +145,11 @@ def load_weights(
         release_pages(state[name])
     check_bounds(bounds, {stored[key]: state[name] for key, name in ours.items()}, folder)
     model.load_state_dict(state, assign=True)  # not copied: the model takes these very tensors
+
+
+def _open_npz(file: Path, version: int) -> dict[str, NpzTensors]:
+    tensors = NpzTensors(file, lambda name: official_name(name, version))
+    return dict.fromkeys(tensors.keys(), tensors)
 
 
 def _open_shards(folder: Path) -> dict[str, safe_open]:

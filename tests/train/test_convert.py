@@ -1,13 +1,16 @@
 """The converters between COCO files and JSON lines."""
 
 import json
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import call, write_jsonl
+from PIL import Image
 from training import CAT, HEIGHT, LIGHT, WIDTH, broken
 
+from infer import detect
 from model.decoding.boxes import parse_answer
 from model.io.tokenizer import LOCS
 from train import convert
@@ -113,3 +116,53 @@ def test_converter_errors(folder, monkeypatch, capsys):
         if "usage: " not in complaint:  # argparse's own
             assert code == 1 and complaint.startswith("convert.py: ") and complaint.count("\n") == 1
     assert json.loads(Path(source).read_text())["images"]
+
+
+def test_annotations_for_label_studio(folder):
+    """In percent of the picture: the boxes of the file come back, in any units."""
+    source, out = folder / "instances.json", folder / "tasks.json"
+    url = "/data/local-files/?d=photos/"
+    convert.main(["label-studio", "--data", str(source), "--out", str(out), "--url", url])
+    tasks, index = json.loads(out.read_text()), CocoIndex.read(source)
+    assert len(tasks) == len(index) == 3
+    for row, task in enumerate(tasks):
+        assert urllib.parse.unquote(task["data"]["image"]) == url + index.name(row)
+        [annotation] = task["annotations"]
+        boxes, labels = index.objects(row)
+        size = np.tile(index.sizes[row].numpy(), 2) / 100
+        for region, box, label in zip(annotation["result"], boxes, labels, strict=True):
+            value = region["value"]
+            sides = [value[side] for side in ("x", "y", "width", "height")]
+            assert np.allclose(sides * size, [*box[:2], *(box[2:] - box[:2])]) and max(sides) <= 100
+            assert value["rectanglelabels"] == [index.classes[label]] and value["rotation"] == 0
+            assert [region["original_width"], region["original_height"]] == index.sizes[row].tolist()
+            assert (region["from_name"], region["to_name"], region["type"]) == (
+                "label",
+                "image",
+                "rectanglelabels",
+            )
+        assert len({region["id"] for region in annotation["result"]}) == len(boxes)
+
+
+def test_predictions_for_label_studio(folder, monkeypatch, capsys):
+    """What detect.py found, with its scores; and what it did not write."""
+    found, out, image = folder / "found.json", folder / "tasks.json", folder / "images" / "a b#.png"
+    Image.effect_noise((200, 100), 80).save(image)
+    options = "--image", image, "--json", found, "--out", folder / "drawn", "--score-threshold", 0.05
+    assert call(monkeypatch, capsys, detect, *options)[0] == 0
+    assert call(monkeypatch, capsys, convert, "label-studio", "--data", found, "--out", out)[0] == 0
+    [task], [record] = json.loads(out.read_text()), json.loads(found.read_text())
+    assert task["data"]["image"].endswith("/a%20b%23.png") and record["detections"]
+    [prediction] = task["predictions"]
+    for region, detection in zip(prediction["result"], record["detections"], strict=True):
+        value, (x0, y0, x1, y1) = region["value"], detection["box"]
+        assert np.allclose(
+            [value["x"] * 2, value["y"], value["width"] * 2, value["height"]], [x0, y0, x1 - x0, y1 - y0]
+        )
+        assert region["score"] == detection["score"] and value["rectanglelabels"] == [detection["label"]]
+    for wrong in ("[3]", '[{"image": "a"}]', '[{"width": 0, "height": 1}]', "[", "{}"):
+        found.write_text(wrong)
+        code, _, err = call(
+            monkeypatch, capsys, convert, "label-studio", "--data", found, "--out", out, "--force"
+        )
+        assert code == 1 and err.count("\n") == 1 and "found.json is not" in err

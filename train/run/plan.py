@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from model import PaliGemma, lora
-from model.io.hub import resolve
+from model.io.hub import folder_of, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import DTYPES, load_config
 from train.data.open import check_length, classes_for, open_data, read_coco_index
@@ -17,8 +17,8 @@ GIB = 2**30
 
 def print_plan(args: argparse.Namespace, world: int) -> int:
     """Print sizes, memory and steps; returns the exit code."""
-    folder = resolve(args.model, weights=False)
-    config = load_config(folder)
+    source = resolve(args.model, weights=False)
+    folder, config = folder_of(source), load_config(source)
     index = read_coco_index(args.data, args.images) if args.data else None
     config = config.override(classes=classes_for(index, config.classes), **overrides_of(args))
     with torch.device("meta"):
