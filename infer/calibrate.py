@@ -16,7 +16,7 @@ from infer.lib.options import add_detection_arguments, load_detector
 from infer.lib.predictions import predict
 from model.decoding.parallel import ParallelDecoder
 from model.io.adapter import DETECTION
-from model.io.hub import resolve
+from model.io.hub import NANO
 from model.io.image import image_folder
 from model.io.names import shown
 from model.io.writing import check_writable, read_json, write_json
@@ -70,11 +70,10 @@ def main() -> None:
     if args.classes:
         raise ValueError("--classes: only boxes in parallel are calibrated, those without --classes")
     source = args.adapter or args.model
-    if source != "nano" and not Path(source).is_dir():
-        raise ValueError(
-            f"{shown(source)} is no folder here: give a copy of the checkpoint that can be changed"
-        )
-    folder = resolve(source)
+    folder = NANO if source == "nano" else Path(source)
+    file = folder / (DETECTION if args.adapter else "config.json")
+    if not file.is_file():
+        raise ValueError(f"{shown(file)} is no file here: give a copy of the checkpoint that can be changed")
     check_writable(folder)
     detector = load_detector(args)
     if not isinstance(detector.decode, ParallelDecoder):
@@ -88,7 +87,6 @@ def main() -> None:
             size = detector.model.config.vision.image_size
             write_coco(data.parent, args.count, "development", size)
         found = [round(x, 4) for x in calibrate(detector, data, images, args.batch_size)]
-    file = folder / (DETECTION if args.adapter else "config.json")
     raw = read_json(file)
     (raw if args.adapter else raw.setdefault("detection", {}))["calibration"] = found
     write_json(raw, file)

@@ -50,7 +50,7 @@ def test_program(here, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model", "owner/name"], "owner/name is no folder here"),
+        (["--model", "owner/name"], "owner/name/config.json is no file here"),
         (["--classes", "cat"], "only boxes in parallel are calibrated"),
         (["--decode", "sequence", "--count", 1], "answers in sequence"),
     ],
