@@ -28,6 +28,8 @@ VARIANTS = {
 
 
 def make_data(place: Path) -> Path:
+    import torch._dynamo  # noqa: F401 - 4 s, which the optimizers would take in each process
+
     return write_listed_set(place / "set")
 
 
