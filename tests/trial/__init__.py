@@ -1,8 +1,12 @@
 """A trial that tries hard to break the project: one file a kind of trouble. frame.py says what is judged."""
 
+from trial.flips import Flips
+from trial.images import Images
 from trial.kills import Kills, Phases
 
 KINDS = {
+    "images": Images,
+    "flips": Flips,
     "kills": Kills,
     "phases": Phases,
 }
