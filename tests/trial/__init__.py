@@ -3,10 +3,14 @@
 from trial.flips import Flips
 from trial.images import Images
 from trial.kills import Kills, Phases
+from trial.weights import Adapters, Checkpoints, Codecs
 
 KINDS = {
     "images": Images,
     "flips": Flips,
+    "weights": Checkpoints,
+    "adapters": Adapters,
+    "codecs": Codecs,
     "kills": Kills,
     "phases": Phases,
 }

@@ -7,33 +7,27 @@ import numpy as np
 from PIL import Image
 
 from infer import detect
-from infer.lib import options
+from model.decoding.detections import Selection
+from model.decoding.detector import ClosedSetDetector, closed_set_decoder
+from model.decoding.packing import load_for_decoding
 from model.io.image import pixels_of
 from model.io.names import shown
 from trial import pictures
-from trial.frame import Ended, Kind, call, fault_of, tiny_model
+from trial.frame import Child, Ended, Kind, calling, fault_of, tiny_model
 
 LARGE = (4000, 3000)  # of the picture from which is measured how much memory pixels take
 
 
 class Images(Kind):
-    name, short, long = "images", 60, 2000
+    name, short, long = "images", 30, 2000
 
     def __init__(self, place: Path):
         super().__init__(place)
         for name in ("first.png", "last.png"):
             pictures.smooth(np.random.default_rng(0)).save(place / name)
         Image.new("RGB", LARGE).save(place / "large.png")
-        model = tiny_model(place)
-        load_detector, loaded = options.load_detector, {}
-
-        def load_once(args, masks=False):  # one model for all cases: weights are a kind of their own
-            args.model = str(model)
-            if not loaded:
-                loaded["detector"] = load_detector(args, masks)
-            return loaded["detector"]
-
-        detect.load_detector = load_once
+        sequence = closed_set_decoder(load_for_decoding(tiny_model(place)), "sequence", groups=1)
+        self.detector = ClosedSetDetector(sequence, Selection(score_threshold=0))
         self.detect("first.png", place)
         small = self.detect("first.png", place).memory
         large = self.detect("large.png", place).memory
@@ -41,7 +35,13 @@ class Images(Kind):
 
     def detect(self, file: str, folder: Path) -> Ended:
         argv = ("--image", self.place / "first.png", file, self.place / "last.png")
-        return call(folder, detect, *argv, "--json", "out.json", "--out", "drawn", "--batch-size", 1)
+        program = calling(detect, *argv, "--json", "out.json", "--out", "drawn", "--batch-size", 1)
+
+        def action():  # the model is loaded once for all cases: weights are a kind of their own
+            detect.load_detector = lambda *_: self.detector
+            program()
+
+        return Child(action, folder).wait()
 
     def attempt(self, rng: np.random.Generator, number: int, folder: Path) -> tuple[str, str]:
         maker = pictures.MAKERS[number % len(pictures.MAKERS)]
