@@ -28,8 +28,10 @@ class Tokenizer:
         file = Path(source) / "tokenizer.model" if Path(source).is_dir() else Path(source)
         if not file.is_file():
             raise ValueError(f"{file} is missing: copy the checkpoint's tokenizer.model there")
-        with explain(f"{file} is not a sentencepiece model{replacement(file)}", OSError, RuntimeError):
+        errors = OSError, RuntimeError, UnicodeDecodeError
+        with explain(f"{file} is not a sentencepiece model{replacement(file)}", *errors):
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self._sp.id_to_piece([*range(len(self._sp))])  # all are text, or else an answer would fail
         self.bos, self.eos, self.pad = (self._id(piece, file) for piece in ("<bos>", "<eos>", "<pad>"))
         self.newline, self.unused0 = self._id("\n", file), self._id("<unused0>", file)
         inside = self._sp.piece_to_id("<loc0000>") != self._sp.unk_id()

@@ -1,5 +1,6 @@
 """A trial that tries hard to break the project: one file a kind of trouble. frame.py says what is judged."""
 
+from trial.data import Coco, Lines
 from trial.flips import Flips
 from trial.images import Images
 from trial.kills import Kills, Phases
@@ -11,6 +12,8 @@ KINDS = {
     "weights": Checkpoints,
     "adapters": Adapters,
     "codecs": Codecs,
+    "lines": Lines,
+    "coco": Coco,
     "kills": Kills,
     "phases": Phases,
 }
