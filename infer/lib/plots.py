@@ -64,8 +64,10 @@ class Evaluated:
         self.coco = without_images(read_coco(data), skipped)
         if skipped:
             self.name += f" ({len(skipped)} pictures left out as broken)"
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        self.evaluation = run_cocoeval(self.coco, results)
+        of_another = f"{folder / 'results.json'} is not evaluate.py's, of this set"
+        with explain(of_another, LookupError, TypeError, ValueError, AttributeError, AssertionError):
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            self.evaluation = run_cocoeval(self.coco, results)
         self.truth = [a for a in self.coco.dataset["annotations"] if not a.get("iscrowd")]
         if not self.truth:
             raise ValueError(f"{folder}: its images have no objects, there is nothing to draw")

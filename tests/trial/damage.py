@@ -13,7 +13,25 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-VALUES = (None, True, False, 0, -1, 1, 3, 2**31, 2**63, 2**70, 1.5, 1e30, math.nan, math.inf, -math.inf, "", "x")
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    2**31,
+    2**63,
+    2**70,
+    1.5,
+    1e30,
+    math.nan,
+    math.inf,
+    -math.inf,
+    "",
+    "x",
+)
 VALUES += ([], {}, [1], ["a"], [[]], [None], {"a": 1}, "../../etc/passwd", "\x1b[2J\n", "\ud800", "9" * 5000)
 NOT_NUMBERS = (math.nan, math.inf, -math.inf, 1e30, -1e30)
 DTYPES = (torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.float64, torch.float8_e4m3fn)
@@ -22,7 +40,11 @@ DTYPES = (torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.f
 def damage_bytes(rng: np.random.Generator, file: Path, header: int = 400) -> tuple[str, str]:
     """Flips, a cut, more bytes, other content, or no regular file. header: bytes that are hit more often."""
     whole = file.read_bytes()
-    way = str(rng.choice(["flip", "flip header", "cut", "longer", "other", "no file"], p=[0.2, 0.4, 0.1, 0.1, 0.1, 0.1]))
+    way = str(
+        rng.choice(
+            ["flip", "flip header", "cut", "longer", "other", "no file"], p=[0.2, 0.4, 0.1, 0.1, 0.1, 0.1]
+        )
+    )
     if way.startswith("flip"):
         damaged = bytearray(whole)
         reach = min(header, len(whole)) if "header" in way else len(whole)
@@ -38,8 +60,20 @@ def damage_bytes(rng: np.random.Generator, file: Path, header: int = 400) -> tup
         file.write_bytes(whole + rng.bytes(int(rng.integers(1, 999))))
         return f"{file.name} and more bytes", "either"
     if way == "other":
-        contents = [b"", bytes(8), bytes(9999), b"\xff" * 99, rng.bytes(500), b"<html></html>", b"[" * 100_000]
-        contents += [(2**62).to_bytes(8, "little") + whole[8:], (2).to_bytes(8, "little") + b"{}", b"version https"]
+        contents = [
+            b"",
+            bytes(8),
+            bytes(9999),
+            b"\xff" * 99,
+            rng.bytes(500),
+            b"<html></html>",
+            b"[" * 100_000,
+        ]
+        contents += [
+            (2**62).to_bytes(8, "little") + whole[8:],
+            (2).to_bytes(8, "little") + b"{}",
+            b"version https",
+        ]
         content = contents[rng.integers(len(contents))]
         file.write_bytes(content)
         return f"{file.name} is {content[:20]}", "either"
@@ -62,7 +96,11 @@ def damage_tensors(rng: np.random.Generator, file: Path) -> tuple[str, str]:
     tensors = load_file(file)
     name = sorted(tensors)[rng.integers(len(tensors))]
     tensor, must = tensors[name], "refused"
-    way = str(rng.choice(["number", "dtype", "shape", "missing", "extra", "large"], p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]))
+    way = str(
+        rng.choice(
+            ["number", "dtype", "shape", "missing", "extra", "large"], p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]
+        )
+    )
     if way == "number":
         value = NOT_NUMBERS[rng.integers(len(NOT_NUMBERS))]
         tensor.view(-1)[rng.integers(tensor.numel())] = value

@@ -18,7 +18,9 @@ from trial.frame import Child, Ended, Kind, calling, fault_of, tiny_model
 from trial.pictures import smooth
 
 WIDTH, HEIGHT = 60, 50
-ONE_STEP = "--device cpu --workers 0 --batch-size 2 --steps 1 --warmup 1 --no-amp --lora --lora-rank 1".split()
+ONE_STEP = (
+    "--device cpu --workers 0 --batch-size 2 --steps 1 --warmup 1 --no-amp --lora --lora-rank 1".split()
+)
 
 
 def make_images(folder: Path) -> None:
@@ -31,7 +33,11 @@ def good_coco() -> dict:
     """Objects with polygons, and run lengths as text and as a list."""
     mask = disc(WIDTH, HEIGHT, 30, 25, 12)
     runs = np.diff(np.flatnonzero(np.diff(np.r_[-1, mask.T.ravel(), -1])), prepend=0)
-    outlines = [[[5, 5, 40, 5, 40, 30]], to_rle(mask), dict(size=[HEIGHT, WIDTH], counts=runs[runs > 0].tolist())]
+    outlines = [
+        [[5, 5, 40, 5, 40, 30]],
+        to_rle(mask),
+        dict(size=[HEIGHT, WIDTH], counts=runs[runs > 0].tolist()),
+    ]
     annotations = [
         dict(id=i + 1, image_id=i % 3, category_id=i % 3 + 1, bbox=[5, 5, 30, 20], area=600, iscrowd=0)
         | dict(segmentation=outlines[i % 3])
@@ -155,10 +161,18 @@ def harm(rng: np.random.Generator, data: dict) -> str:
         "two images of an id": lambda: data["images"].append(copy.deepcopy(image)),
         "two objects of an id": lambda: data["annotations"].append(copy.deepcopy(thing)),
         "two categories of a name": lambda: data["categories"].append(dict(id=9, name=kind["name"])),
-        "category without a name": lambda: kind.update(name=("", " ", None, 3, [], "a\nb", "\0")[rng.integers(7)]),
-        "name outside": lambda: image.update(file_name=("/etc/passwd", "../files/images/0.png", "a/../../b")[rng.integers(3)]),
-        "name that is none": lambda: image.update(file_name=(None, "", 3, [], "a\0b", "a\nb", "\ud800")[rng.integers(7)]),
-        "lists of other types": lambda: data.update(images=(None, {}, "x", [1], [None], [[]], [])[rng.integers(7)]),
+        "category without a name": lambda: kind.update(
+            name=("", " ", None, 3, [], "a\nb", "\0")[rng.integers(7)]
+        ),
+        "name outside": lambda: image.update(
+            file_name=("/etc/passwd", "../files/images/0.png", "a/../../b")[rng.integers(3)]
+        ),
+        "name that is none": lambda: image.update(
+            file_name=(None, "", 3, [], "a\0b", "a\nb", "\ud800")[rng.integers(7)]
+        ),
+        "lists of other types": lambda: data.update(
+            images=(None, {}, "x", [1], [None], [[]], [])[rng.integers(7)]
+        ),
         "no list": lambda: data.pop(("images", "annotations", "categories")[rng.integers(3)]),
         "id that is none": lambda: image.update(id=(None, "a", 1.5, [], 2**70, True)[rng.integers(6)]),
         "width of 10**30": lambda: image.update(width=10**30),

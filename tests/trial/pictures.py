@@ -22,7 +22,9 @@ WIDTH, HEIGHT = 60, 50
 Made = tuple[str, str, str]
 
 
-def smooth(rng: np.random.Generator, mode: str = "RGB", width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+def smooth(
+    rng: np.random.Generator, mode: str = "RGB", width: int = WIDTH, height: int = HEIGHT
+) -> Image.Image:
     rough = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height))
     if mode in ("I;16", "I;16B"):
         return Image.fromarray(np.asarray(rough.convert("L")).astype(np.uint16) * 257)
@@ -42,7 +44,12 @@ def any_form(rng: np.random.Generator) -> tuple[str, bytes]:
     varieties = dict(
         JPEG=[{}, dict(progressive=True), dict(quality=100, subsampling=0)],
         WEBP=[{}, dict(lossless=True)],
-        TIFF=[{}, dict(compression="tiff_lzw"), dict(compression="tiff_adobe_deflate"), dict(compression="jpeg")],
+        TIFF=[
+            {},
+            dict(compression="tiff_lzw"),
+            dict(compression="tiff_adobe_deflate"),
+            dict(compression="jpeg"),
+        ],
         PNG=[{}, dict(compress_level=0)],
     ).get(form, [{}])
     return form, encoded(rng, form, **varieties[rng.integers(len(varieties))])
@@ -79,7 +86,9 @@ def spliced(rng, folder) -> Made:
 
 def no_picture(rng, folder) -> Made:
     contents = [b"", b"not a picture", b"<svg></svg>", bytes(5000), b"<!DOCTYPE html>", b"{}", rng.bytes(999)]
-    contents += [form[: int(rng.integers(2, 9))] for form in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF")]
+    contents += [
+        form[: int(rng.integers(2, 9))] for form in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF")
+    ]
     content = contents[rng.integers(len(contents))]
     return write(folder, content, ".jpg"), f"no picture: {content[:20]}", "refused"
 
@@ -142,7 +151,9 @@ def png(width: int, height: int, body: bytes = b"", *more: tuple[bytes, bytes], 
     header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
     chunks = [(b"IHDR", header), *more, (b"IDAT", body or zlib.compress(bytes(1000))), (b"IEND", b"")]
     parts = [(kind + data, struct.pack(">I", len(data))) for kind, data in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(n + part + struct.pack(">I", zlib.crc32(part)) for part, n in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        n + part + struct.pack(">I", zlib.crc32(part)) for part, n in parts
+    )
 
 
 def tiff(**tags: int) -> bytes:
@@ -235,15 +246,45 @@ def _bind(file: Path) -> None:
 
 
 def name_of_nothing(rng, folder) -> Made:
-    names = ["", "a\0b.png", "x" * 300, "x" * 5000, "none.png/a.png", "a/" * 2000, "none\n\x1b[2J.png", "./\r\n"]
-    names += [os.fsdecode(b"\xff\xfe.png"), "\u202egnp.", "none/" + "y" * 254, "/proc/none", "\\\\host\\a.png"]
+    names = [
+        "",
+        "a\0b.png",
+        "x" * 300,
+        "x" * 5000,
+        "none.png/a.png",
+        "a/" * 2000,
+        "none\n\x1b[2J.png",
+        "./\r\n",
+    ]
+    names += [
+        os.fsdecode(b"\xff\xfe.png"),
+        "\u202egnp.",
+        "none/" + "y" * 254,
+        "/proc/none",
+        "\\\\host\\a.png",
+    ]
     name = names[rng.integers(len(names))]
     return name, f"the name {name[:40]!a}", "refused"
 
 
 def hostile_name(rng, folder) -> Made:
-    names = ["x" * 250 + ".png", "a\n\x1b[31mb.png", os.fsdecode(b"caf\xe9.png"), "\u202egnp.png", " .png", "a b.png"]
-    names += ["'; rm -rf ~; '.png", "$(id).png", "<script>.png", "%s%n.png", "日" * 83 + ".png", "a\\x1b.png", "~"]
+    names = [
+        "x" * 250 + ".png",
+        "a\n\x1b[31mb.png",
+        os.fsdecode(b"caf\xe9.png"),
+        "\u202egnp.png",
+        " .png",
+        "a b.png",
+    ]
+    names += [
+        "'; rm -rf ~; '.png",
+        "$(id).png",
+        "<script>.png",
+        "%s%n.png",
+        "日" * 83 + ".png",
+        "a\\x1b.png",
+        "~",
+    ]
     name = names[rng.integers(len(names))]
     (folder / name).write_bytes(encoded(rng, "PNG"))
     return str(folder / name), f"a picture called {name[:40]!a}", "good"

@@ -83,7 +83,9 @@ class Run:
 
 
 def keep_store(port: int) -> None:
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(hours=1))
+    store = dist.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(hours=1)
+    )
     while store:
         time.sleep(1)
 

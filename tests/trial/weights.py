@@ -50,10 +50,12 @@ class Checkpoints(Kind):
             index = dict(weight_map={"a": "model-1.safetensors", "b": "model-1.safetensors"})
             (files / "model.safetensors.index.json").write_text(json.dumps(index))
             way = (damage_json, damage_bytes)[number % 2]
-            return way(rng, files / "model.safetensors.index.json")
+            return way(rng, files / "model.safetensors.index.json")[0], "either"  # it need not be there
         way = (damage_tensors, damage_json, damage_json, damage_bytes)[number % 5]
         json_file, tensors = files / "config.json", files / "model.safetensors"
-        return way(rng, json_file if way is damage_json or (way is damage_bytes and rng.random() < 0.3) else tensors)
+        return way(
+            rng, json_file if way is damage_json or (way is damage_bytes and rng.random() < 0.3) else tensors
+        )
 
     def attempt(self, rng: np.random.Generator, number: int, folder: Path) -> tuple[str, str]:
         files = shutil.copytree(self.good, folder / "files")
