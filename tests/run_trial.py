@@ -9,6 +9,7 @@ case is shown with the command that tries it again.
 """
 
 import argparse
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -57,8 +58,8 @@ def main() -> int:
             place = Path(root) / key
             place.mkdir()
             try:
-                kind = KINDS[key](place)
-                tried, wrong = try_kind(kind, key, args, place)
+                with contextlib.closing(KINDS[key](place)) as kind:
+                    tried, wrong = try_kind(kind, key, args, place)
             except Skipped as reason:
                 print(f"{KINDS[key].name:<34}skipped: {reason}", flush=True)
                 continue

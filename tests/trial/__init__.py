@@ -1,9 +1,12 @@
 """A trial that tries hard to break the project: one file a kind of trouble. frame.py says what is judged."""
 
 from trial.data import Coco, Lines
+from trial.disk import FullDisks
 from trial.flips import Flips
 from trial.images import Images
 from trial.kills import Kills, Phases
+from trial.load import Load
+from trial.ranks import Ranks
 from trial.weights import Adapters, Checkpoints, Codecs
 
 KINDS = {
@@ -16,4 +19,7 @@ KINDS = {
     "coco": Coco,
     "kills": Kills,
     "phases": Phases,
+    "disk": FullDisks,
+    "ranks": Ranks,
+    "load": Load,
 }

@@ -42,6 +42,9 @@ class Kind:
         """place: an empty folder for good files, which all cases share."""
         self.place = place
 
+    def close(self) -> None:
+        """Give back what no removal of `place` would."""
+
     def attempt(self, rng: np.random.Generator, number: int, folder: Path) -> tuple[str, str]:
         """Make a case in an empty folder and try it. Returns what it is, and what went wrong ("" if right)."""
         raise NotImplementedError

@@ -107,7 +107,8 @@ def run_to_end(argv: list[str], world: int, folder: Path) -> str:
 def weights(out: Path) -> dict:
     """What the last step left: weights or adapter, optimizer, and the result."""
     files = [*(out / f"step-{STEPS:07d}").glob("*.safetensors"), *(out / "final").glob("*.safetensors")]
-    return {f"{f.parent.name}/{f.name}/{k}": v for f in files for k, v in load_file(f).items()}
+    # Copies, as what is read is mapped from the files, which would then take room until the end.
+    return {f"{f.parent.name}/{f.name}/{k}": v.clone() for f in files for k, v in load_file(f).items()}
 
 
 def fault_in_checkpoints(out: Path) -> str:
