@@ -90,7 +90,9 @@ class FullDisks(Kind):
     def fault_in_detecting(self) -> str:
         """What is drawn is whole; if the JSON file is there, it is about just that."""
         ended = self.detect()
-        if fault := fault_of(ended, self.disk, (".png", "out.json", "drawn"), self.memory, "refused", lines=3):
+        if fault := fault_of(
+            ended, self.disk, (".png", "out.json", "drawn"), self.memory, "refused", lines=3
+        ):
             return fault
         drawn = list((self.disk / "drawn").glob("*"))
         for file in drawn:

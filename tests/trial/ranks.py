@@ -24,7 +24,9 @@ class Ranks(Kind):
         stopped, victim = number % 2 == 1, int(rng.integers(2))
         way = signal.SIGSTOP if stopped else signal.SIGKILL
         more = ("--timeout", TIMEOUT, "--steps", 100_000, "--save-every", 100_000)
-        argv = runs.arguments(self.place, folder / "run", ("all weights", "LoRA")[number // 2 % 2], *map(str, more))
+        argv = runs.arguments(
+            self.place, folder / "run", ("all weights", "LoRA")[number // 2 % 2], *map(str, more)
+        )
         run = runs.start(argv, 2, folder)
         log = folder / "run" / "metrics.jsonl"
         while not log.exists() or not log.read_text():  # both have met
