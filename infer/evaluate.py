@@ -67,9 +67,9 @@ def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
     settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_PREDICTIONS}
     settings |= {f"{name} files": file_stamps(settings.get(name)) for name in ("model", "adapter")}
     if args.data:
-        places = dict(data=args.data.resolve(), images=image_folder(args.data, args.images).resolve())
+        data, images = map(os.path.realpath, (args.data, image_folder(args.data, args.images)))
         changed = dict(name=args.data.stem, data_changed=args.data.stat().st_mtime_ns)
-        return {folder: settings | changed | places}
+        return {folder: settings | changed | dict(data=data, images=images)}
     # Relative to the folder, which may move.
     places = dict(data=f"{SCENES_FOLDER}/instances.json", images=f"{SCENES_FOLDER}/images")
     return {

@@ -5,7 +5,7 @@
     python tests/run_trial.py --only flips --seed 5 --cases 100 --first 300
 
 Prints a line for each kind: tried, right, wrong, seconds. The exit code is 1 if any case was wrong; each such
-case is shown with the command that tries it again.
+case is shown with the command that tries it again. Ctrl-C ends the trial after the line of what was tried by then.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from train.run.program import stop_by_exception
 from trial import KINDS
 from trial.frame import Kind, Skipped, quiet, random_numbers
 
@@ -33,40 +34,47 @@ def arguments() -> argparse.Namespace:
     return options.parse_args()
 
 
-def try_kind(kind: Kind, key: str, args: argparse.Namespace, place: Path) -> tuple[int, int]:
-    """Try the cases of a kind; how many were tried, and how many were wrong."""
-    count, wrong = args.cases or (kind.long if args.long else kind.short), 0
-    for number in range(args.first, args.first + count):
-        folder = place / "case"
-        folder.mkdir()
-        what, fault = kind.attempt(random_numbers(args.seed, key, number), number, folder)
-        shutil.rmtree(folder)
-        if fault:
-            wrong += 1
-            again = f"python tests/run_trial.py --only {key} --seed {args.seed} --first {number} --cases 1"
-            print(f"WRONG  {key} {number}: {what}: {fault}\n       {again}", file=sys.stderr, flush=True)
-    return count, wrong
+def try_kind(kind: Kind, key: str, args: argparse.Namespace, place: Path) -> tuple[int, int, bool]:
+    """Try the cases of a kind: how many were tried, how many were wrong, and whether it was stopped."""
+    count, tried, wrong = args.cases or (kind.long if args.long else kind.short), 0, 0
+    try:
+        for number in range(args.first, args.first + count):
+            folder = place / "case"
+            folder.mkdir()
+            what, fault = kind.attempt(random_numbers(args.seed, key, number), number, folder)
+            shutil.rmtree(folder)
+            tried += 1
+            if fault:
+                wrong += 1
+                again = f"python tests/run_trial.py --only {key} --seed {args.seed} --first {number} --cases 1"
+                print(f"WRONG  {key} {number}: {what}: {fault}\n       {again}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        return tried, wrong, True
+    return tried, wrong, False
 
 
 def main() -> int:
-    args, any_wrong = arguments(), False
+    args, any_wrong, stopped = arguments(), False, False
     quiet()
     print(f"{'kind':<34}{'tried':>8}{'right':>8}{'wrong':>8}{'seconds':>10}", flush=True)
     for key in args.only:
         begun = time.monotonic()
-        with tempfile.TemporaryDirectory() as root:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
             place = Path(root) / key
             place.mkdir()
             try:
                 with contextlib.closing(KINDS[key](place)) as kind:
-                    tried, wrong = try_kind(kind, key, args, place)
+                    tried, wrong, stopped = try_kind(kind, key, args, place)
             except Skipped as reason:
                 print(f"{KINDS[key].name:<34}skipped: {reason}", flush=True)
                 continue
         seconds, any_wrong = time.monotonic() - begun, any_wrong or wrong > 0
         print(f"{kind.name:<34}{tried:>8,}{tried - wrong:>8,}{wrong:>8,}{seconds:>10.1f}", flush=True)
-    return int(any_wrong)
+        if stopped:
+            break
+    return 130 if stopped else int(any_wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stop_by_exception():
+        sys.exit(main())

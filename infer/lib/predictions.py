@@ -11,6 +11,7 @@ Without --data, it holds such a folder for each practice set, with the drawn sce
 import argparse
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -265,5 +266,5 @@ def file_stamps(source: str | None) -> dict | None:
     """Size and time of the weights' files: they change when a checkpoint is overwritten by another."""
     if source is None:
         return None
-    files = [file.resolve() for file in sorted(resolve(source).glob("*.safetensors"))]
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    files = [file for file in sorted(resolve(source).glob("*.safetensors")) if file.exists()]
+    return {os.path.realpath(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

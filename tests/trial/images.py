@@ -7,15 +7,21 @@ import numpy as np
 from PIL import Image
 
 from infer import detect
-from model.decoding.detections import Selection
-from model.decoding.detector import ClosedSetDetector, closed_set_decoder
-from model.decoding.packing import load_for_decoding
+from model.decoding.detections import Detections
 from model.io.image import pixels_of
 from model.io.names import shown
 from trial import pictures
-from trial.frame import Child, Ended, Kind, calling, fault_of, tiny_model
+from trial.frame import Child, Ended, Kind, calling, fault_of
 
 LARGE = (4000, 3000)  # of the picture from which is measured how much memory pixels take
+
+
+class InTheMiddle:
+    """Stands in for a detector, as pictures are what is tried: finds a cat, wherever it looks."""
+
+    def __call__(self, images: list[Image.Image]) -> list[Detections]:
+        boxes = [np.array([[x / 4, y / 4, x / 2, y / 2]]) for x, y in (image.size for image in images)]
+        return [Detections(box, np.array([0.9]), np.array([0]), ["cat"], tokens=None) for box in boxes]
 
 
 class Images(Kind):
@@ -26,8 +32,6 @@ class Images(Kind):
         for name in ("first.png", "last.png"):
             pictures.smooth(np.random.default_rng(0)).save(place / name)
         Image.new("RGB", LARGE).save(place / "large.png")
-        sequence = closed_set_decoder(load_for_decoding(tiny_model(place)), "sequence", groups=1)
-        self.detector = ClosedSetDetector(sequence, Selection(score_threshold=0))
         self.detect("first.png", place)
         small = self.detect("first.png", place).memory
         large = self.detect("large.png", place).memory
@@ -37,8 +41,9 @@ class Images(Kind):
         argv = ("--image", self.place / "first.png", file, self.place / "last.png")
         program = calling(detect, *argv, "--json", "out.json", "--out", "drawn", "--batch-size", 1)
 
-        def action():  # the model is loaded once for all cases: weights are a kind of their own
-            detect.load_detector = lambda *_: self.detector
+        def action():
+            detect.load_detector = lambda *_: InTheMiddle()
+            detect.draw_boxes = lambda image, *_: image  # it enlarges them, which takes most of the time
             program()
 
         return Child(action, folder).wait()
