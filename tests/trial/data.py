@@ -16,6 +16,7 @@ from train import convert, fit
 from trial.damage import VALUES, damage_bytes, damage_value
 from trial.frame import Child, Ended, Kind, calling, fault_of, tiny_model
 from trial.pictures import smooth
+from trial.runs import warm_up
 
 WIDTH, HEIGHT = 60, 50
 ONE_STEP = (
@@ -55,6 +56,7 @@ class Files(Kind):
 
     def __init__(self, place: Path):
         super().__init__(place)
+        warm_up()
         self.model = tiny_model(place)
         good = place / "good"
         good.mkdir()

@@ -27,9 +27,13 @@ VARIANTS = {
 }
 
 
-def make_data(place: Path) -> Path:
-    import torch._dynamo  # noqa: F401 - 4 s, which the optimizers would take in each process
+def warm_up() -> None:
+    """Import now what an optimizer would import in each process, for seconds."""
+    import torch._dynamo  # noqa: F401
 
+
+def make_data(place: Path) -> Path:
+    warm_up()
     return write_listed_set(place / "set")
 
 
