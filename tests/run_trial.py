@@ -5,7 +5,7 @@
     python tests/run_trial.py --only flips --seed 5 --cases 100 --first 300
 
 Prints a line for each kind: tried, right, wrong, seconds. The exit code is 1 if any case was wrong; each such
-case is shown with the command that tries it again. Ctrl-C ends the trial after the line of what was tried by then.
+case is shown with the command that tries it again. After Ctrl-C, the line is of what was tried by then.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from train.run.program import stop_by_exception
 from trial import KINDS
 from trial.frame import Kind, Skipped, quiet, random_numbers
+
+from train.run.program import stop_by_exception
 
 
 def arguments() -> argparse.Namespace:
@@ -46,8 +47,13 @@ def try_kind(kind: Kind, key: str, args: argparse.Namespace, place: Path) -> tup
             tried += 1
             if fault:
                 wrong += 1
-                again = f"python tests/run_trial.py --only {key} --seed {args.seed} --first {number} --cases 1"
-                print(f"WRONG  {key} {number}: {what}: {fault}\n       {again}", file=sys.stderr, flush=True)
+                form = "--long " if args.long else ""
+                again = f"python tests/run_trial.py {form}--only {key} --seed {args.seed} --first {number}"
+                print(
+                    f"WRONG  {key} {number}: {what}: {fault}\n  {again} --cases 1",
+                    file=sys.stderr,
+                    flush=True,
+                )
     except KeyboardInterrupt:
         return tried, wrong, True
     return tried, wrong, False
@@ -56,6 +62,7 @@ def try_kind(kind: Kind, key: str, args: argparse.Namespace, place: Path) -> tup
 def main() -> int:
     args, any_wrong, stopped = arguments(), False, False
     quiet()
+    Kind.full = args.long
     print(f"{'kind':<34}{'tried':>8}{'right':>8}{'wrong':>8}{'seconds':>10}", flush=True)
     for key in args.only:
         begun = time.monotonic()

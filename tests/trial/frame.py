@@ -5,6 +5,7 @@ showed no traceback, left nothing half written, and took no more than SECONDS an
 file. A case follows from the seed, the kind and its number alone, so each can be tried again by itself.
 """
 
+import io
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,9 @@ SECONDS = 10  # of computing: waiting for a busy machine is no fault
 PATIENCE = 120  # seconds by the clock, after which a process is taken to hang
 SLACK = 16 << 20  # bytes: code that is read from the disk when it is first called counts as memory, too
 BAR = re.compile(r"\d+%\||\[\d\d:\d\d")  # of tqdm
+LIBTIFF = re.compile(
+    r"\w+: .*\."
+)  # it prints a line of its own about some damaged files; Pillow cannot stop it
 
 
 class Skipped(Exception):
@@ -37,6 +42,7 @@ class Kind:
     """A kind of trouble. short, long: how many cases the two forms of the trial try."""
 
     name, short, long = "", 0, 0
+    full = False  # whether this is the long form
 
     def __init__(self, place: Path):
         """place: an empty folder for good files, which all cases share."""
@@ -46,7 +52,7 @@ class Kind:
         """Give back what no removal of `place` would."""
 
     def attempt(self, rng: np.random.Generator, number: int, folder: Path) -> tuple[str, str]:
-        """Make a case in an empty folder and try it. Returns what it is, and what went wrong ("" if right)."""
+        """Make a case in an empty folder and try it. What it is, and what went wrong; "" if it is right."""
         raise NotImplementedError
 
 
@@ -68,7 +74,7 @@ class Child:
     """A function that runs in a process of its own, in a working folder, as a program does in a shell."""
 
     def __init__(self, action: Callable[[], int | None], folder: Path):
-        self.streams = [tempfile.TemporaryFile() for _ in range(3)]  # stdout, stderr, memory
+        self.streams = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - stdout, stderr, memory
         sys.stdout.flush(), sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -80,7 +86,9 @@ class Child:
             os.chdir(folder)
             for number, stream in enumerate(self.streams[:2], start=1):
                 os.dup2(stream.fileno(), number)
-            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+            sys.stdout, sys.stderr = (
+                io.TextIOWrapper(stream, write_through=True) for stream in self.streams[:2]
+            )
             try:
                 status = action() or 0
             except SystemExit as end:
@@ -142,8 +150,9 @@ def call(folder: Path, module, *argv) -> Ended:
 
 
 def complaints(err: str) -> list[str]:
-    """The lines on stderr that are no progress bars."""
-    return [line for line in re.split(r"[\r\n]+", err) if line.strip() and not BAR.search(line)]
+    """The lines on stderr that are neither progress bars nor libtiff's."""
+    lines = (line for line in re.split(r"[\r\n]+", err) if line.strip() and not BAR.search(line))
+    return [line for line in lines if not LIBTIFF.fullmatch(line)]
 
 
 def fault_of(
@@ -204,4 +213,5 @@ def random_numbers(seed: int, kind: str, number: int) -> np.random.Generator:
 def quiet() -> None:
     """What every process of the trial starts from: one thread, no network."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     torch.set_num_threads(1)

@@ -65,14 +65,19 @@ class Kills(Kind):
         return "" if near else "weights that are not near those without the kill"
 
 
-class Phases(Kills):
-    """At each file event of a run in turn: before each file that it opens, renames, or removes."""
+# What is done to files as a run starts, saves and deletes an older checkpoint, and writes its result: the
+# numbers of these events among all in its folder (runs.kill_at_event).
+EVENTS = [*range(13), *range(57, 88), *range(138, 148)]
 
-    name, short, long = "kill -9, each phase of a save", 2, 130
+
+class Phases(Kills):
+    """Before each file that a run opens, renames or removes, in turn."""
+
+    name, short, long = "kill -9, each phase of a save", 2, 2 * len(EVENTS)
 
     def attempt(self, rng: np.random.Generator, number: int, folder: Path) -> tuple[str, str]:
-        world = 1 + (number // 65) % 2
-        event = number % 65 if self.all_events else int(rng.integers(65))
+        world = 1 + number % 2
+        event = EVENTS[number // 2 % len(EVENTS)] if self.full else int(rng.choice(EVENTS))
         wanted, _ = self.weights_of("all weights", world)
         out = folder / "run"
 
@@ -90,5 +95,3 @@ class Phases(Kills):
             return f"file event {event}", f"was not killed: {first.code} {first.err[-300:]}"
         fault = self.fault_after(folder, "all weights", world, wanted, exact=True)
         return f"file event {event}, {world} processes", fault
-
-    all_events = True

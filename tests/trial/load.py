@@ -13,14 +13,15 @@ GROWTH = 0.05
 
 
 class Load(Kind):
-    """Pictures are counted as cases, all of one call."""
+    short, long = 1, 1
 
-    name, short, long = "load: pictures in one call", 1, 1
-    pictures = {False: 200, True: 2000}
-    full = False
+    def __init__(self, place: Path):
+        super().__init__(place)
+        self.count = 2000 if self.full else 100
+        self.name = f"load: {self.count:,} pictures in one call"
 
     def attempt(self, rng: np.random.Generator, number: int, folder: Path) -> tuple[str, str]:
-        count, within = self.pictures[self.full], folder / "in"
+        count, within = self.count, folder / "in"
         within.mkdir()
         for i in range(count):
             k = i % len(FORMS)
