@@ -28,7 +28,7 @@ from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve
 from model.io.image import check_size, image_folder, read_ahead
 from model.io.names import shown
-from model.io.writing import explain, named, read_json, write_json, write_lines
+from model.io.writing import explain, named, open_regular, read_json, write_json, write_lines
 from train.measures import (
     FIGURES,
     calibration_error,
@@ -227,10 +227,11 @@ def read_predictions(out: Path) -> dict[int, list[dict]]:
     """{image id: its results} of all predictions-*.jsonl in a folder, except for a half-written last line."""
     known = {}
     for file in sorted(out.glob("predictions-*.jsonl")):
-        *lines, _ = file.read_text(encoding="utf-8").split("\n")
+        with open_regular(file) as log:
+            *lines, _ = log.read().split(b"\n")
         for number, line in enumerate(lines, start=1):
             fault = f"{file}, line {number}, is not a prediction: remove the file"
-            with explain(fault, ValueError, KeyError, TypeError):
+            with explain(fault, ValueError, KeyError, TypeError, RecursionError):
                 row = json.loads(line)
                 known[row["image_id"]] = row["results"]
     return known

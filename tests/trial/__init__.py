@@ -2,6 +2,7 @@
 
 from trial.data import Coco, Lines
 from trial.disk import FullDisks
+from trial.evaluations import Evaluations
 from trial.flips import Flips
 from trial.images import Images
 from trial.kills import Kills, Phases
@@ -17,6 +18,7 @@ KINDS = {
     "codecs": Codecs,
     "lines": Lines,
     "coco": Coco,
+    "evaluations": Evaluations,
     "kills": Kills,
     "phases": Phases,
     "disk": FullDisks,

@@ -11,7 +11,7 @@ from trial.frame import Child, Kind, fault_of
 
 
 class Flips(Kind):
-    name, short, long = "single flips, six formats", 60, 6000
+    name, short, long = "single flips, six formats", 30, 6000
 
     def __init__(self, place: Path):
         super().__init__(place)

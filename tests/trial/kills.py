@@ -16,7 +16,7 @@ CLOSE = 5e-2  # of weights after a changed number of processes: sums in another 
 class Kills(Kind):
     """At a random moment, one process or two, which may go on as two or one."""
 
-    name, short, long = "kill -9, any moment", 2, 100
+    name, short, long = "kill -9, any moment", 1, 100
 
     def __init__(self, place: Path):
         super().__init__(place)
@@ -73,7 +73,7 @@ EVENTS = [*range(13), *range(57, 88), *range(138, 148)]
 class Phases(Kills):
     """Before each file that a run opens, renames or removes, in turn."""
 
-    name, short, long = "kill -9, each phase of a save", 2, 2 * len(EVENTS)
+    name, short, long = "kill -9, each phase of a save", 1, 2 * len(EVENTS)
 
     def attempt(self, rng: np.random.Generator, number: int, folder: Path) -> tuple[str, str]:
         world = 1 + number % 2

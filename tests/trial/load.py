@@ -17,7 +17,7 @@ class Load(Kind):
 
     def __init__(self, place: Path):
         super().__init__(place)
-        self.count = 2000 if self.full else 100
+        self.count = 2000 if self.full else 60
         self.name = f"load: {self.count:,} pictures in one call"
 
     def attempt(self, rng: np.random.Generator, number: int, folder: Path) -> tuple[str, str]:
