@@ -132,7 +132,8 @@ def main() -> None:
             records = read_prompts(data, images)
             if codec is None and any("mask" in record for record in records):
                 codec = load_codec(args)
-            of_set, broken = ask_all(prompter, records, images, name, args.skip_broken)
+            with located(str(data)):  # a prompt may be too long for the model
+                of_set, broken = ask_all(prompter, records, images, name, args.skip_broken)
             count = len({record["image"] for record in records})
             if broken:
                 check_broken(list(broken.values()), count, data, args.skip_broken)

@@ -61,6 +61,7 @@ def test_practice_scenes(monkeypatch, capsys, model, here):
         (dict(image="a.png", prefix="detect cat", suffix=""), "detect cat"),
         (dict(image="none.png", prefix="caption en", suffix=""), "none.png"),
         (dict(image="a.png", suffix=""), "prefix"),
+        (dict(image="a.png", prefix="caption" + " en" * 3000, suffix=""), "answers.jsonl: prompt and answer"),
     ],
 )
 def test_mistakes(monkeypatch, capsys, model, data, line, words):
