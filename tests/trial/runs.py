@@ -19,6 +19,9 @@ STEPS = 9  # the last checkpoint is of a step that is no multiple of --save-ever
 OPTIONS = (
     f"--device cpu --workers 0 --batch-size 4 --lr 1e-3 --warmup 2 --log-every 1 --no-amp --steps {STEPS}"
 )
+PATIENCE = (
+    1800  # seconds, after which a run is taken to hang: two processes wait for each other at every step
+)
 VARIANTS = {
     "all weights": "--save-every 2",
     "LoRA": "--save-every 2 --lora --dtype float32 --lora-rank 2 --lora-dropout 0.1",
@@ -75,7 +78,7 @@ class Run:
 
     def wait(self) -> list:
         """How each process ended. One that dies takes the others with it, as torchrun sees to."""
-        ended = [child.wait() for child in self.children]
+        ended = [child.wait(PATIENCE) for child in self.children]
         self.close()
         return ended
 
