@@ -29,9 +29,8 @@ SECONDS = 10  # of computing: waiting for a busy machine is no fault
 PATIENCE = 120  # seconds by the clock, after which a process is taken to hang
 SLACK = 16 << 20  # bytes: code that is read from the disk when it is first called counts as memory, too
 BAR = re.compile(r"\d+%\||\[\d\d:\d\d")  # of tqdm
-LIBTIFF = re.compile(
-    r"\w+: .*\."
-)  # it prints a line of its own about some damaged files; Pillow cannot stop it
+# libtiff prints a line of its own about some damaged files, which Pillow cannot stop.
+LIBTIFF = re.compile(r"(?!\w+\.py: )[\w.]+: .*\.")
 
 
 class Skipped(Exception):
