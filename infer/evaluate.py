@@ -31,6 +31,7 @@ from infer.lib.predictions import (
     evaluate,
     evaluation_sets,
     file_stamps,
+    left_out,
 )
 from model.io.image import image_folder
 from model.io.names import shown
@@ -45,8 +46,7 @@ NOT_IN_PREDICTIONS = ("out", "json", "sets", "data", "images", "device", "batch_
 
 def print_figures(name: str, figures: dict) -> None:
     skipped = len(figures.get("skipped", ()))
-    left_out = f"; {skipped} of {figures['images'] + skipped} pictures left out as broken" if skipped else ""
-    print(f"mAP {figures['AP']:.3f} ({shown(name)}{left_out})")
+    print(f"mAP {figures['AP']:.3f} ({shown(name)}{left_out(skipped, figures['images'])})")
     others = [key for key in figures if key not in ("AP", "images", "calibration", "skipped")]
     texts = [f"{key} {figures[key]:.3f}" if figures[key] >= 0 else f"{key} -" for key in others]
     for row in (texts[:5], texts[5:11], texts[11:]):  # precision, recall, ours
@@ -67,9 +67,9 @@ def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
     settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_PREDICTIONS}
     settings |= {f"{name} files": file_stamps(settings.get(name)) for name in ("model", "adapter")}
     if args.data:
-        places = dict(data=args.data.resolve(), images=image_folder(args.data, args.images).resolve())
+        data, images = map(os.path.realpath, (args.data, image_folder(args.data, args.images)))
         changed = dict(name=args.data.stem, data_changed=args.data.stat().st_mtime_ns)
-        return {folder: settings | changed | places}
+        return {folder: settings | changed | dict(data=data, images=images)}
     # Relative to the folder, which may move.
     places = dict(data=f"{SCENES_FOLDER}/instances.json", images=f"{SCENES_FOLDER}/images")
     return {
@@ -82,8 +82,6 @@ def main() -> None:
     options = parser(__doc__)
     add_set_arguments(options, "a COCO instances file", tuple(HELD_OUT_SETS))
     options.add_argument("--score-threshold", type=float, default=0.0)
-    options.add_argument("--skip-broken", action=argparse.BooleanOptionalAction, default=False,
-        help="measure without pictures that cannot be used (default: no figures)")  # fmt: skip
     note = "folder of predictions and figures; what is there already is used"
     options.add_argument("--out", type=Path, metavar="DIR", help=note)
     add_detection_arguments(options)

@@ -12,6 +12,9 @@ What is measured depends on the prefix:
 
 The mask of an answer is that of its first object; an answer without one scores 0, as RefCOCO is measured.
 Lines with a "kind" are also reported by kind. Neither case nor spaces around an answer count.
+
+Pictures that cannot be read, or have another size than their masks, are named, and there are no figures; with
+--skip-broken the figures are without their lines, and say how many pictures are left out.
 """
 
 import json
@@ -19,6 +22,7 @@ import tempfile
 from itertools import groupby
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from infer.lib.options import (
@@ -31,10 +35,15 @@ from infer.lib.options import (
     sampling_options,
     write_output,
 )
-from infer.lib.predictions import add_set_arguments, evaluation_sets
+from infer.lib.predictions import (
+    add_set_arguments,
+    check_broken,
+    evaluation_sets,
+    left_out,
+    usable_pictures,
+)
 from model.decoding.generate import Prompter
 from model.decoding.masks import rle_size
-from model.io.image import load_image
 from model.io.names import shown
 from model.io.tokenizer import LOCS
 from model.io.writing import located, write_lines
@@ -63,32 +72,36 @@ def read_prompts(data: Path, images: Path) -> list[dict]:
     return records
 
 
-def ask_all(prompter: Prompter, records: list[dict], images: Path, title: str) -> list[str]:
-    """The model's answer to each line."""
-    answers, by_image = [], [list(lines) for _, lines in groupby(records, key=lambda r: r["image"])]
+def ask_all(
+    prompter: Prompter, records: list[dict], images: Path, title: str, keep_on: bool
+) -> tuple[list[dict], dict[str, str]]:
+    """The lines with the model's "answer" to each, and {image: what is wrong with it} of those that cannot be
+    used; the lines of those are left out. keep_on: after such a picture; else it is the last."""
+    answered, broken = [], []
+    by_image = [list(lines) for _, lines in groupby(records, key=lambda record: record["image"])]
     with tqdm(total=len(records), desc=shown(title), unit="answer", leave=False) as bar:
-        for start in range(0, len(by_image), IMAGES):
-            of_call = by_image[start : start + IMAGES]
-            pictures = [load_image(images / lines[0]["image"]) for lines in of_call]
-            for picture, lines in zip(pictures, of_call):
-                check_mask_sizes(picture.size, lines, images)
-            prompts = [(i, line["prefix"]) for i, lines in enumerate(of_call) for line in lines]
-            said = prompter(pictures, prompts)
-            answers += [prompter.model.tokenizer.decode(tokens).strip() for tokens, _ in said]
-            bar.update(len(prompts))
-    return answers
+        pictures_of = usable_pictures(
+            by_image, lambda lines: images / lines[0]["image"], check_masks, IMAGES, broken, keep_on
+        )
+        for groups, pictures in pictures_of:
+            lines = [(i, line) for i, of_image in enumerate(groups) for line in of_image]
+            said = prompter(pictures, [(i, line["prefix"]) for i, line in lines])
+            texts = (prompter.model.tokenizer.decode(tokens).strip() for tokens, _ in said)
+            answered += [line | dict(answer=text) for (_, line), text in zip(lines, texts, strict=True)]
+            bar.update(len(lines))
+    return answered, {lines[0]["image"]: fault for lines, fault in broken}
 
 
-def check_mask_sizes(size: tuple[int, int], lines: list[dict], images: Path) -> None:
-    """Refuse a mask of another size than its picture, (width, height)."""
+def check_masks(lines: list[dict], picture: Image.Image, file: Path) -> None:
+    """Refuse masks of another size than their picture."""
     for height, width in (line["mask"]["size"] for line in lines if "mask" in line):
-        if (width, height) != size:
-            fault = f"has a mask of {width} x {height} pixels, but {size[0]} x {size[1]}"
-            raise ValueError(f"{images / lines[0]['image']} {fault}")
+        if (width, height) != picture.size:
+            fault = f"has a mask of {width} x {height} pixels, but {picture.width} x {picture.height}"
+            raise ValueError(f"{file} {fault}")
 
 
-def print_figures(name: str, figures: dict) -> None:
-    print(shown(name))
+def print_figures(name: str, figures: dict, note: str = "") -> None:
+    print(shown(name) + note)
     for task, row in figures.items():
         values = "".join(f"{key} {row[key]:<8.3f}" for key in ("exact", "CIDEr-D", "mean IoU") if key in row)
         print(f"  {task:<20}{values}({row['lines']} lines)")
@@ -119,10 +132,15 @@ def main() -> None:
             records = read_prompts(data, images)
             if codec is None and any("mask" in record for record in records):
                 codec = load_codec(args)
-            answers = ask_all(prompter, records, images, name)
-            figures[name] = judge_answers(records, answers, codec, args.bins)
-            print_figures(name, figures[name])
-            answered += [record | dict(answer=text) for record, text in zip(records, answers, strict=True)]
+            with located(str(data)):  # a prompt may be too long for the model
+                of_set, broken = ask_all(prompter, records, images, name, args.skip_broken)
+            count = len({record["image"] for record in records})
+            if broken:
+                check_broken(list(broken.values()), count, data, args.skip_broken)
+            figures[name] = judge_answers(of_set, [line["answer"] for line in of_set], codec, args.bins)
+            print_figures(name, figures[name], left_out(len(broken), count - len(broken)))
+            figures[name] |= dict(skipped=broken) if broken else {}
+            answered += of_set
     if args.json:
         write_output(figures, args.json)
     if args.answers:

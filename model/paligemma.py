@@ -176,7 +176,7 @@ class PaliGemma(nn.Module):
 
         if self.folder is None or not (self.folder / "tokenizer.model").exists():
             how = "put the checkpoint's into its folder, or assign model.tokenizer = Tokenizer(file)"
-            raise ValueError(f"the model has no tokenizer.model: {how}")
+            raise ValueError(f"{self.folder or 'the model'} has no tokenizer.model: {how}")
         tokenizer, rows = Tokenizer(self.folder), self.config.text.vocab_size
         if tokenizer.size > rows:
             why = (

@@ -3,20 +3,17 @@
 import json
 import os
 import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import picture, tiny_config
+from helpers import picture, save_tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests use no network
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-from model import PaliGemma  # noqa: E402
-from model.config import COCO_CLASSES  # noqa: E402
 from model.decoding.masks import MaskCodec  # noqa: E402
 from model.io.hub import CODEC, NANO  # noqa: E402
 from model.io.tokenizer import Tokenizer  # noqa: E402
@@ -56,18 +53,7 @@ def tokenizer_file(tmp_path_factory):
 def model(tmp_path_factory, tokenizer_file):
     """A checkpoint of nano's form, smaller, with weights that answer each picture in its own way."""
     folder = tmp_path_factory.mktemp("model")
-    shutil.copy(tokenizer_file, folder)
-    tiny = PaliGemma(tiny_config(Tokenizer(folder)))
-    generator = torch.Generator().manual_seed(6)
-    for name, weight in tiny.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if "norm" in name:  # Gemma's norms multiply by 1 + weight
-            weight.data = 0.3 * noise + (3 if name == "decoder.norm.weight" else name.startswith("vision"))
-        else:
-            gain = 0.5 if "embed." in name else 2.0
-            weight.data = 0.2 * noise if weight.ndim == 1 else gain * noise / weight[0].numel() ** 0.5
-    tiny.decoder.embed.weight.data[7 + len(COCO_CLASSES)] *= 3  # so that noise is an answer, at times
-    tiny.save_pretrained(folder)
+    save_tiny_model(folder, tokenizer_file)
     return folder
 
 

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from model import PaliGemma
-from model.config import PaliGemmaConfig
+from model.config import COCO_CLASSES, PaliGemmaConfig
 from model.decoding.closed_set import ClosedSet
 from model.decoding.detections import Detections
 from model.decoding.parallel import COORDINATES, Reading, peaks
@@ -86,6 +87,23 @@ def tiny_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
     vision = replace(full.vision, image_size=64, width=32, layers=2, heads=2, mlp=64)
     text = replace(full.text, width=48, layers=2, head_dim=16, query_scale=0.25, mlp=96, sliding_window=16)
     return replace(full, vision=vision, text=text)
+
+
+def save_tiny_model(folder: Path, tokenizer_file: Path) -> None:
+    """A checkpoint of that form, with weights that answer each picture in its own way."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(tokenizer_file, folder)
+    tiny = PaliGemma(tiny_config(Tokenizer(folder)))
+    generator = torch.Generator().manual_seed(6)
+    for name, weight in tiny.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if "norm" in name:  # Gemma's norms multiply by 1 + weight
+            weight.data = 0.3 * noise + (3 if name == "decoder.norm.weight" else name.startswith("vision"))
+        else:
+            gain = 0.5 if "embed." in name else 2.0
+            weight.data = 0.2 * noise if weight.ndim == 1 else gain * noise / weight[0].numel() ** 0.5
+    tiny.decoder.embed.weight.data[7 + len(COCO_CLASSES)] *= 3  # so that noise is an answer, at times
+    tiny.save_pretrained(folder)
 
 
 def load(folder, adapter=None, dtype=torch.float32, **overrides) -> PaliGemma:

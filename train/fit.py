@@ -10,6 +10,7 @@
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -157,7 +158,8 @@ def train(args: argparse.Namespace) -> int:
     stopping = stop_on_signals()
 
     loss_sum = torch.zeros((), device=device)  # since the last line of the log
-    with Saver(save, run, trainer, options, args.shard) as saver:  # saves what is not, if an error ends it
+    # The saver saves what is not, if an error ends the run.
+    with Saver(save, run, trainer, options, args.shard) as saver, log or contextlib.nullcontext():
         for step in steps:
             # Every step derives its random numbers (dropout) from its own number: there is no state to save.
             torch.manual_seed(hash((args.seed, step, rank)) % 2**63)
@@ -204,7 +206,7 @@ def train(args: argparse.Namespace) -> int:
                 return 128 + (stopping["now"] or signal.SIGTERM)  # no number: another process was asked
     save_model(model, args.out / "final", run, torch.bfloat16)
     if log:
-        log.close()
+        log.check()
     say(f"trained {'adapter' if args.lora else 'checkpoint'}: {args.out / 'final'}")
     return 0
 

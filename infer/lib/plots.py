@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from model.io.names import shown
-from model.io.writing import explain, read_json
+from model.io.writing import explain, open_regular, read_json
 from train.measures import match_boxes, read_coco, run_cocoeval, without_images
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
@@ -64,8 +64,11 @@ class Evaluated:
         self.coco = without_images(read_coco(data), skipped)
         if skipped:
             self.name += f" ({len(skipped)} pictures left out as broken)"
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        self.evaluation = run_cocoeval(self.coco, results)
+        file = folder / "results.json"
+        # Whatever pycocotools makes of other content: it raises plain Exceptions, too.
+        with open_regular(file) as handle, explain(f"{file} is not evaluate.py's, of this set", Exception):
+            results = json.loads(handle.read())
+            self.evaluation = run_cocoeval(self.coco, results)
         self.truth = [a for a in self.coco.dataset["annotations"] if not a.get("iscrowd")]
         if not self.truth:
             raise ValueError(f"{folder}: its images have no objects, there is nothing to draw")

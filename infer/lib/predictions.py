@@ -11,11 +11,13 @@ Without --data, it holds such a folder for each practice set, with the drawn sce
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from PIL import Image
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve, weight_files
 from model.io.image import check_size, image_folder, read_ahead
 from model.io.names import shown
-from model.io.writing import explain, named, read_json, write_json, write_lines
+from model.io.writing import explain, named, open_regular, read_json, write_json, write_lines
 from train.measures import (
     FIGURES,
     calibration_error,
@@ -55,6 +57,8 @@ def add_set_arguments(options: argparse.ArgumentParser, data: str, sets: tuple[s
     add("--sets", nargs="+", choices=sets, default=list(sets), help="held-out practice sets")
     add("--count", type=positive, default=1000, help="scenes of each practice set")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
+    skip = "measure without pictures that cannot be used (default: no figures)"
+    add("--skip-broken", action=argparse.BooleanOptionalAction, default=False, help=skip)
 
 
 def evaluation_sets(
@@ -104,12 +108,7 @@ def evaluate(
     if rank > 0:
         return {}
     if skipped := {str(i): fault for _, faults in shares for i, fault in faults.items()}:
-        found = name_broken(list(skipped.values()), skip_broken)
-        if not skip_broken:
-            why = "which would be those of other pictures; --skip-broken measures without what is broken"
-            raise ValueError(f"{found}: no figures of {data}, {why}")
-        if len(skipped) == len(coco.imgs):
-            raise none_left(data, found)
+        check_broken(list(skipped.values()), len(coco.imgs), data, skip_broken)
         coco = without_images(coco, set(map(int, skipped)))
     results = sorted((result for share, _ in shares for result in share), key=lambda r: r["image_id"])
     # Boxes of a class that the set does not have count only where classes are ignored.
@@ -151,43 +150,88 @@ def predict(
     todo = [record for record in share if record["id"] not in known]
     log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
     bar = tqdm(total=len(todo), desc=shown(title), unit="image", leave=False, disable=rank > 0)
-    faults = {}
+    broken = []
     with log as lines, bar:
-        records, size = iter(todo), batch_size or detector.fitting_batch()
-        for batch in read_ahead((images / record["file_name"] for record in todo), size):
-            pictures, of_batch = [], []
-            for (file, reading), record in zip(batch, islice(records, len(batch)), strict=True):
-                try:
-                    picture = reading.result()
-                    if "width" in record and "height" in record:  # COCO's own evaluation needs neither
-                        check_size(picture, file, record["width"], record["height"])
-                except ValueError as error:
-                    faults[record["id"]] = str(error)
-                    continue
-                pictures.append(picture)
-                of_batch.append(record)
-            if faults and not keep_on:
-                break
-            found_in = detector(pictures) if pictures else []
-            for found, record in zip(found_in, of_batch, strict=True):
+        pictures_of = usable_pictures(
+            todo,
+            lambda record: images / record["file_name"],
+            check_record,
+            batch_size or detector.fitting_batch(),
+            broken,
+            keep_on,
+        )
+        for of_batch, pictures in pictures_of:
+            for found, record in zip(detector(pictures), of_batch, strict=True):
                 results = known[record["id"]] = to_results(found, record["id"], ids)
                 if lines:
                     with named(Path(lines.name)):
                         print(
                             json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True
                         )
-            bar.update(len(batch))
+            bar.update(len(pictures))
+    faults = {record["id"]: fault for record, fault in broken}
     return [result for record in share for result in known.get(record["id"], [])], faults
+
+
+def check_record(record: dict, picture: Image.Image, file: Path) -> None:
+    """Refuse a picture of another size than its record in the file says. COCO's own evaluation needs none."""
+    if "width" in record and "height" in record:
+        check_size(picture, file, record["width"], record["height"])
+
+
+def usable_pictures(
+    items: Sequence,
+    file_of: Callable[[Any], Path],
+    check: Callable[[Any, Image.Image, Path], None],
+    size: int,
+    broken: list[tuple[Any, str]],
+    keep_on: bool,
+) -> Iterator[tuple[list, list[Image.Image]]]:
+    """Up to `size` items and their pictures, again and again. Those whose pictures cannot be read, or are
+    refused by check(item, picture, file), are put into `broken`, with what is wrong.
+
+    keep_on: after such a picture; else nothing follows it.
+    """
+    rest = iter(items)
+    for batch in read_ahead(map(file_of, items), size):
+        usable = []
+        for (file, reading), item in zip(batch, islice(rest, len(batch)), strict=True):
+            try:
+                check(item, picture := reading.result(), file)
+                usable.append((item, picture))
+            except ValueError as error:
+                broken.append((item, str(error)))
+        if broken and not keep_on:
+            return
+        if usable:
+            yield [item for item, _ in usable], [picture for _, picture in usable]
+
+
+def check_broken(faults: list[str], count: int, data: Path, skip: bool) -> None:
+    """Name the pictures of a set that cannot be used, and end the program: without `skip`, or if there are
+    none besides. faults: what is wrong with each; count: of all pictures."""
+    found = name_broken(faults, skip)
+    if not skip:
+        why = "which would be those of other pictures; --skip-broken measures without what is broken"
+        raise ValueError(f"{found}: no figures of {data}, {why}")
+    if len(faults) == count:
+        raise none_left(data, found)
+
+
+def left_out(skipped: int, used: int) -> str:
+    """What is said beside figures about the pictures that they are without."""
+    return f"; {skipped} of {used + skipped} pictures left out as broken" if skipped else ""
 
 
 def read_predictions(out: Path) -> dict[int, list[dict]]:
     """{image id: its results} of all predictions-*.jsonl in a folder, except for a half-written last line."""
     known = {}
     for file in sorted(out.glob("predictions-*.jsonl")):
-        *lines, _ = file.read_text(encoding="utf-8").split("\n")
+        with open_regular(file) as log:
+            *lines, _ = log.read().split(b"\n")
         for number, line in enumerate(lines, start=1):
             fault = f"{file}, line {number}, is not a prediction: remove the file"
-            with explain(fault, ValueError, KeyError, TypeError):
+            with explain(fault, ValueError, KeyError, TypeError, RecursionError):
                 row = json.loads(line)
                 known[row["image_id"]] = row["results"]
     return known
@@ -224,5 +268,5 @@ def file_stamps(source: str | None) -> dict | None:
     if source is None:
         return None
     folder = resolve(source)
-    files = [file.resolve() for file in (*sorted(folder.glob("*.json")), *weight_files(folder))]
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    files = [file for file in (*sorted(folder.glob("*.json")), *weight_files(folder)) if file.exists()]
+    return {os.path.realpath(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

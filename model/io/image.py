@@ -4,9 +4,7 @@
 """
 
 import contextlib
-import os
 import re
-import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from model.io.names import shown
-from model.io.writing import explain
+from model.io.writing import explain, open_regular
 
 READERS = 4  # threads that decode image files: Pillow's decoders let other threads run
 # The formats of photographs, drawings and data sets. Pillow's other 37 decoders stay off (AVIF, JPEG 2000,
@@ -56,7 +54,7 @@ def open_image(file: str | Path) -> Iterator[Image.Image]:
     name = shown(file) or "''"
     # Decoders fail in more ways than they document (RuntimeError, EOFError, KeyError, MemoryError, ...), and
     # one picture must not end a run over many.
-    with open_regular(file, name) as stream, explain(f"{name}: not a readable image", Exception):
+    with open_regular(file) as stream, explain(f"{name}: not a readable image", Exception):
         try:
             image = Image.open(stream, formats=FORMATS)
         except UnidentifiedImageError:  # its own words are about the stream
@@ -94,23 +92,6 @@ def count_scans(jpeg: bytes) -> int:
         scans += marker[0] == SCAN
         at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
     return scans
-
-
-def open_regular(file: str | Path, name: str) -> BinaryIO:
-    """Open a regular file to read. name: as shown in complaints.
-
-    A FIFO or a device is refused before it is opened: either could wait, or deliver, without end.
-    """
-    try:
-        mode = os.stat(file).st_mode
-        if stat.S_ISREG(mode):
-            return open(file, "rb")
-    except FileNotFoundError:
-        raise ValueError(f"{name}: no such file") from None
-    except (OSError, ValueError) as error:  # a loop of links, too long a name, no permission; a NUL in it
-        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
-    kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
-    raise ValueError(f"{name}: is {kind}, not a regular file")
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ from model.config import MAX_CLASSES
 from model.io.hub import replacement
 from model.io.writing import explain
 
+MAX_BYTES = 1 << 26  # of tokenizer.model: the official one has 4.3 MB
 LOCS, SEGS = 1024, 128  # locations along a side of an image; codes of masks
 # Exactly the pieces that exist: any other <loc...> is text, and cutting it out would change its tokens.
 LOC_PATTERN = "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>"
@@ -28,8 +29,12 @@ class Tokenizer:
         file = Path(source) / "tokenizer.model" if Path(source).is_dir() else Path(source)
         if not file.is_file():
             raise ValueError(f"{file} is missing: copy the checkpoint's tokenizer.model there")
-        with explain(f"{file} is not a sentencepiece model{replacement(file)}", OSError, RuntimeError):
+        if (size := file.stat().st_size) > MAX_BYTES:  # sentencepiece would read all of it
+            raise ValueError(f"{file} has {size:,} bytes; a tokenizer has at most {MAX_BYTES:,}")
+        errors = OSError, RuntimeError, UnicodeDecodeError
+        with explain(f"{file} is not a sentencepiece model{replacement(file)}", *errors):
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self._sp.id_to_piece([*range(len(self._sp))])  # all are text, or else an answer would fail
         self.bos, self.eos, self.pad = (self._id(piece, file) for piece in ("<bos>", "<eos>", "<pad>"))
         self.newline, self.unused0 = self._id("\n", file), self._id("<unused0>", file)
         inside = self._sp.piece_to_id("<loc0000>") != self._sp.unk_id()

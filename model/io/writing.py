@@ -3,15 +3,18 @@
 import contextlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model.io.hub import replacement
+from model.io.names import shown
 
 MAX_JSON_BYTES = 1 << 24  # of configs, indexes and settings: the largest, the index of the 28B, has 0.1 MB
 
@@ -33,6 +36,24 @@ def located(where: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def open_regular(file: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes.
+
+    A FIFO or a device is refused before it is opened: either could wait, or deliver, without end.
+    """
+    name = shown(file) or "''"
+    try:
+        mode = os.stat(file).st_mode
+        if stat.S_ISREG(mode):
+            return open(file, "rb")
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file") from None
+    except (OSError, ValueError) as error:  # a loop of links, too long a name, no permission; a NUL in it
+        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+    raise ValueError(f"{name}: is {kind}, not a regular file")
 
 
 def read_json(path: Path) -> dict:

@@ -5,6 +5,7 @@ A detector that answers from a list stands in for the model, except where severa
 
 import argparse
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -284,6 +285,31 @@ def test_broken_pictures(evaluate_data, data, tmp_path, straight):
     rest = FromAList(data)
     code, _, _ = evaluate_data(*options, detector=rest)
     assert code == 0 and rest.seen == 2 and files_of(out) == straight
+
+
+def test_a_loop_of_links(evaluate_data, tmp_path):
+    """As the data, its folder of images, or beside the weights: none is followed."""
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    for argv in (("--data", loop), ("--images", loop)):
+        code, _, err = evaluate_data(*argv)
+        assert code == 1 and "loop.json" in err and len(err.splitlines()) == 1
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "model.safetensors")
+    assert predictions.file_stamps(str(tmp_path)) == {}
+
+
+@pytest.mark.parametrize("content", [b"[]\n", b"caf\xe9\n", b"[" * 100_000 + b"\n", None], ids=range(4))
+def test_predictions_that_are_none(content, evaluate_data, tmp_path):
+    """None: a FIFO, which would be waited for."""
+    evaluate_data("--out", tmp_path / "out")
+    file = tmp_path / "out" / "predictions-0.jsonl"
+    file.unlink()
+    if content is None:
+        os.mkfifo(file)
+    else:
+        file.write_bytes(content)
+    code, _, err = evaluate_data("--out", tmp_path / "out")
+    assert code == 1 and str(file) in err and "Traceback" not in err
 
 
 def test_skip_broken(evaluate_data, monkeypatch, capsys, data, tmp_path):

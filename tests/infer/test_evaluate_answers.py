@@ -1,6 +1,7 @@
 """evaluate_answers.py on files and on practice scenes."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import call, disc, picture, write_jsonl
@@ -60,6 +61,7 @@ def test_practice_scenes(monkeypatch, capsys, model, here):
         (dict(image="a.png", prefix="detect cat", suffix=""), "detect cat"),
         (dict(image="none.png", prefix="caption en", suffix=""), "none.png"),
         (dict(image="a.png", suffix=""), "prefix"),
+        (dict(image="a.png", prefix="caption" + " en" * 3000, suffix=""), "answers.jsonl: prompt and answer"),
     ],
 )
 def test_mistakes(monkeypatch, capsys, model, data, line, words):
@@ -67,3 +69,30 @@ def test_mistakes(monkeypatch, capsys, model, data, line, words):
     argv = "--data", data, "--model", model, "--codec", NANO / CODEC, "--max-tokens", 5
     code, _, err = run(monkeypatch, capsys, *argv)
     assert code == 1 and len(err) == 1 and err[0].startswith("evaluate_answers.py: ") and words in err[0]
+
+
+def test_skip_broken(monkeypatch, capsys, model, data):
+    """As if the lines of such pictures were not in the file; without the option, no figures."""
+    argv = "--model", model, "--codec", NANO / CODEC, "--max-tokens", 5, "--json", "f.json", "--answers"
+    assert run(monkeypatch, capsys, "--data", data, *argv, "good.jsonl")[0] == 0
+    wanted = json.loads(Path("f.json").read_text())["answers"]
+    good = Path("good.jsonl").read_text()
+    lines = data.read_text() + json.dumps(dict(image="c.png", prefix="caption en", suffix="a dog")) + "\n"
+    wrong = dict(image="d.png", prefix="segment cat", suffix="", mask=to_rle(MASK))
+    data.write_text(lines + json.dumps(wrong) + "\n")
+    Path("images/c.png").write_text("no picture")
+    picture(Path("images/d.png"), 60, 80)
+    code, out, err = run(monkeypatch, capsys, "--data", data, *argv, "a.jsonl")
+    assert code == 1 and out == "" and "c.png: not a readable image" in err[-1] and "--skip-broken" in err[-1]
+    code, out, err = run(monkeypatch, capsys, "--data", data, *argv, "a.jsonl", "--skip-broken")
+    assert code == 0 and out.startswith("answers; 2 of 4 pictures left out as broken\n") and len(err) == 2
+    figures = json.loads(Path("f.json").read_text())["answers"]
+    skipped = figures.pop("skipped")
+    assert (
+        list(skipped) == ["c.png", "d.png"] and "a mask of 120 x 80 pixels, but 60 x 80" in skipped["d.png"]
+    )
+    assert figures == wanted and Path("a.jsonl").read_text() == good
+    for file in Path("images").iterdir():
+        file.write_text("no picture")
+    code, out, err = run(monkeypatch, capsys, "--data", data, *argv, "a.jsonl", "--skip-broken")
+    assert code == 1 and "none of its pictures can be used" in err[-1]

@@ -144,3 +144,29 @@ def test_nothing_found(evaluate_data, run_report, data, tmp_path):
     assert evaluate_data("--out", tmp_path / "eval", detector=silent)[0] == 0
     assert run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page", "--images", 1)[0] == 0
     check_report(tmp_path / "page", PICTURES)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[",
+        '{"a": 1}',
+        "[1]",
+        '[{"image_id": 0}]',
+        '[{"image_id": 0, "category_id": 1, "bbox": [[5], 5, 5, 5], "score": 1}]',
+        '[{"image_id": 99, "category_id": 1, "bbox": [5, 5, 5, 5], "score": 1}]',
+        "\udcff",
+        None,
+    ],
+)
+def test_results_that_are_none(content, evaluate_data, run_report, tmp_path):
+    """None: a device, which can be read without an end."""
+    evaluate_data("--out", tmp_path / "eval")
+    file = tmp_path / "eval" / "results.json"
+    file.unlink()
+    if content is None:
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_text(content, errors="surrogateescape")
+    code, err = run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page")
+    assert code == 1 and str(file) in err and len(err.splitlines()) == 1

@@ -70,7 +70,7 @@ def test_without_a_tokenizer(tmp_path):
     hf = tiny_paligemma(layers=1)
     model = PaliGemma.from_pretrained(save(hf, tmp_path), dtype=torch.float32)
     for use in (Detector, lambda model: model.generate(EXAMPLE, PROMPT)):
-        with pytest.raises(ValueError, match="model.tokenizer = Tokenizer"):
+        with pytest.raises(ValueError, match=f"^{tmp_path} has no .*model.tokenizer = Tokenizer"):
             use(model)
     model.tokenizer = Tokenizer(NANO)
     assert isinstance(model.generate(EXAMPLE, PROMPT, 3), str)

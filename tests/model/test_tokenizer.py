@@ -4,6 +4,7 @@ The yardstick is sentencepiece itself, given the file with all pieces inside, an
 """
 
 import io
+import os
 import re
 
 import numpy as np
@@ -291,11 +292,16 @@ def test_missing(source, tmp_path):
     assert str(tmp_path / "tokenizer.model") in str(error.value)
 
 
-@pytest.mark.parametrize("form", ["text", "json", "empty", "cut"])
+@pytest.mark.parametrize("form", ["text", "json", "empty", "cut", "no UTF-8", "a terabyte"])
 def test_no_sentencepiece_file(form, plain, tmp_path):
+    """One piece that is no text is enough: an answer with it would fail."""
     file = tmp_path / "tokenizer.model"
     whole = plain.read_bytes()
-    file.write_bytes({"text": b"hello\n", "json": b"{}", "empty": b"", "cut": whole[: len(whole) // 2]}[form])
+    forms = {"text": b"hello\n", "json": b"{}", "empty": b"", "cut": whole[: len(whole) // 2]}
+    forms |= {"no UTF-8": whole.replace("▁bear".encode(), "▁bea".encode() + b"\xe9")}
+    file.write_bytes(forms.get(form, b""))
+    if form == "a terabyte":  # of zeros, which take no room on the disk
+        os.truncate(file, 1 << 40)
     with pytest.raises(ValueError) as error:
         Tokenizer(file)
     assert str(file) in str(error.value)

@@ -1,18 +1,21 @@
 """JSON lines: pairs of a prompt and an answer, and all that can be wrong with them."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_jsonl
+from helpers import complaint_about, write_jsonl
 from PIL import Image
 from torch.utils.data import DataLoader
 from training import CAT, LIGHT, instances
 
 from model.io.tokenizer import Tokenizer
-from train.data.jsonl import JsonlPairs, is_jsonl
+from train.data.coco import read_records
+from train.data.jsonl import JsonlPairs, is_jsonl, read_lines
+from train.data.masks import read_outlines
 
 SIZE = 32
 
@@ -120,3 +123,34 @@ def test_is_jsonl(folder):
     ):
         (folder / "some.txt").write_text(text, encoding="latin-1")
         assert is_jsonl(folder / "some.txt") == expected, text
+
+
+READERS = {
+    "is_jsonl": is_jsonl,
+    "lines": lambda file: list(read_lines(file, file.parent)),
+    "coco": read_records,
+    "masks": lambda file: list(read_outlines(file)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", ["FIFO", "/dev/zero", "folder", "missing"])
+def test_only_regular_files_are_read(reader, kind, tmp_path):
+    """A FIFO would be waited for, a device read without an end."""
+    file = tmp_path / "data.json"
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind != "missing":
+        file.symlink_to(kind)
+    assert complaint_about(file, READERS[reader]).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize("reader", ["lines", "coco", "masks"])
+def test_a_terabyte_of_zeros(reader, tmp_path):
+    """It takes no room on the disk, but would in memory."""
+    file = tmp_path / "data.json"
+    file.touch()
+    os.truncate(file, 1 << 40)
+    complaint_about(file, READERS[reader])

@@ -5,7 +5,10 @@ import os
 import signal
 from argparse import Namespace
 
+import pytest
 import torch
+from tqdm import tqdm
+from training import PLAIN, run
 
 from train.run.log import STOPPING, Log, stop_on_signals
 
@@ -34,3 +37,16 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
     log.line(3, 0.5, lr=1e-3)
     log.bar.close()
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_the_bar_ends_with_the_run(tiny, scenes, tmp_path, capsys, monkeypatch):
+    """Whatever ends it: a complaint has a line of its own, and no bar is left to the next run."""
+
+    def fail(log, *_, **__):
+        raise ValueError("no more")
+
+    monkeypatch.setattr(Log, "line", fail)
+    with pytest.raises(ValueError, match="no more"):
+        run(tiny, tmp_path / "run", f"{PLAIN} --data {scenes} --steps 2")
+    assert not any("step" in bar.unit for bar in tqdm._instances)
+    assert capsys.readouterr().err.endswith("\n")

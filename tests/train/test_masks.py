@@ -224,6 +224,16 @@ def test_faults_of_lines(folder, run, record, words):
     assert lines == [] and said.startswith("convert.py: ") and words in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("line", [b"caf\xe9", b"[" * 100_000])
+def test_a_line_that_is_no_json(folder, run, line):
+    picture(folder, rectangle().astype(np.uint8))
+    file = masks_file(folder, image="a.png", label="cat", mask="m.png")
+    with open(file, "ab") as handle:
+        handle.write(line)
+    lines, said = run(file)
+    assert lines == [] and f"{file}:2: not" in said and said.count("\n") == 1
+
+
 def test_codec_is_checked(folder, run):
     _, said = run(coco_file(folder, to_rle(rectangle())), "--codec", folder / "none.npz")
     assert "none.npz: no such file" in said and (NANO / CODEC).exists()

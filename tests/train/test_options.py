@@ -30,7 +30,8 @@ def test_refusals(tiny, scenes, pairs, tmp_path, capsys):
     long.write_text(json.dumps(dict(image="0.png", prefix="x", suffix="cat dog " * 600)) + "\n")
     images = pairs.parent / "images"
     assert "empty.json" in run_complaint(tiny, out, f"--data {empty}  --images {images}")
-    assert "positions" in run_complaint(tiny, out, f"--data {long} --images {images}")
+    message = run_complaint(tiny, out, f"--data {long} --images {images}")
+    assert message.startswith(f"{long}: ") and "positions" in message
     assert "float16" in run_complaint(tiny, out, "--dtype float16")
     assert "--batch-size 4" in run_complaint(tiny, out, "--accumulate 3")
     with pytest.raises(SystemExit):  # argparse's own complaint

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from model.config import MAX_CLASSES
 from model.decoding.closed_set import ClosedSet
 from model.io.image import check_size, load_image, square
-from model.io.writing import explain
+from model.io.writing import explain, open_regular
 from train.data.augment import augment
 from train.data.samples import closed_set_lengths, closed_set_sample
 from train.data.targets import NANO_NOISE, Noise
@@ -35,8 +35,11 @@ def read_records(
     """
     if images is not None and not images.is_dir():
         raise ValueError(f"{images}: no such folder (the images of {file})")
-    with explain(f"{file} is not a COCO annotation file: not JSON", ValueError, RecursionError):
-        data = json.loads(file.read_bytes(), object_hook=None if outlines else _without_outlines)
+    not_json = f"{file} is not a COCO annotation file: not JSON"
+    with open_regular(file) as handle, explain(not_json, ValueError, RecursionError, MemoryError):
+        if handle.peek(1)[:1] not in b"{[ \t\r\n\xef":  # what is none is not read, however long it is
+            raise ValueError("it does not begin with {")
+        data = json.loads(handle.read(), object_hook=None if outlines else _without_outlines)
     categories, pictures, annotations = (
         _by_id(data, key, file) for key in ("categories", "images", "annotations")
     )

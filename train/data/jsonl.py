@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from model.io.image import load_image, square
 from model.io.tokenizer import Tokenizer
-from model.io.writing import located
+from model.io.writing import located, open_regular
 from train.data.augment import JITTER, jitter
 from train.data.samples import answer_sample
 from train.data.targets import text_target
@@ -27,11 +27,12 @@ from train.data.targets import text_target
 KEYS = ("image", "prefix", "suffix")
 MASK_KEYS = ("image", "label", "mask")  # of lines that name a mask picture (train/data/masks.py)
 FIRST_LINE_BYTES = 1 << 20  # a COCO file may be a single line of gigabytes
+LINE_BYTES = 1 << 26  # of a file of lines: a mask of many runs has some megabytes
 
 
 def is_jsonl(path: Path) -> bool:
     """True for a file of JSON lines, False for anything else, such as a COCO file. Its content decides."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         lines = iter(lambda: file.readline(FIRST_LINE_BYTES), b"")
         line = next((line for line in lines if line.strip()), b"")
     try:
@@ -51,15 +52,24 @@ def read_lines(file: Path, images: Path, allow_outside: bool = False) -> Iterato
 
     images: their folder. An image outside it, also through a link, is refused unless allow_outside is set.
     """
-    root, offset = os.path.realpath(images), 0
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+    root = os.path.realpath(images)
+    for number, offset, line in each_line(file):
+        with located(f"{file}:{number}"):
+            record = _parse(line)
+            if not allow_outside and not _inside(root, record["image"]):
+                raise ValueError(f"image {record['image']!r} lies outside the image folder {images}")
+        yield offset, record
+
+
+def each_line(file: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, byte offset and content of every line that is not blank."""
+    offset = 0
+    with open_regular(file) as handle:
+        for number, line in enumerate(iter(lambda: handle.readline(LINE_BYTES + 1), b""), 1):
+            if len(line) > LINE_BYTES:
+                raise ValueError(f"{file}:{number}: a line of more than {LINE_BYTES:,} bytes")
             if line.strip():
-                with located(f"{file}:{number}"):
-                    record = _parse(line)
-                    if not allow_outside and not _inside(root, record["image"]):
-                        raise ValueError(f"image {record['image']!r} lies outside the image folder {images}")
-                yield offset, record
+                yield number, offset, line
             offset += len(line)
 
 

@@ -23,7 +23,7 @@ from model.decoding.masks import MaskCodec, crop, from_rle, mask_iou, paste_mask
 from model.io.image import load_image, open_image
 from model.io.writing import explain, located
 from train.data.coco import read_records
-from train.data.jsonl import MASK_KEYS, is_jsonl
+from train.data.jsonl import MASK_KEYS, each_line, is_jsonl
 
 # The contact sheet: pixels of a cell's side, pairs of cells in a row, pairs at most.
 CELL, PAIRS_PER_ROW, MAX_PAIRS = 160, 4, 24
@@ -43,10 +43,8 @@ class Outline:
 def read_outlines(file: Path) -> Iterator[Outline]:
     """The objects of a COCO file, except crowds, or of JSON lines, in the order of the file."""
     if is_jsonl(file):
-        with open(file, encoding="utf-8") as handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    yield _of_line(line, file, f"{file}:{number}")
+        for number, _, line in each_line(file):
+            yield _of_line(line, file, f"{file}:{number}")
         return
     categories, images, annotations = read_records(file, boxes=False, outlines=True)
     for i, record in annotations.items():
@@ -57,9 +55,9 @@ def read_outlines(file: Path) -> Iterator[Outline]:
             yield Outline(image["file_name"], label, record.get("segmentation"), where, size)
 
 
-def _of_line(line: str, file: Path, where: str) -> Outline:
+def _of_line(line: bytes, file: Path, where: str) -> Outline:
     what = f'{where}: not {{"image": ..., "label": ..., "mask": ...}}'
-    with explain(what, ValueError, KeyError, TypeError):
+    with explain(what, ValueError, KeyError, TypeError, RecursionError):
         record = json.loads(line)
         image, label, mask = (record[key] for key in MASK_KEYS)
     if not all(isinstance(text, str) and text for text in (image, label, mask)):

@@ -9,6 +9,7 @@ from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
 from model.io.image import image_folder
 from model.io.tokenizer import Tokenizer
+from model.io.writing import located
 from train.data.coco import CocoDetections, CocoIndex
 from train.data.jsonl import JsonlPairs, is_jsonl
 from train.data.targets import NANO_NOISE, Noise
@@ -56,7 +57,8 @@ def open_data(
         data = CocoDetections(index, images, language, label_of, size, seed, augment, noise, branches)
     if not len(data):
         raise ValueError(f"{file} has no samples with objects, and --skip-empty leaves out the others")
-    check_length(data.text_positions, model)
+    with located(str(file)):
+        check_length(data.text_positions, model)
     return data
 
 

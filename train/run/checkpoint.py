@@ -63,7 +63,7 @@ class Run:
     def of(cls, out: Path, base: str, files: Path, keep: int) -> "Run":
         """files: the folder whose tokenizer and codec travel with the run."""
         found = (files / name for name in COMPANION_FILES)
-        return cls(out, base, {file.name: file.read_bytes() for file in found if file.exists()}, keep)
+        return cls(out, base, {file.name: file.read_bytes() for file in found if file.is_file()}, keep)
 
 
 def save_model(model: PaliGemma, folder: Path, run: Run, dtype: torch.dtype | None = None) -> None:

@@ -44,8 +44,9 @@ def logged_lines(file: Path, last_step: int = sys.maxsize) -> list[str]:
     return kept
 
 
-class Log:
-    """The progress bar, OUT/metrics.jsonl, and TensorBoard where it is installed."""
+class Log(contextlib.AbstractContextManager):
+    """The progress bar, OUT/metrics.jsonl, and TensorBoard where it is installed. In a `with` statement, the
+    bar ends with it: what is printed afterwards, a complaint for example, has a line of its own."""
 
     def __init__(self, args: argparse.Namespace, first_step: int, device: torch.device):
         self.path = args.out / "metrics.jsonl"
@@ -84,6 +85,5 @@ class Log:
         if not self.path.exists():
             raise ValueError(f"{self.path} was removed during the run; --resume goes on without its lines")
 
-    def close(self) -> None:
+    def __exit__(self, *error) -> None:
         self.bar.close()
-        self.check()
