@@ -111,6 +111,7 @@ def load_data(
         noise=noise_of(args),
         index=index,
         branches=branches_of(args),
+        flip_vertical=args.flip_vertical,
     )
 
 

@@ -96,8 +96,12 @@ class Int8Linear(nn.Module):
 def can_pack(model: PaliGemma) -> bool:
     """Whether these weights have a packed layout on this machine."""
     weight = model.projector.weight
-    suitable = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return suitable and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu_has_bfloat16()
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether oneDNN multiplies matrices in bfloat16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(model: PaliGemma) -> None:

@@ -38,7 +38,7 @@ def find(image, colour):
     return [x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else None
 
 
-@pytest.mark.parametrize("step", ["flip", "rescale"])
+@pytest.mark.parametrize("step", ["flip", "flip_vertical", "rescale"])
 def test_boxes_move_with_pixels(step):
     """The painted rectangles are found where the boxes are; those dropped show less than the stated share."""
     dropped = cut = outside = 0
@@ -48,7 +48,9 @@ def test_boxes_move_with_pixels(step):
         boxes = np.concatenate((low, low + rng.integers(2, 10, (2, 2))), axis=1).astype(np.float64)
         image, before = painted(boxes, (RED, BLUE)), boxes.copy()
         moved, new, kept = (
-            (*flip(image, boxes), np.arange(2)) if step == "flip" else rescale(rng, image, boxes)
+            rescale(rng, image, boxes)
+            if step == "rescale"
+            else (*flip(image, boxes, vertical=step == "flip_vertical"), np.arange(2))
         )
         assert (boxes == before).all(), "the input is left as it was"
         assert new.shape == (len(kept), 4) and (step == "rescale" or moved.size == image.size)
@@ -82,6 +84,26 @@ def test_augment():
         assert min(shown.size) >= 1 and none.shape == (0, 4) and kept.shape == (0,)
 
 
+def test_flip_vertical(monkeypatch):
+    """All four ways to mirror a picture are equally likely; without the option two are, and nothing is drawn
+    for the others."""
+    monkeypatch.setattr("train.data.augment.RESCALE", 0)
+    monkeypatch.setattr("train.data.augment.JITTER", 0)
+    boxes = np.array([[10.0, 5, 30, 20]])
+    image = painted(boxes, (RED,))
+    for flip_vertical, ways in ((True, 4), (False, 2)):
+        seen = []
+        for seed in range(200):
+            rng, same = np.random.default_rng(seed), np.random.default_rng(seed)
+            moved, new, _ = augment(rng, image, boxes, flip_vertical)
+            same.random(4 if flip_vertical else 3)
+            assert rng.bit_generator.state == same.bit_generator.state
+            assert find(moved, RED) == new[0].tolist()
+            seen.append(tuple(new[0]))
+        counts = [seen.count(place) for place in set(seen)]
+        assert len(counts) == ways and min(counts) > 0.7 * 200 / ways
+
+
 def test_augmented_boxes(tmp_path):
     """Tokens of an augmented sample point at their object's pixels; of more objects than G, G are drawn."""
     boxes = {2: [55, 20, 80, 50], 13: [10, 15, 35, 45]}  # by category: a red and a blue object, many times
@@ -92,7 +114,8 @@ def test_augmented_boxes(tmp_path):
     ]
     file = tmp_path / "instances.json"
     file.write_text(json.dumps(instances(images=instances()["images"][:1], annotations=annotations)))
-    data = CocoDetections(CocoIndex.read(file), tmp_path, LANGUAGE, [2, 0, 3], 180, augment=True)
+    index = CocoIndex.read(file)
+    data = CocoDetections(index, tmp_path, LANGUAGE, [2, 0, 3], 180, augment=True, flip_vertical=True)
     counts = []
     for draw in range(40):
         sample = data[draw, 0]

@@ -4,6 +4,7 @@ It runs on a checkpoint of nano's form that is much smaller; a step takes a few 
 """
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -208,9 +209,11 @@ def test_dropout(tiny, scenes, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["COCO", "JSONL"])
 def test_augment(kind, tiny, scenes, pairs, tmp_path):
     data = scenes if kind == "COCO" else pairs
-    for name in ("", "--augment"):
-        run(tiny, tmp_path / f"run{name}", f"{PLAIN} --data {data} --steps 2 {name}")
-    assert not same(*(weights(tmp_path / name / "step-0000002") for name in ("run", "run--augment")))
+    options = ["", "--augment", "--augment --flip-vertical"][: 3 if kind == "COCO" else 2]
+    for i, option in enumerate(options):
+        run(tiny, tmp_path / f"{i}", f"{PLAIN} --data {data} --steps 2 {option}")
+    results = [weights(tmp_path / f"{i}" / "step-0000002") for i in range(len(options))]
+    assert not any(same(one, two) for one, two in combinations(results, 2))
 
 
 def test_autocast(tiny, scenes, tmp_path, monkeypatch):

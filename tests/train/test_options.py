@@ -53,6 +53,9 @@ def test_options_without_effect(tiny, scenes, pairs, tmp_path):
             message = run_complaint(tiny, out, f"--data {pairs} {words} {dry}")
             assert option in message and "pairs.jsonl" in message
     assert "--skip-empty" in run_complaint(tiny, out, "--skip-empty")
+    assert "--flip-vertical" in run_complaint(tiny, out, "--flip-vertical --augment")
+    assert "--flip-vertical" in run_complaint(tiny, out, f"--data {scenes} --flip-vertical")
+    assert "pairs.jsonl" in run_complaint(tiny, out, f"--data {pairs} --augment --flip-vertical")
     assert "--patch-weight" in run_complaint(tiny, out, "--patch-steps 2")
     for option in (
         "--noise-weight -1", "--noise-weight nan", "--noise-disguise 1.5", "--noise-near -0.1", "--beta2 1",
@@ -96,3 +99,11 @@ def test_all_weights_in_bfloat16_are_refused():
     with pytest.raises(ValueError, match="--dtype float32"):
         parsed("--dtype bfloat16")
     assert parsed("--dtype bfloat16 --lora").dtype == "bfloat16" and parsed("").dtype == "float32"
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_autocast_by_default(has, monkeypatch):
+    """Where the CPU multiplies in bfloat16; on GPUs always; or as asked for."""
+    monkeypatch.setattr("train.run.options.cpu_has_bfloat16", lambda: has)
+    assert parsed("").amp is has and parsed("--device cuda").amp is True
+    assert parsed("--amp").amp is True and parsed("--no-amp").amp is False

@@ -22,11 +22,12 @@ BRIGHTNESS, CONTRAST, SATURATION = 0.2, 0.2, 0.3  # x: a factor between 1 - x an
 HUE = 5  # at most, in steps of 1/256 of the colour circle
 
 
-def flip(image: Image.Image, boxes: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-    """Swap left and right."""
+def flip(image: Image.Image, boxes: np.ndarray, vertical: bool = False) -> tuple[Image.Image, np.ndarray]:
+    """Swap left and right, or top and bottom."""
+    axis, way = (1, "FLIP_TOP_BOTTOM") if vertical else (0, "FLIP_LEFT_RIGHT")
     mirrored = boxes.copy()
-    mirrored[:, [0, 2]] = image.width - boxes[:, [2, 0]]
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mirrored
+    mirrored[:, [axis, axis + 2]] = image.size[axis] - boxes[:, [axis + 2, axis]]
+    return image.transpose(Image.Transpose[way]), mirrored
 
 
 def rescale(
@@ -60,12 +61,15 @@ def jitter(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def augment(
-    rng: np.random.Generator, image: Image.Image, boxes: np.ndarray
+    rng: np.random.Generator, image: Image.Image, boxes: np.ndarray, flip_vertical: bool = False
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """Take each step with its probability. kept int64 [m]: the rows of the boxes [n, 4] that are returned."""
+    """Take each step with its probability. kept int64 [m]: the rows of the boxes [n, 4] that are returned.
+    flip_vertical: top and bottom are swapped as often as left and right, for pictures without an up."""
     kept = np.arange(len(boxes))
     if rng.random() < FLIP:
         image, boxes = flip(image, boxes)
+    if flip_vertical and rng.random() < FLIP:
+        image, boxes = flip(image, boxes, vertical=True)
     if rng.random() < RESCALE:
         image, boxes, kept = rescale(rng, image, boxes)
     if rng.random() < JITTER:

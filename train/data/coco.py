@@ -219,9 +219,11 @@ class CocoDetections(Dataset):
         augment: bool = False,
         noise: Noise = NANO_NOISE,
         branches: int | None = None,
+        flip_vertical: bool = False,
     ):
         """label_of: the model's class number of each of the file's classes. size: S, the image's side.
-        branches: objects of a picture that are taught in parallel; None: they are taught in sequence."""
+        branches: objects of a picture that are taught in parallel; None: they are taught in sequence.
+        flip_vertical: as a part of augment."""
         self.label_of = np.asarray(label_of, np.int64)
         if self.label_of.shape != (len(index.classes),):
             raise ValueError(
@@ -232,6 +234,7 @@ class CocoDetections(Dataset):
                 raise ValueError(f"class {name!r} of the file: the model has no class number {label}")
         self.index, self.images, self.language = index, images, language
         self.size, self.seed, self.augment, self.noise = size, seed, augment, noise
+        self.flip_vertical = flip_vertical
         rows = torch.arange(len(index))
         # Item i is the image in row rows[i] of the index.
         self.rows = (rows[index.offsets.diff() > 0] if noise.skip_empty else rows).share_memory_()
@@ -278,7 +281,7 @@ class CocoDetections(Dataset):
         image = self.picture(item)
         boxes, labels = self.objects(item)
         if self.augment:
-            changed, moved, kept = augment(rng, image, boxes)
+            changed, moved, kept = augment(rng, image, boxes, self.flip_vertical)
             if len(kept) or not self.noise.skip_empty:  # else no object is left: take the image unchanged
                 image, boxes, labels = changed, moved, labels[kept]
         pixels = square(image, self.size)

@@ -37,9 +37,10 @@ def open_data(
     noise: Noise = NANO_NOISE,
     index: CocoIndex | None = None,
     branches: int | None = None,
+    flip_vertical: bool = False,
 ) -> Dataset:
     """The data set of a file, checked against the model. index: of a COCO file, if it is read already;
-    branches: see CocoDetections."""
+    branches, flip_vertical: see CocoDetections."""
     images, size = image_folder(file, images), model.config.vision.image_size
     index = read_coco_index(file, images) if index is None else index
     if index is None:
@@ -48,13 +49,17 @@ def open_data(
             raise ValueError(f"{what}, and {file} holds lines of text, not COCO instances")
         if branches is not None:
             raise ValueError(f"--answers parallel: {file} holds lines of text, not COCO instances")
+        if flip_vertical:
+            raise ValueError(f"--flip-vertical: {file} holds lines of text, whose boxes would be off")
         data = JsonlPairs(
             file, images, tokenizer, size, seed=seed, augment=augment, allow_outside=allow_outside
         )
     else:
         language = ClosedSet.of(model.config, tokenizer)
         label_of = [language.classes.index(name) for name in index.classes]
-        data = CocoDetections(index, images, language, label_of, size, seed, augment, noise, branches)
+        data = CocoDetections(
+            index, images, language, label_of, size, seed, augment, noise, branches, flip_vertical
+        )
     if not len(data):
         raise ValueError(f"{file} has no samples with objects, and --skip-empty leaves out the others")
     with located(str(file)):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from model.config import FORMS
+from model.decoding.packing import cpu_has_bfloat16
 from model.io.writing import explain
 from model.lora import TARGETS
 from train.data.targets import Noise
@@ -36,6 +37,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--skip-broken", action=switch, default=False,
         help="train without pictures that cannot be used (default: end before the first step)")  # fmt: skip
     add("--augment", action=switch, default=False, help="flip, scale, shift, colours (train/data/augment.py)")
+    add("--flip-vertical", action=switch, default=False,
+        help="with --augment: swap top and bottom too, for pictures without an up (cells)")  # fmt: skip
     tasks = ["closed-set", "all"]
     add("--tasks", choices=tasks, default=tasks[0], help="of practice scenes: all adds words and masks")
     add("--first-scene", type=not_negative, default=0, help="number of the first practice scene")
@@ -93,7 +96,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of the weights; auto: bfloat16 under an adapter, else float32")  # fmt: skip
-    add("--amp", action=switch, default=True, help="bfloat16 autocast over float32 weights")
+    add("--amp", action=switch,
+        help="bfloat16 autocast over float32 weights (default: unless a CPU has no bfloat16)")  # fmt: skip
     add("--recompute", action=switch, default=False, help="activation checkpointing: less memory, slower")
     add("--shard", action=switch, default=False, help="split the weights over the processes (FSDP2)")
     add("--compile", action=switch, default=False, help="torch.compile (needs a C++ compiler)")
@@ -123,6 +127,8 @@ def arguments(argv=None) -> argparse.Namespace:
         value = getattr(args, name)
         if not value >= 0:  # a negative --clip would turn the gradient around
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be at least 0")
+    if args.amp is None:  # where a CPU lacks the instructions, a step in bfloat16 takes nine times as long
+        args.amp = args.device != "cpu" or cpu_has_bfloat16()
     if args.dtype == "float16":
         raise ValueError("--dtype float16: its range is too small for Gemma's activations; use bfloat16")
     if args.dtype == "auto":
@@ -152,6 +158,8 @@ def arguments(argv=None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is for --answers parallel")
     if args.noise == "own" and args.noise_copies:
         raise ValueError("--noise-copies is for noise that is made up: add --noise made-up")
+    if args.flip_vertical and not (args.augment and args.data):
+        raise ValueError("--flip-vertical is a part of --augment, which is for --data: add both")
     if args.tasks == "all" and args.data:
         raise ValueError("--tasks all is of practice scenes: leave --data out; what lines ask for is in them")
     if args.val_every and args.data and not args.val:

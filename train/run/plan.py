@@ -46,6 +46,7 @@ def print_plan(args: argparse.Namespace, world: int) -> int:
             noise=noise_of(args),
             index=index,
             branches=branches_of(args),
+            flip_vertical=args.flip_vertical,
         )
         epochs = args.steps * args.batch_size / len(data)
         print(f"data        {args.data}: {len(data):,} samples, {epochs:.2f} epochs")
