@@ -77,7 +77,7 @@ def train_tokenizer(file: Path, seed: int = 0) -> None:
 def nano_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
     """The 3B in everything but size. The sliding window is shorter than the sequence of 130: it is in use."""
     return PaliGemmaConfig(
-        VisionConfig(image_size=128, patch_size=16, width=192, layers=6, heads=6, mlp=768),
+        VisionConfig(image_size=128, patch_size=16, width=192, layers=8, heads=6, mlp=768),
         TextConfig(
             version=2,
             width=160,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All of nano, from nothing to the shipped kind of checkpoint: seven hours on two cores, no data set (train/README.md).
+# All of nano, from nothing to the shipped kind of checkpoint: ten hours on two cores, no data set (train/README.md).
 # Options are handed on to each run of fit.py: --no-compile where there is no C++ compiler.
 #   OUT: folder of the runs.
 #   STEPS_SCALE: a factor for all numbers of steps, and for the scenes that the codec is measured on; at least 2
@@ -28,4 +28,10 @@ fit --model "$OUT/detect-1/final" --out "$OUT/detect-2" --steps "$(scaled 10200)
 python "$here/nano/untrained.py" --out "$OUT/words" --start "$OUT/detect-2/final" --codec "$OUT/codec/codec.safetensors"
 fit --model "$OUT/words" --out "$OUT/all-tasks" --tasks all --steps "$(scaled 14800)" --batch-size 32 --lr 1e-3 \
     --muon-lr 5e-3 --patch-weight 1 --warmup 200 --first-scene 4000000 "$@"
-echo "nano: $OUT/all-tasks/final"
+
+# 4. Boxes in parallel: every object a branch, the model's own boxes as noise, locations taught with their neighbours.
+fit --model "$OUT/all-tasks/final" --out "$OUT/parallel" --tasks all --answers parallel --noise own --noise-boxes 8 \
+    --noise-weight 2 --location-smoothing 6 --steps "$(scaled 7200)" --batch-size 64 --lr 6e-4 --muon-lr 3e-3 \
+    --patch-weight 1 --warmup 100 --first-scene 30000000 "$@"
+python "$here/../infer/calibrate.py" --model "$OUT/parallel/final" --count "$(scaled 1000)"
+echo "nano: $OUT/parallel/final"
