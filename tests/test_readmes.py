@@ -34,7 +34,7 @@ QUICK = {
     "infer/tradeoffs.py growth": "--count 2 --repeats 1 --groups 1 2 --batch-size 1 2 --sides 32 64",
     "infer/tradeoffs.py seam": "--repeats 2",
     "infer/tradeoffs.py head": "--repeats 2 --widths nano --device cpu",
-    "train/recipes/nano.sh": "--batch-size 1 --workers 0 --no-compile",  # of its runs of fit.py
+    "train/recipes/nano.sh": "--batch-size 1 --workers 0 --no-compile --muon-lr 0",  # of its runs of fit.py
 }
 INSTEAD = {
     "--nproc_per_node=8": "--nproc_per_node=2 --standalone",  # a free port instead of the same for all
@@ -98,6 +98,13 @@ def folder(tmp_path_factory) -> Path:
         (folder / name).symlink_to(folder / "practice" / "scenes" / "images")
     for name in ("instances.json", "coco/annotations/instances_train2017.json"):
         (folder / name).symlink_to(folder / "practice" / "scenes" / "instances.json")
+    (folder / "raccoon").mkdir()
+    for name, file in (
+        ("images", "images"),
+        ("train.json", "instances.json"),
+        ("test.json", "instances.json"),
+    ):
+        (folder / "raccoon" / name).symlink_to(folder / "practice" / "scenes" / file)
     Image.open(folder / "photos" / "000000.png").save(folder / "photo.jpg")
     for checkpoint in set(re.findall(r"google/[\w.-]+", " ".join(COMMANDS))):
         cached = folder / "hub" / f"models--{checkpoint.replace('/', '--')}"
