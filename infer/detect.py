@@ -100,7 +100,6 @@ def save_masks(found: Detections, record: dict, drawings: Drawings, name: str) -
     for number, (mask, d) in enumerate(zip(found.masks or (), record["detections"])):
         label = re.sub(r"\W+", "-", d["label"])
         d["mask"] = as_text(drawings.save(Image.fromarray(mask), f"{name}.{number}-{label}"))
-        d["segmentation"] = to_rle(mask)
 
 
 def make_record(file: Path, image: Image.Image, found: Detections, tokens: bool) -> dict:
@@ -109,6 +108,8 @@ def make_record(file: Path, image: Image.Image, found: Detections, tokens: bool)
         dict(label=label, class_id=c, score=round(score, 4), box=[round(x, 2) for x in box])
         for (label, score, box), c in zip(found, found.class_ids.tolist(), strict=True)
     ]
+    for d, mask in zip(detections, found.masks or ()):
+        d["segmentation"] = to_rle(mask)
     record = dict(image=as_text(file), width=image.width, height=image.height, detections=detections)
     return record | (dict(tokens=found.tokens.flatten().tolist()) if tokens else {})
 
