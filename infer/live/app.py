@@ -85,9 +85,10 @@ def build(asker: Asker, scenes: Sequence[tuple[str, Image.Image]], selection: Se
                 if drawings_only:
                     gr.HTML(f'<p class="note">{WARNING}</p>', elem_id="warning")
                 if scenes:
+                    gr.HTML('<p class="note">Or one of these scenes, on which it was not trained:</p>')
                     gallery = gr.Gallery(
-                        [image for _, image in scenes], label="Scenes that were not trained on", columns=4,
-                        height=120, allow_preview=False, interactive=False, buttons=[], elem_id="scenes",
+                        [image for _, image in scenes], show_label=False, columns=4, height="auto",
+                        allow_preview=False, interactive=False, buttons=[], elem_id="scenes",
                     )  # fmt: skip
                 mode = gr.Radio(MODES, value=CLOSED_SET, label="Look for", elem_id="mode")
                 text = gr.Textbox(visible=False, max_length=MAX_TEXT, elem_id="text")

@@ -59,7 +59,8 @@ def drawing(session: Session, found: Detections | None) -> str:
             f'<g class="box" tabindex="0" role="img" aria-label="{caption}">{mask or ""}'
             f'<rect x="{x0:.2f}" y="{y0:.2f}" width="{x1 - x0:.2f}" height="{y1 - y0:.2f}"'
             f' stroke="{colour}"/>'
-            f'<text x="{x0 + 0.2 * size:.2f}" y="{top:.2f}" font-size="{size:.2f}">{caption}</text></g>'
+            f'<text x="{x0 + 0.2 * size:.2f}" y="{top:.2f}"'
+            f' style="font-size: calc({size:.2f}px * var(--letters, 1))">{caption}</text></g>'
         )
     return (
         f'<svg class="drawing" viewBox="0 0 {width} {height}" role="group" aria-label="{text(session.name)}">'
@@ -73,7 +74,7 @@ def table(found: Detections) -> str:
         f"<td>{score:.2f}</td><td>{' '.join(f'{x:.0f}' for x in box)}</td></tr>"
         for (label, score, box), c in zip(found, found.class_ids)
     )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("class", "score", "x0 y0 x1 y1, pixels"))
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("class", "score", "x0 y0 x1 y1"))
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
