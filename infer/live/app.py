@@ -85,7 +85,6 @@ def build(asker: Asker, scenes: Sequence[tuple[str, Image.Image]], selection: Se
                 if drawings_only:
                     gr.HTML(f'<p class="note">{WARNING}</p>', elem_id="warning")
                 if scenes:
-                    gr.HTML('<p class="note">Or one of these scenes, on which it was not trained:</p>')
                     gallery = gr.Gallery(
                         [image for _, image in scenes], show_label=False, columns=4, height="auto",
                         allow_preview=False, interactive=False, buttons=[], elem_id="scenes",
