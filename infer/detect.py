@@ -29,8 +29,8 @@ from infer.lib.options import (
     make_folder,
     write_output,
 )
+from infer.lib.record import make_record
 from model.decoding.detections import Detections
-from model.decoding.masks import to_rle
 from model.io.image import SUFFIXES, read_ahead
 from model.io.names import as_text, shown
 from model.io.writing import atomic_write
@@ -100,17 +100,6 @@ def save_masks(found: Detections, record: dict, drawings: Drawings, name: str) -
     for number, (mask, d) in enumerate(zip(found.masks or (), record["detections"])):
         label = re.sub(r"\W+", "-", d["label"])
         d["mask"] = as_text(drawings.save(Image.fromarray(mask), f"{name}.{number}-{label}"))
-        d["segmentation"] = to_rle(mask)
-
-
-def make_record(file: Path, image: Image.Image, found: Detections, tokens: bool) -> dict:
-    """One image's entry in the JSON file."""
-    detections = [
-        dict(label=label, class_id=c, score=round(score, 4), box=[round(x, 2) for x in box])
-        for (label, score, box), c in zip(found, found.class_ids.tolist(), strict=True)
-    ]
-    record = dict(image=as_text(file), width=image.width, height=image.height, detections=detections)
-    return record | (dict(tokens=found.tokens.flatten().tolist()) if tokens else {})
 
 
 def detect_files(args: argparse.Namespace, masks: bool = False) -> int:

@@ -21,6 +21,7 @@ OPTIONAL = {  # packages outside requirements.txt: who may import them, always i
     "tensorboard": {"train.run.log"},
     "transformers": {"infer.benchmark", "infer.benchmark_step"},
     "peft": {"infer.benchmark_step"},
+    "gradio": {"infer.live.app"},
 }
 IMPORT_NAMES = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}  # where it is not the project's name
 # Heavy packages that the library imports only when they are needed: `import model` stays quick.
@@ -34,6 +35,7 @@ LATE = [  # the only imports inside functions: (importer, imported)
     (r".*", r"model\.decoding\.head_kernel"),  # needs Triton, which has no build for some systems
     (r"infer\..+", r"matplotlib.*"),
     (r"infer\.generate", r"readline"),  # Windows has none
+    (r"infer\.live\.app", r"gradio"),
     (r"train\.run\.log", r"torch\.utils\.tensorboard"),
     (r"infer\.benchmark(_step)?", r"(transformers|peft)(\..+)?"),
 ]
