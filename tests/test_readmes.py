@@ -34,6 +34,7 @@ QUICK = {
     "infer/tradeoffs.py growth": "--count 2 --repeats 1 --groups 1 2 --batch-size 1 2 --sides 32 64",
     "infer/tradeoffs.py seam": "--repeats 2",
     "infer/tradeoffs.py head": "--repeats 2 --widths nano --device cpu",
+    "tests/run_trial.py": "--only codecs --cases 2",  # test_trial.py runs the short form
     "train/recipes/nano.sh": "--batch-size 1 --workers 0 --no-compile --muon-lr 0",  # of its runs of fit.py
 }
 INSTEAD = {
