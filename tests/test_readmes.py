@@ -25,6 +25,7 @@ QUICK = {
     "train/fit.py": "--steps 2 --batch-size 4 --workers 0 --no-compile",  # compiling takes a minute
     "train/practice/write.py": "--count 4",
     "infer/evaluate.py": "--count 2",
+    "infer/doctor.py": "--count 2",
     "infer/evaluate_answers.py": "--count 2",
     # nano, which is found in --folder, in place of random weights of an official size; and no transformers,
     # slow to start: test_benchmarks.py runs that side.
@@ -42,6 +43,8 @@ INSTEAD = {
     "python -m pytest tests/": "ls tests/",  # this suite runs them
     "python -m pytest -m gpu": "grep '\"gpu:' pyproject.toml",
     "hf auth login": "hf auth login --help",  # no account here
+    'python -m pip install -e ".[demo]"': "grep demo pyproject.toml",  # no gradio here
+    "python infer/demo.py": "python infer/demo.py --help",  # it would serve for ever
 }
 
 # ---- what is in a README -----------------------------------------------------------------------------------

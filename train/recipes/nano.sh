@@ -33,5 +33,6 @@ fit --model "$OUT/words" --out "$OUT/all-tasks" --tasks all --steps "$(scaled 14
 fit --model "$OUT/all-tasks/final" --out "$OUT/parallel" --tasks all --answers parallel --noise own --noise-boxes 8 \
     --noise-weight 2 --location-smoothing 6 --steps "$(scaled 7200)" --batch-size 64 --lr 6e-4 --muon-lr 3e-3 \
     --patch-weight 1 --warmup 100 --first-scene 30000000 "$@"
-python "$here/../infer/calibrate.py" --model "$OUT/parallel/final" --count "$(scaled 1000)"
+python "$here/../infer/calibrate.py" --model "$OUT/parallel/final" --count "$(scaled 1000)" ||
+    echo "nano.sh: the scores are left as they are"  # after a few steps, no box is right
 echo "nano: $OUT/parallel/final"
