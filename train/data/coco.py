@@ -40,6 +40,13 @@ def read_records(
         if handle.peek(1)[:1] not in b"{[ \t\r\n\xef":  # what is none is not read, however long it is
             raise ValueError("it does not begin with {")
         data = json.loads(handle.read(), object_hook=None if outlines else _without_outlines)
+    return check_records(data, file, boxes, sizes)
+
+
+def check_records(
+    data: dict, file: Path, boxes: bool = True, sizes: bool = True
+) -> tuple[dict[int, dict], dict[int, dict], dict[int, dict]]:
+    """The same of what such a file holds. file: for messages."""
     categories, pictures, annotations = (
         _by_id(data, key, file) for key in ("categories", "images", "annotations")
     )
@@ -166,7 +173,14 @@ class CocoIndex:
         cls, file: Path, images: Path | None = None, max_classes: int | None = MAX_CLASSES
     ) -> "CocoIndex":
         """Index a file. images: their folder, if it is to be checked; max_classes None: no limit."""
-        categories, pictures, annotations = read_records(file, images)
+        return cls.of(read_records(file, images), file, max_classes)
+
+    @classmethod
+    def of(
+        cls, records: tuple[dict, dict, dict], file: Path, max_classes: int | None = MAX_CLASSES
+    ) -> "CocoIndex":
+        """Index what read_records or check_records returned. file: for messages."""
+        categories, pictures, annotations = records
         if max_classes is not None and len(categories) > max_classes:
             raise ValueError(f"{file} has {len(categories)} categories, there are tokens for {max_classes}")
         ids = sorted(categories)
