@@ -114,7 +114,7 @@ def main() -> None:
     parts = [args.part] if args.part else ["test", "val"]
     found = find_data(args.data, args.images, parts) if args.data else None
     instances = read_other_form(found)
-    if found and rank_and_world()[0] == 0:
+    if found and (instances or found.path != args.data) and rank_and_world()[0] == 0:
         print(found, file=sys.stderr)
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -22,7 +22,7 @@ from model.io.image import SUFFIXES, image_folder, upright_size
 from model.io.names import shown
 from model.io.writing import open_regular
 from train.data import labelme, voc, yolo
-from train.data.coco import read_records
+from train.data.coco import check_records, read_records
 from train.data.folders import list_pictures
 from train.data.jsonl import is_jsonl, read_lines, right_answers
 
@@ -63,15 +63,22 @@ def find_data(path: Path, images: Path | None, parts: Sequence[str]) -> Found:
     return found
 
 
+def records_of(found: Found, strict: bool = True, outlines: bool = False) -> tuple[dict, dict, dict]:
+    """What read_records returns of a COCO file, of a set of any form. strict: False if a picture whose size
+    cannot be read is found out later."""
+    if found.form == "COCO":
+        return read_records(found.path, found.images, outlines=outlines)
+    data = found.read(strict) if found.read else lists_of_lines(found.path, found.images)[0]
+    return check_records(data, found.path)
+
+
 def lists_of(found: Found, strict: bool = True) -> dict:
-    """COCO's lists of a data set: what its JSON holds, or is made of another form. strict: False if a
-    picture whose size cannot be read is found out later."""
-    if found.read is not None:
-        return found.read(strict)
-    if found.form == "JSONL":
-        return lists_of_lines(found.path, found.images)[0]
-    records = read_records(found.path, found.images, outlines=True)
-    return dict(zip(("categories", "images", "annotations"), (list(of.values()) for of in records)))
+    """The same as a COCO file would hold it."""
+    categories, images, annotations = (list(of.values()) for of in records_of(found, strict, outlines=True))
+    for record in annotations:
+        if record["area"] is None:
+            record["area"] = record["bbox"][2] * record["bbox"][3]
+    return dict(images=images, annotations=annotations, categories=categories)
 
 
 # ---- what is there -----------------------------------------------------------------------------------------

@@ -40,13 +40,14 @@ class Outline:
     size: tuple[int, int] | None = None  # width and height of the image, if the file says so
 
 
-def read_outlines(file: Path) -> Iterator[Outline]:
-    """The objects of a COCO file, except crowds, or of JSON lines, in the order of the file."""
-    if is_jsonl(file):
+def read_outlines(file: Path, records: tuple[dict, dict, dict] | None = None) -> Iterator[Outline]:
+    """The objects of a COCO file, except crowds, or of JSON lines, in the order of the file. records: what
+    check_records returned about another form."""
+    if records is None and is_jsonl(file):
         for number, _, line in each_line(file):
             yield _of_line(line, file, f"{file}:{number}")
         return
-    categories, images, annotations = read_records(file, boxes=False, outlines=True)
+    categories, images, annotations = records or read_records(file, boxes=False, outlines=True)
     for i, record in annotations.items():
         if not record.get("iscrowd"):
             image, label = images[record["image_id"]], categories[record["category_id"]]["name"]
@@ -162,7 +163,7 @@ def segment_lines(
 ) -> Iterator[tuple[dict, Image.Image, list]]:
     """For each image and class with at most `most` objects: the line, the image, and for each object its box,
     label, mask and reconstructed mask. counts: updated with "objects" and with those left out, "bad" and
-    "crowded"."""
+    "crowded", and with "most", the largest number of those in an image."""
     by_image = defaultdict(list)
     for outline in outlines:
         by_image[outline.image].append(outline)
@@ -179,6 +180,7 @@ def segment_lines(
         for label, masks in by_label.items():
             if len(masks) > most:
                 counts["crowded"] += len(masks)
+                counts["most"] = max(counts["most"], len(masks))
                 continue
             counts["objects"] += len(masks)
             boxes = np.stack([tight_box(mask) for mask in masks])

@@ -9,8 +9,8 @@ from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
 from model.io.tokenizer import Tokenizer
 from model.io.writing import located
-from train.data.coco import CocoDetections, CocoIndex, check_records
-from train.data.forms import find_data, lists_of
+from train.data.coco import CocoDetections, CocoIndex
+from train.data.forms import find_data, records_of
 from train.data.jsonl import JsonlPairs
 from train.data.targets import NANO_NOISE, Noise
 
@@ -18,11 +18,7 @@ from train.data.targets import NANO_NOISE, Noise
 def read_coco_index(file: Path, images: Path | None, part: str = "train") -> CocoIndex | None:
     """The index of a set of boxes; None for JSON lines. part: that is taken of a set with several."""
     found = find_data(file, images, [part])
-    if found.form == "JSONL":
-        return None
-    if found.form == "COCO":
-        return CocoIndex.read(found.path, found.images)
-    return CocoIndex.of(check_records(lists_of(found, strict=False), file), file)
+    return None if found.form == "JSONL" else CocoIndex.of(records_of(found, strict=False), found.path)
 
 
 def classes_for(index: CocoIndex | None, known: tuple[str, ...]) -> tuple[str, ...]:
