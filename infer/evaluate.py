@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from infer.lib.options import add_detection_arguments, check_output, load_detector, write_output
+from infer.lib.options import add_detection_arguments, check_output, load_detector, tables, write_output
 from infer.lib.predictions import (
     SCENES_FOLDER,
     add_set_arguments,
@@ -132,7 +132,8 @@ def main() -> None:
         detector = load_detector(args)
         for name, data, images, out in evaluation_sets(args, folder, detector.model):
             if of_set := evaluate(detector, data, images, args.batch_size, name, out, args.skip_broken):
-                print_figures(name, of_set)
+                with tables(args.json):
+                    print_figures(name, of_set)
                 figures[name] = of_set
     if args.json and figures:
         write_output(figures, args.json)

@@ -15,9 +15,8 @@ from helpers import ROOT
 PACKAGES = "model", "train", "infer"  # each may import those before it
 THE_LOOP = {f"train.{name}" for name in ("fit", "setup", "loss", "validate", "measures", "merge", "convert")}
 # What infer takes from train: the practice set, the measures and the readers, never the loop.
-FOR_INFER = (
-    r"train\.(practice(\..+)?|measures|data\.(coco|forms|jsonl|open)|run\.(pictures|processes|program))"
-)
+READERS = r"data\.(coco|folders|forms|jsonl|open|records|save)"
+FOR_INFER = rf"train\.(practice(\..+)?|measures|{READERS}|run\.(pictures|processes|program))"
 OPTIONAL = {  # packages outside requirements.txt: who may import them, always inside a function
     "supervision": {"model.decoding.detections"},
     "tensorboard": {"train.run.log"},

@@ -22,9 +22,9 @@ from model.io.image import SUFFIXES, image_folder, upright_size
 from model.io.names import shown
 from model.io.writing import open_regular
 from train.data import labelme, voc, yolo
-from train.data.coco import check_records, read_records
 from train.data.folders import list_pictures
 from train.data.jsonl import is_jsonl, read_lines, right_answers
+from train.data.records import check_records, read_records
 
 PART_NAMES = dict(train=("train", "training"), val=("val", "valid", "validation"), test=("test", "testing"))
 KNOWN = (
@@ -48,7 +48,8 @@ class Found:
     @property
     def name(self) -> str:
         """A short one, for titles."""
-        return self.path.stem if self.path.is_file() else self.path.absolute().name
+        place = self.path.parent if self.path.stem in ("data", "_annotations.coco") else self.path
+        return place.stem if place.is_file() else place.absolute().name
 
     def __str__(self) -> str:
         part = f", part {self.part}" if self.part else ""

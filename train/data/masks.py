@@ -22,8 +22,8 @@ from model.decoding.boxes import box_prompt, boxes_to_locs, check_label, format_
 from model.decoding.masks import MaskCodec, crop, from_rle, mask_iou, paste_mask, tight_box, to_rle
 from model.io.image import load_image, open_image
 from model.io.writing import explain, located
-from train.data.coco import read_records
 from train.data.jsonl import MASK_KEYS, each_line, is_jsonl
+from train.data.records import read_records
 
 # The contact sheet: pixels of a cell's side, pairs of cells in a row, pairs at most.
 CELL, PAIRS_PER_ROW, MAX_PAIRS = 160, 4, 24
