@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import call, complaint, write_jsonl
+from helpers import call, complaint, picture, write_jsonl
 from PIL import Image
 from training import PLAIN, run
 
@@ -30,8 +30,7 @@ def photos(tmp_path) -> Path:
     images = []
     for i, (name, size) in zip((7, 2, 5), SIZES.items()):
         images.append(dict(id=i, file_name=name, width=size[0], height=size[1]))
-        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "images" / name)
+        picture(tmp_path / "images" / name, *size, seed=i)
     annotations = [
         dict(id=k, image_id=i, category_id=c, bbox=box, area=box[2] * box[3], iscrowd=0)
         for k, (i, c, box) in enumerate(OBJECTS, 1)
