@@ -153,12 +153,17 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
             complain(f"ended early: {len(records)} of {len(files)} pictures are done", program)
         if args.json and (finished or records):
             write_output(records, args.json, args.quiet)
-        for form in args.save if records else ():
-            data, folder = as_lists(records, list(named), detector.classes), drawings.folder / form
-            told, left_out = save_set(form, data, named, folder, args.overwrite)
-            with tables(args.json, args.quiet):
-                print(f"{shown(folder)}: {told}" + (f"; left out: {left_out}" if left_out else ""))
+        if args.save and records:
+            save_sets(args, as_lists(records, list(named), detector.classes), named, drawings.folder)
     return 1 if complaints else 0
+
+
+def save_sets(args: argparse.Namespace, data: dict, named: dict[str, Path], folder: Path) -> None:
+    """Write what --save asks for, and say so. named: the picture of each name in the data."""
+    told = [save_set(form, data, named, folder / form, args.overwrite)[0] for form in args.save]
+    with tables(args.json, args.quiet):
+        for form, what in zip(args.save, told, strict=True):
+            print(f"{shown(folder / form)}: {what}")
 
 
 def save_found(
