@@ -44,7 +44,9 @@ def names_of(data: dict, file: Path) -> dict[int, str]:
     """Names of the classes by number, from a list or a mapping."""
     names = data["names"]
     pairs = names.items() if isinstance(names, dict) else enumerate(names if isinstance(names, list) else ())
-    with explain(f"{file}: names must be a list, or numbers with names", ValueError, TypeError):
+    with explain(
+        f"{file}: names must be a list, or numbers with names", ValueError, TypeError, OverflowError
+    ):
         found = {int(number): str(name).strip() for number, name in pairs}
     return _distinct(found, file)
 
@@ -143,12 +145,8 @@ def read_yolo(names: dict[int, str], pictures: list[Path], folder: Path, root: P
             if line.strip():
                 with located(f"{file}:{number}"):
                     objects.append(_read_line(line.split(), names, *size))
-        name = (
-            picture.relative_to(folder)
-            if not picture.is_absolute()
-            else picture.relative_to(folder.absolute())
-        )
-        entries.append(Entry(name.as_posix(), size, objects))
+        name = Path(os.path.relpath(picture, folder)).as_posix()
+        entries.append(Entry(name, size, objects))
     return as_coco(entries, {name: number for number, name in names.items()}, root)
 
 
