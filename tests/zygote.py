@@ -130,6 +130,8 @@ def run(asking: socket.socket) -> None:
 
 if __name__ == "__main__":
     import pycocotools.coco  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
+    import torch.distributed.run  # noqa: F401
 
     gc.freeze()  # pages that no collection touches stay shared
     serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
