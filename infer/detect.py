@@ -142,7 +142,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                 for (file, image), found in zip(images, found_all, strict=True):
                     record, drawn = save_found(file, image, found, drawings, args.tokens)
                     records.append(record)
-                    named[drawn.stem + file.suffix] = file
+                    named[as_text(drawn.stem + file.suffix)] = file
                     bar.clear()
                     print(f"{shown(file)}  {image.width} x {image.height}  ->  {shown(drawn)}")
                     print(indent(str(found), "  "))

@@ -118,18 +118,17 @@ def coco_to_jsonl(args: argparse.Namespace) -> str:
 
 def to_coco(args: argparse.Namespace) -> str:
     found = find(args)
-    data, skipped = (
-        lists_of_lines(found.path, found.images) if found.form == "JSONL" else (lists_of(found), {})
-    )
+    told = ""
+    if found.form == "JSONL":
+        data, skipped = lists_of_lines(found.path, found.images)
+        words = dict(unlabelled="boxes without a label", degenerate="degenerate ones")
+        told = ", ".join(f"{skipped[key]} {what}" for key, what in words.items())
+        told = f"; skipped {told} and {skipped['loose']} locations outside of boxes"
+    else:
+        data = lists_of(found)
     write_json(data, args.out)
     images, boxes, categories = (len(data[key]) for key in ("images", "annotations", "categories"))
-    told = f"{boxes} boxes of {categories} categories in {images} images"
-    if skipped:
-        told += (
-            f"; skipped {skipped['unlabelled']} boxes without a label, {skipped['degenerate']} degenerate "
-        )
-        told += f"ones and {skipped['loose']} locations outside of boxes"
-    return told
+    return f"{boxes} boxes of {categories} categories in {images} images{told}"
 
 
 def to_folder(args: argparse.Namespace) -> str:

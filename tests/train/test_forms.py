@@ -399,6 +399,8 @@ def test_fit_and_evaluate(photos, converted, tiny, model, monkeypatch, capsys):
             code, printed, said = call(monkeypatch, capsys, evaluate, *options, "--device", "cpu")
             assert code == 0 and ("Pascal VOC" in said) == (name == "voc")
         figures.append(printed.splitlines()[1:])
+        code, only, said = call(monkeypatch, capsys, evaluate, *options, "--device", "cpu", "--json", "-")
+        assert list(json.loads(only)) == [name.removesuffix(".json")] and printed in said
         assert printed.splitlines()[0].endswith(f"({name.removesuffix('.json')})")
     assert losses[0] == losses[1] and figures[0] == figures[1]
 

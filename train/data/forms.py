@@ -161,8 +161,8 @@ def _sub(folder: Path, *names: str) -> Path | None:
 def _yolo_of_yaml(file: Path, images: Path | None, parts: Sequence[str]) -> Found:
     data = yolo.read_yaml(file)
     there = yolo.parts_of(data, file)
-    part, places = _pick(there, parts, file) if len(there) > 1 else next(iter(there.items()))
-    return _yolo_of(file, images, part if len(there) > 1 else None, places, yolo.names_of(data, file))
+    part, places = _pick(there, parts, file)
+    return _yolo_of(file, images, part, places, yolo.names_of(data, file))
 
 
 def _yolo(folder: Path, images: Path | None, parts: Sequence[str], part: str | None) -> Found | None:
@@ -211,7 +211,7 @@ def _voc(folder: Path, images: Path | None, parts: Sequence[str], part: str | No
         raise ValueError(f"{shown(pictures)}: no such folder (the images of {shown(folder)})")
     lists = {key: root / "ImageSets" / "Main" / f"{key}.txt" for key in PART_NAMES}
     lists, names = {key: file for key, file in lists.items() if file.is_file()}, None
-    if len(lists) > 1:
+    if len(lists) > 1 or not lists.keys().isdisjoint(parts):
         part, file = _pick(lists, parts, root)
         names = [line.split()[0] for line in yolo.read_text(file).splitlines() if line.strip()]
     read = partial(voc.read_voc, annotations, pictures, root, names)
