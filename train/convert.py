@@ -189,7 +189,7 @@ def arguments(argv=None) -> argparse.Namespace:
     commands = options.add_subparsers(required=True)
 
     def command(name: str, convert, help: str):
-        added = commands.add_parser(name, help=help, allow_abbrev=False)
+        added = commands.add_parser(name, help=help)
         added.set_defaults(convert=convert)
         added.add_argument("--data", type=Path, required=True, help="the file to read")
         added.add_argument("--out", type=Path, required=True, help="the file to write")

@@ -42,7 +42,7 @@ def arguments(argv=None) -> argparse.Namespace:
     tasks = ["closed-set", "all"]
     add("--tasks", choices=tasks, default=tasks[0], help="of practice scenes: all adds words and masks")
     add("--first-scene", type=not_negative, default=0, help="number of the first practice scene")
-    add("--steps", type=positive, default=10_000)
+    add("--steps", type=positive, default=10_000, help="updates of the weights")
     add("--batch-size", type=positive, default=32, help="of all processes and micro-batches together")
     add("--accumulate", type=positive, default=1, help="micro-batches a step: less memory, the same result")
     add("--seed", type=not_negative, default=0)
@@ -50,9 +50,9 @@ def arguments(argv=None) -> argparse.Namespace:
     add = options.add_argument_group("which weights").add_argument
     add("--lora", action=switch, default=False, help="train an adapter instead of the weights")
     add("--lora-targets", default="published", help=f"{', '.join(TARGETS)}, or a regex for full module paths")
-    add("--lora-rank", type=positive, default=16)
-    add("--lora-alpha", type=float, default=16)
-    add("--lora-dropout", type=float, default=0.05)
+    add("--lora-rank", type=positive, default=16, help="columns of A, rows of B")
+    add("--lora-alpha", type=float, default=16, help="B A is scaled by alpha / rank")
+    add("--lora-dropout", type=float, default=0.05, help="of what A reads")
     add("--rslora", action=switch, default=False, help="scale by alpha / sqrt(rank)")
     add("--freeze-vision", action=switch, default=False, help="leave the vision tower as it is")
 
@@ -61,7 +61,7 @@ def arguments(argv=None) -> argparse.Namespace:
         help="objects one after the other in an answer, or each in a branch of its own")  # fmt: skip
     add("--branches", type=positive, default=64, help="parallel: objects of a picture that are taught")
     add("--noise", choices=["own", "made-up"],
-        help="parallel: noise is boxes drawn from the current weights, or made up (default own)")  # fmt: skip
+        help="parallel: noise is drawn from the current weights, or made up (default: own)")  # fmt: skip
     add("--noise-boxes", type=not_negative, default=Noise.boxes, help="parallel: of a picture")
     add("--noise-copies", type=float, default=Noise.copies,
         help="share of made-up noise boxes that are jittered copies of real ones")  # fmt: skip
@@ -75,7 +75,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--skip-empty", action=switch, default=False, help="leave out pictures of --data without objects")
 
     add = options.add_argument_group("how").add_argument
-    add("--lr", type=float, default=1e-5)
+    add("--lr", type=float, default=1e-5, help="highest learning rate, after the warm-up")
     add("--min-lr", type=float, help="where the cosine ends (default: 1e-6, or --lr if that is less)")
     add("--muon-lr", type=float, default=0, help="Muon at this rate for the layers' matrices; 0: AdamW")
     add("--warmup", type=not_negative, default=100, help="steps of linear warm-up")
@@ -108,9 +108,9 @@ def arguments(argv=None) -> argparse.Namespace:
 
     add = options.add_argument_group("monitoring and resuming").add_argument
     add("--resume", action=switch, default=False, help="continue from the newest checkpoint in --out, if any")
-    add("--save-every", type=positive, default=500)
+    add("--save-every", type=positive, default=500, help="steps between checkpoints")
     add("--keep", type=positive, default=2, help="checkpoints kept, besides the best")
-    add("--log-every", type=positive, default=20)
+    add("--log-every", type=positive, default=20, help="steps between lines of metrics.jsonl")
     add("--val", type=Path, help="validation data (default, of practice scenes: held-out ones)")
     add("--val-images", type=Path, help="folder of its pictures (default: images/ beside the file)")
     add("--val-every", type=not_negative, default=0, help="steps between validations; 0: none")
