@@ -69,7 +69,8 @@ def test_what_a_run_leaves(tiny, tmp_path, capsys):
     assert same(weights(out / "final"), {k: v.bfloat16() for k, v in weights(out / LAST).items()})
     assert not any("patch_head" in name for name in weights(out / LAST))
     loaded = PaliGemma.from_pretrained(str(out / LAST), dtype=torch.float32)
-    assert loaded.config == PaliGemma.from_pretrained(str(tiny), dtype=torch.float32).config
+    before = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32).config
+    assert loaded.config == before.override(closed_set_only=True) != before
     assert (out / "final" / "tokenizer.model").read_bytes() == (tiny / "tokenizer.model").read_bytes()
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, 9)) and lines[-1]["lr"] < 1e-3
@@ -84,6 +85,7 @@ def test_training(with_codec, tmp_path):
         "tokenizer.model",
         CODEC,
     }
+    assert not load_config(tmp_path / "run" / "final").closed_set_only  # words were among the tasks
     before, after = weights(with_codec), weights(tmp_path / "run" / "final")
     assert before.keys() == after.keys()
     assert any(not torch.equal(after[name].float(), before[name].bfloat16().float()) for name in before)
@@ -132,7 +134,8 @@ def test_jsonl_brings_new_words(tiny, pairs, tmp_path, adapter):
     run(tiny, tmp_path / "run", f"{PLAIN} --data {pairs} --steps 1{' --lora' if adapter else ''}")
     final = tmp_path / "run" / "final"
     source = dict(source=str(tiny), adapter=str(final)) if adapter else dict(source=str(final))
-    assert PaliGemma.from_pretrained(**source).config.open_vocabulary
+    config = PaliGemma.from_pretrained(**source).config
+    assert config.open_vocabulary and not config.closed_set_only
 
 
 @pytest.mark.parametrize("option", ["--freeze-vision", "--lora --freeze-vision"])
