@@ -30,6 +30,7 @@ from infer.lib.options import (
     write_output,
 )
 from infer.lib.record import make_record
+from infer.lib.watch import Watch
 from model.decoding.detections import Detections
 from model.io.image import SUFFIXES, read_ahead
 from model.io.names import as_text, shown
@@ -115,6 +116,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
         raise ValueError(f"--json {shown(args.json)} is one of the pictures")
     detector = load_detector(args, masks)
     drawings, records, finished = Drawings(args.out, sources, args.overwrite), [], False
+    watch = Watch(args.classes is None)
     # None shows the bar on a terminal only.
     bar = tqdm(total=len(files), unit="image", disable=len(files) < 2 or None)
     try:
@@ -131,6 +133,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                 for (file, image), found in zip(images, found_all, strict=True):
                     record, drawn = save_found(file, image, found, drawings, args.tokens)
                     records.append(record)
+                    watch.add(image, found)
                     bar.clear()
                     print(f"{shown(file)}  {image.width} x {image.height}  ->  {shown(drawn)}")
                     print(indent(str(found), "  "))
@@ -141,6 +144,8 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
             complain(f"ended early: {len(records)} of {len(files)} pictures are done", program)
         if args.json and (finished or records):
             write_output(records, args.json)
+    if warning := watch.warning():
+        complain(warning, program)
     return 1 if complaints else 0
 
 

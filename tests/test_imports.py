@@ -13,9 +13,14 @@ import pytest
 from helpers import ROOT
 
 PACKAGES = "model", "train", "infer"  # each may import those before it
-THE_LOOP = {f"train.{name}" for name in ("fit", "setup", "loss", "validate", "measures", "merge", "convert")}
+THE_LOOP = {
+    f"train.{name}"
+    for name in ("fit", "setup", "loss", "validate", "measures", "collapse", "merge", "convert")
+}
 # What infer takes from train: the practice set, the measures and the readers, never the loop.
-FOR_INFER = r"train\.(practice(\..+)?|measures|data\.(coco|jsonl|open)|run\.(pictures|processes|program))"
+FOR_INFER = (
+    r"train\.(practice(\..+)?|measures|collapse|data\.(coco|jsonl|open)|run\.(pictures|processes|program))"
+)
 OPTIONAL = {  # packages outside requirements.txt: who may import them, always inside a function
     "supervision": {"model.decoding.detections"},
     "tensorboard": {"train.run.log"},

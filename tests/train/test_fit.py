@@ -96,15 +96,24 @@ def test_training(with_codec, tmp_path):
 
 @pytest.mark.parametrize("loss", ["allowed", "vocabulary"])
 def test_coco(loss, tiny, scenes, tmp_path):
-    """Closed-set training on files, with validation loss and mAP; the best checkpoint outlives the newest."""
+    """Closed-set training on files, with validation loss and mAP, and the weights of the best one beside."""
     options = f"--data {scenes} --val {scenes} --val-every 2 --val-count 4 --save-every 2 --keep 1 --augment"
     run(tiny, tmp_path / "run", f"{PLAIN} {options} --loss {loss} --lr 1e-2 --steps 6")
     lines = [line for line in metrics(tmp_path / "run") if "val_loss" in line]
-    assert [line["step"] for line in lines] == [2, 4, 6] and all(0 <= line["val_mAP"] <= 1 for line in lines)
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert all(0 <= line["val_mAP"] <= 1 for line in lines)
     assert all(line["val_loss"] > 0 for line in lines)
-    best = json.loads((tmp_path / "run" / "step-0000006" / "trainer.json").read_text())["best"]["step"]
-    kept = {path.name for path in (tmp_path / "run").glob("step-*")}
-    assert kept == {f"step-{best:07d}", "step-0000006"}
+    best = json.loads((tmp_path / "run" / "step-0000006" / "trainer.json").read_text())["best"]
+    first = max(lines, key=lambda line: (line["val_mAP"], -line["val_loss"]))
+    assert best == dict(step=first["step"], score=[first["val_mAP"], -first["val_loss"]])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "best", "final", "metrics.jsonl", "run.json", "step-0000006"
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "run" / "best").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.model"
+    }  # fmt: skip
+    final = weights(tmp_path / "run" / "final")
+    assert same(weights(tmp_path / "run" / "best"), final) == (best["step"] == 6)
 
 
 def test_other_classes(tiny, scenes, tmp_path):

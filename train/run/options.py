@@ -16,7 +16,7 @@ from train.run.program import add_seam_arguments, minutes, not_negative, parser,
 # The machine and monitoring: a run may be resumed with other values of these. All others change the result.
 MAY_CHANGE = set(
     "out allow_outside device accumulate recompute shard compile workers dry_run resume save_every keep "
-    "log_every val val_images val_every val_count check timeout".split()
+    "pictures log_every val val_images val_every val_count check timeout".split()
 )
 
 
@@ -105,15 +105,17 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--timeout", type=minutes, default=10, metavar="MINUTES",
         help="of several processes: end when one has not been heard of for so long")  # fmt: skip
     add("--dry-run", action=switch, default=False, help="print sizes, memory and steps; load nothing")
+    add("--pictures", type=positive, help="with --dry-run: samples of a --data that is not here yet")
 
     add = options.add_argument_group("monitoring and resuming").add_argument
     add("--resume", action=switch, default=False, help="continue from the newest checkpoint in --out, if any")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")
-    add("--keep", type=positive, default=2, help="checkpoints kept, besides the best")
+    add("--keep", type=positive, default=2, help="checkpoints kept, the newest ones")
     add("--log-every", type=positive, default=20, help="steps between lines of metrics.jsonl")
-    add("--val", type=Path, help="validation data (default, of practice scenes: held-out ones)")
+    add("--val", type=Path, help="validation data (default, with --val-every: held-out practice scenes)")
     add("--val-images", type=Path, help="folder of its pictures (default: images/ beside the file)")
-    add("--val-every", type=not_negative, default=0, help="steps between validations; 0: none")
+    add("--val-every", type=not_negative,
+        help="steps between validations; 0: none (default: an epoch if there is --val)")  # fmt: skip
     add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
     args = options.parse_args(argv)
 
@@ -164,6 +166,8 @@ def arguments(argv=None) -> argparse.Namespace:
         raise ValueError("--tasks all is of practice scenes: leave --data out; what lines ask for is in them")
     if args.val_every and args.data and not args.val:
         raise ValueError("--val-every needs --val FILE")
+    if args.pictures and not args.dry_run:
+        raise ValueError("--pictures is for --dry-run; other runs count those of --data")
     if args.patch_steps and not args.patch_weight:
         raise ValueError("--patch-steps trains the helper head alone, which needs a --patch-weight above 0")
     if args.skip_empty and not args.data:
