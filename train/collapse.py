@@ -10,7 +10,7 @@ from model.decoding.boxes import areas, iou
 FEW = 4  # pictures: of fewer, nothing is said
 ALIKE_IOU, COMPARED = 0.9, 3  # of boxes that are the same; the best boxes of each answer, which are compared
 WHOLE = 0.8  # of a picture: what fills it is in the same place in all pictures
-SAMPLE = 100  # answers that are compared with each other
+SAMPLE = 50  # answers that are compared with each other
 REMEDY = (
     "it may have collapsed: take OUT/best of its run, or train again with more --steps, another --lr, "
     "or all weights instead of --lora (train/README.md, When it is not good enough)"

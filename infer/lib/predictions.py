@@ -117,7 +117,7 @@ def evaluate(
     of_set = [result for result in results if result["category_id"] != -1]
     evaluation = run_cocoeval(coco, of_set)
     any_class = run_cocoeval(coco, results, use_classes=False)
-    if warning := collapse_of_set(coco, of_set):
+    if warning := collapse_of_set(coco, results):
         complain(warning, sys.argv[0])
     error, table = calibration_error(evaluation)
     figures = {name: round(float(value), 4) for name, value in zip(FIGURES, evaluation.stats, strict=True)}

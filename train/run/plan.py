@@ -29,7 +29,9 @@ OFFICIAL = re.compile(r"google/(paligemma2?-\d+b)-[\w-]*?(224|448|896)(-jax)?") 
 
 def print_dry_run(args: argparse.Namespace, world: int, program: int) -> int:
     """Print the plan of a run that is not started; returns the exit code. program: bytes, see memory_of."""
-    there = args.data is not None and (args.data.exists() or args.pictures is None)
+    there = args.data is not None and args.data.exists()
+    if args.data is not None and not there and args.pictures is None:
+        raise ValueError(f"{args.data}: no such file; with --pictures N the plan is made without it")
     known = OFFICIAL.fullmatch(args.model)
     if known and not there:  # nothing is asked of the hub
         folder, config = None, VARIANTS[f"{known[1]}-{known[2]}"]
