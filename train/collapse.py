@@ -13,7 +13,7 @@ WHOLE = 0.8  # of a picture: what fills it is in the same place in all pictures
 SAMPLE = 50  # answers that are compared with each other
 REMEDY = (
     "it may have collapsed: take OUT/best of its run, or train again with more --steps, another --lr, "
-    "or all weights instead of --lora (train/README.md, When it is not good enough)"
+    "or all weights instead of --lora (train/README.md, What a run says)"
 )
 
 Answer = tuple[
