@@ -219,9 +219,9 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
         options = sequence_options(args, sampling) if form == "sequence" else {}
         decoder = closed_set_decoder(model, form, args.branches, **options)
         return ClosedSetDetector(decoder, selection)
-    note_closed_set_only(model)
     prompter = Prompter(model, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
+    note_closed_set_only(model)
     # Checkpoints are trained to segment one class at a time.
     per_prompt = 1 if masks else args.classes_per_call or CLASSES_PER_PROMPT
     return OpenSetDetector(prompter, names, per_prompt, selection, codec)

@@ -40,12 +40,12 @@ def print_dry_run(args: argparse.Namespace, world: int, program: int) -> int:
         folder, config = folder_of(source), load_config(source)
     index = read_coco_index(args.data, args.images) if there else None
     config = config.override(classes=classes_for(index, config.classes), **overrides_of(args))
-    data = None
+    model, data = skeleton(args, config)[0], None
     if there and (folder / "tokenizer.model").exists():
         data = open_data(
             args.data,
             args.images,
-            skeleton(args, config)[0],
+            model,
             Tokenizer(folder),
             allow_outside=args.allow_outside,
             noise=noise_of(args),
@@ -53,6 +53,7 @@ def print_dry_run(args: argparse.Namespace, world: int, program: int) -> int:
             branches=branches_of(args),
             flip_vertical=args.flip_vertical,
         )
+    check_length(text_lengths(args, config, data)[1], model)
     print_plan(args, config, world, data, program)
     return 0
 
@@ -62,13 +63,12 @@ def print_plan(
 ) -> None:
     """Print the table and the warnings. data: None for practice scenes, or if it is not there yet."""
     model, adapters = skeleton(args, config)
-    weights = [p for p in model.parameters()]
+    weights = list(model.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
     in_adapters = f" in {adapters} adapters" if args.lora else ""
     size = f"{sum(p.numel() for p in weights):,} parameters, {config.vision.image_size} px, {args.dtype}"
     items = len(data) if data else args.pictures
-    text, positions = text_lengths(args, config, data)
-    check_length(positions, model)
+    text, _ = text_lengths(args, config, data)
     tokens = f"{config.vision.tokens} image tokens + {text} text tokens"
     micro = args.batch_size // (world * args.accumulate)
     epochs = f", {args.steps * args.batch_size / items:.2f} epochs" if items else ""
