@@ -35,7 +35,7 @@ def test_a_run_begins_with_what_a_dry_run_prints(tiny, scenes, tmp_path, capsys)
     memory = rows.pop("memory"), dry.pop("memory")
     assert rows == dry and all("GiB" in words for words in memory)
     objects = len(json.loads(scenes.read_text())["annotations"])
-    assert f"{scenes}: COCO, 8 samples, {objects} objects of 80 classes (person, " in rows["data"]
+    assert f"{scenes}: boxes, 8 samples, {objects} objects of 80 classes (person, " in rows["data"]
     assert rows["objects"].endswith("an answer has 12 boxes") and rows["steps"] == "3, 1.50 epochs"
     assert rows["validation"] == f"up to 2 pictures of {scenes}: at the start, every 2 steps and at the end"
     assert not (tmp_path / "dry").exists()
