@@ -31,6 +31,7 @@ from infer.lib.options import (
 )
 from infer.lib.record import make_record
 from model.decoding.detections import Detections
+from model.decoding.photographs import warning
 from model.io.image import SUFFIXES, read_ahead
 from model.io.names import as_text, shown
 from model.io.writing import atomic_write
@@ -114,7 +115,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
     if args.json and os.path.realpath(args.json) in sources:
         raise ValueError(f"--json {shown(args.json)} is one of the pictures")
     detector = load_detector(args, masks)
-    drawings, records, finished = Drawings(args.out, sources, args.overwrite), [], False
+    drawings, records, photographs, finished = Drawings(args.out, sources, args.overwrite), [], [], False
     # None shows the bar on a terminal only.
     bar = tqdm(total=len(files), unit="image", disable=len(files) < 2 or None)
     try:
@@ -131,11 +132,14 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                 for (file, image), found in zip(images, found_all, strict=True):
                     record, drawn = save_found(file, image, found, drawings, args.tokens)
                     records.append(record)
+                    photographs += [file] if found.photograph else []
                     bar.clear()
                     print(f"{shown(file)}  {image.width} x {image.height}  ->  {shown(drawn)}")
                     print(indent(str(found), "  "))
                 bar.update(len(batch))
         finished = True
+        if photographs:
+            complain(warning(photographs, len(records)), program)
     finally:  # a signal, a full disk, nobody who reads what is printed: what is done has cost time, and stays
         if records and not finished:
             complain(f"ended early: {len(records)} of {len(files)} pictures are done", program)
