@@ -3,8 +3,8 @@
     python train/nano/photographs.py --photographs FOLDER
 
 Ridge regression on the mean of a picture's image tokens: random crops of the photographs on one side, scenes
-of the train and development splits on the other. The threshold is then set on other development scenes. Writes
-the test into the folder of the checkpoint, and prints which share of each held-out practice set it takes for
+of the train and development splits on the other. The threshold is set on other development scenes. Writes the
+test into the folder of the checkpoint, and prints which share of each held-out practice set it takes for
 photographs, and of each folder of --test. After any training of the checkpoint it must be fitted again.
 """
 
