@@ -1,6 +1,6 @@
 """Fit the test by which nano tells photographs from practice scenes (model/decoding/photographs.py).
 
-    python train/nano/photographs.py --photographs FOLDER
+    python train/nano/photographs.py --photographs FOLDER --test FOLDER FOLDER
 
 Ridge regression on the mean of a picture's image tokens: random crops of the photographs on one side, scenes
 of the train and development splits on the other. The threshold is set on other development scenes. Writes the
