@@ -128,6 +128,7 @@ def score_distribution(axes, result: Evaluated) -> str:
     axes.axvline(result.threshold, color=TRUTH, linestyle="--", label=f"threshold {result.threshold:.2f}")
     axes.set(xlabel="score", ylabel="boxes (logarithmic)", xlim=(0, 1), title="Scores, right and wrong")
     axes.set(ylim=(0.7, None), yscale="log")
+    axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")  # powers of ten would need formulas
     axes.legend(loc="upper center")
     return (
         'Scores of right and of wrong boxes. F1 is best at the threshold; "found" below means from there up.'
@@ -186,7 +187,7 @@ def ap_per_class(axes, result: Evaluated) -> str:
     rows, figure = -(-len(names) // columns), axes.figure
     axes.remove()  # several instead: best classes first, from the left column's top
     figure.set_size_inches(max(5.5, 3.7 * columns), 1.2 + 0.19 * rows)
-    figure.suptitle("AP of each class (and its objects)", fontsize="large")
+    figure.suptitle("AP of each class (number of its objects)", fontsize="large")
     for column, panel in enumerate(figure.subplots(1, columns, squeeze=False)[0]):
         of_column = slice(column * rows, (column + 1) * rows)
         bars = ap[order][of_column]
@@ -210,7 +211,7 @@ def points(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def learning_curve(axes, metrics: list[dict]) -> str:
     (step, loss), rates = points(metrics, "loss"), points(metrics, "lr")
-    width = min(len(loss), max(5, len(loss) // 40))
+    width = max(5, len(loss) // 40) if len(loss) >= 20 else 1  # values that are averaged
     smooth = np.convolve(loss, np.ones(width) / width, "valid")
     lines = axes.plot(step, loss, color=RIGHT, alpha=0.35 if width > 1 else 1, label="loss")
     if width > 1:
