@@ -3,11 +3,12 @@
     python infer/detect.py --image photo.jpg    # the shipped nano model
     python infer/detect.py --image a.jpg folder/ --json out.json --out drawn/ --model FOLDER_OR_HUB_ID
     python infer/detect.py --image photo.jpg --classes "cat ; traffic light"    # open-set: what you name
+    python infer/detect.py --image folder/ --save yolo --json - --quiet    # a data set, and boxes for a pipe
 
 Prints a table, writes each picture with its boxes to --out, and with --json all boxes in pixels of the
-original picture. If --out has files, the next free of drawn2, drawn3, ... is made instead; --overwrite writes
-into it. The exit code is 0 only if every picture was processed. What is done when the program is stopped
-stays, and is in --json.
+original picture; with --save, OUT/yolo (and so on) is a data set of the pictures and these boxes. If --out
+has files, the next free of drawn2, drawn3, ... is made instead; --overwrite writes into it. The exit code is
+0 only if every picture was processed. What is done when the program is stopped stays, and is in --json.
 """
 
 import argparse
@@ -27,14 +28,17 @@ from infer.lib.options import (
     check_output,
     load_detector,
     make_folder,
+    tables,
     write_output,
 )
-from infer.lib.record import make_record
+from infer.lib.record import as_lists, make_record
 from model.decoding.detections import Detections
 from model.decoding.photographs import warning
 from model.io.image import SUFFIXES, read_ahead
 from model.io.names import as_text, shown
 from model.io.writing import atomic_write
+from train.data.folders import check_new
+from train.data.save import FORMS, save_set
 from train.run.program import complain, parser, run
 
 
@@ -42,7 +46,10 @@ def add_file_arguments(options: argparse.ArgumentParser) -> None:
     """The options of what is read and written."""
     add = options.add_argument
     add("--image", nargs="+", required=True, metavar="FILE_OR_DIR", help="pictures or folders")
-    add("--json", type=Path, metavar="FILE", help="write all boxes there, in place of what it holds")
+    add("--json", type=Path, metavar="FILE",
+        help="write all boxes there, in place of what it holds; -: print them")  # fmt: skip
+    add("--save", nargs="+", choices=FORMS, default=[], help="write data sets too, OUT/yolo and so on")
+    add("--quiet", action="store_true", help="print no table and no progress, complaints only")
     add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")
     add("--overwrite", action="store_true", help="write into --out though it has files, and replace those")
@@ -111,15 +118,19 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
         complain(message, program)
     check_output(args.json)
     check_folder(args.out, args.overwrite)
+    if args.overwrite:
+        for form in args.save:
+            check_new(args.out / form, replace=True)
     sources = {os.path.realpath(file) for file in files if os.path.isfile(file)}
     if args.json and os.path.realpath(args.json) in sources:
         raise ValueError(f"--json {shown(args.json)} is one of the pictures")
     detector = load_detector(args, masks)
     drawings, records, photographs, finished = Drawings(args.out, sources, args.overwrite), [], [], False
+    named = {}  # in the data sets of --save: {name: file}
     # None shows the bar on a terminal only.
-    bar = tqdm(total=len(files), unit="image", disable=len(files) < 2 or None)
+    bar = tqdm(total=len(files), unit="image", disable=args.quiet or len(files) < 2 or None)
     try:
-        with bar:
+        with bar, tables(args.json, args.quiet):
             for batch in read_ahead(files, args.batch_size or detector.fitting_batch()):
                 images = []
                 for file, reading in batch:
@@ -133,6 +144,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                     record, drawn = save_found(file, image, found, drawings, args.tokens)
                     records.append(record)
                     photographs += [file] if found.photograph else []
+                    named[as_text(drawn.stem + file.suffix)] = file
                     bar.clear()
                     print(f"{shown(file)}  {image.width} x {image.height}  ->  {shown(drawn)}")
                     print(indent(str(found), "  "))
@@ -144,8 +156,18 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
         if records and not finished:
             complain(f"ended early: {len(records)} of {len(files)} pictures are done", program)
         if args.json and (finished or records):
-            write_output(records, args.json)
+            write_output(records, args.json, args.quiet)
+        if args.save and records:
+            save_sets(args, as_lists(records, list(named), detector.classes), named, drawings.folder)
     return 1 if complaints else 0
+
+
+def save_sets(args: argparse.Namespace, data: dict, named: dict[str, Path], folder: Path) -> None:
+    """Write what --save asks for, and say so. named: the picture of each name in the data."""
+    told = [save_set(form, data, named, folder / form, args.overwrite)[0] for form in args.save]
+    with tables(args.json, args.quiet):
+        for form, what in zip(args.save, told, strict=True):
+            print(f"{shown(folder / form)}: {what}")
 
 
 def save_found(

@@ -2,6 +2,7 @@
 
     python infer/evaluate.py    # nano on the three held-out practice sets
     python infer/evaluate.py --model SRC --data instances.json --images DIR --out runs/eval
+    python infer/evaluate.py --model SRC --data FOLDER    # any form that fit.py takes
     torchrun --nproc_per_node=8 infer/evaluate.py ...    # the images are shared out
 
 Prints pycocotools' own figures (AP and AR over IoU 0.50 to 0.95, 100 boxes an image), over all images, those
@@ -16,14 +17,17 @@ the others: those would be of another set. With --out all others are predicted a
 """
 
 import argparse
+import json
 import os
+import sys
 import tempfile
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from infer.lib.options import add_detection_arguments, check_output, load_detector, write_output
+from infer.lib.options import add_detection_arguments, check_output, load_detector, tables, write_output
 from infer.lib.predictions import (
     SCENES_FOLDER,
     add_set_arguments,
@@ -33,15 +37,15 @@ from infer.lib.predictions import (
     file_stamps,
     left_out,
 )
-from model.io.image import image_folder
 from model.io.names import shown
-from model.io.writing import check_writable
+from model.io.writing import check_writable, write_lines
+from train.data.forms import PART_NAMES, Found, find_data, lists_of
 from train.practice.write import HELD_OUT_SETS
-from train.run.processes import all_gather, join_processes, own_device
+from train.run.processes import all_gather, join_processes, own_device, rank_and_world
 from train.run.program import parser, run
 
 # Options that do not change the boxes of an image.
-NOT_IN_PREDICTIONS = ("out", "json", "sets", "data", "images", "device", "batch_size", "skip_broken")
+NOT_IN_PREDICTIONS = ("out", "json", "sets", "data", "images", "part", "device", "batch_size", "skip_broken")
 
 
 def print_figures(name: str, figures: dict) -> None:
@@ -62,14 +66,18 @@ def join_torchrun(args: argparse.Namespace) -> None:
             args.device = str(own_device("cuda", world))
 
 
-def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
-    """{folder of results: all that the predictions in it depend on}, for each set."""
+def settings_of(
+    args: argparse.Namespace, folder: Path, found: Found | None, instances: str
+) -> dict[Path, dict]:
+    """{folder of results: all that the predictions in it depend on}, for each set. found: --data; instances:
+    what is read of it, if it is no COCO file."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_PREDICTIONS}
     settings |= {f"{name} files": file_stamps(settings.get(name)) for name in ("model", "adapter")}
-    if args.data:
-        data, images = map(os.path.realpath, (args.data, image_folder(args.data, args.images)))
-        changed = dict(name=args.data.stem, data_changed=args.data.stat().st_mtime_ns)
-        return {folder: settings | changed | dict(data=data, images=images)}
+    if found:
+        data, images = map(os.path.realpath, (found.path, found.images))
+        changed = zlib.crc32(instances.encode()) if instances else found.path.stat().st_mtime_ns
+        own = dict(name=found.name, data_changed=changed, data=own_file(found) if instances else data)
+        return {folder: settings | own | dict(images=images)}
     # Relative to the folder, which may move.
     places = dict(data=f"{SCENES_FOLDER}/instances.json", images=f"{SCENES_FOLDER}/images")
     return {
@@ -78,9 +86,22 @@ def settings_of(args: argparse.Namespace, folder: Path) -> dict[Path, dict]:
     }
 
 
+def own_file(found: Found) -> str:
+    """The COCO file that is made of another form, in the folder of results."""
+    return f"data/{found.name}.json"
+
+
+def read_other_form(found: Found | None) -> str:
+    """A COCO file of a set of another form; of a COCO file, or of none, nothing."""
+    if found is None or found.form == "COCO":
+        return ""
+    return json.dumps(lists_of(found, strict=False))
+
+
 def main() -> None:
     options = parser(__doc__)
-    add_set_arguments(options, "a COCO instances file", tuple(HELD_OUT_SETS))
+    add_set_arguments(options, "a file or a folder of any form of train/data/forms.py", tuple(HELD_OUT_SETS))
+    options.add_argument("--part", choices=PART_NAMES, help="of a set in parts (default: test, else val)")
     options.add_argument("--score-threshold", type=float, default=0.0)
     note = "folder of predictions and figures; what is there already is used"
     options.add_argument("--out", type=Path, metavar="DIR", help=note)
@@ -90,16 +111,29 @@ def main() -> None:
     if args.out:
         check_writable(args.out)
     join_torchrun(args)
+    parts = [args.part] if args.part else ["test", "val"]
+    found = find_data(args.data, args.images, parts) if args.data else None
+    instances = read_other_form(found)
+    if found and (instances or found.path != args.data) and rank_and_world()[0] == 0:
+        print(found, file=sys.stderr)
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(all_gather(temporary)[0])  # the first process's, for all of them
-        for out, settings in settings_of(args, folder).items():
+        for out, settings in settings_of(args, folder, found, instances).items():
             check_settings(out, settings)
         all_gather(None)  # no process predicts before all have looked
+        if instances and rank_and_world()[0] == 0:  # for this program, and for report.py
+            (folder / own_file(found)).parent.mkdir(exist_ok=True)
+            write_lines([instances], folder / own_file(found))
+        all_gather(None)
+        if found:
+            args.images = found.images
+            args.data = folder / own_file(found) if instances else found.path
         detector = load_detector(args)
         for name, data, images, out in evaluation_sets(args, folder, detector.model):
             if of_set := evaluate(detector, data, images, args.batch_size, name, out, args.skip_broken):
-                print_figures(name, of_set)
+                with tables(args.json):
+                    print_figures(name, of_set)
                 figures[name] = of_set
     if args.json and figures:
         write_output(figures, args.json)

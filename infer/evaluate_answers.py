@@ -33,6 +33,7 @@ from infer.lib.options import (
     load_codec,
     load_model,
     sampling_options,
+    tables,
     write_output,
 )
 from infer.lib.predictions import (
@@ -138,7 +139,8 @@ def main() -> None:
             if broken:
                 check_broken(list(broken.values()), count, data, args.skip_broken)
             figures[name] = judge_answers(of_set, [line["answer"] for line in of_set], codec, args.bins)
-            print_figures(name, figures[name], left_out(len(broken), count - len(broken)))
+            with tables(args.json):
+                print_figures(name, figures[name], left_out(len(broken), count - len(broken)))
             figures[name] |= dict(skipped=broken) if broken else {}
             answered += of_set
     if args.json:

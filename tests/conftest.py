@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -32,6 +33,15 @@ def seeded():
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """What a program of this process does about signals ends with the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from zygote import stand_in
 
 from model import PaliGemma
 from model.config import COCO_CLASSES, PaliGemmaConfig
@@ -50,8 +51,9 @@ def call(monkeypatch, capsys, program, *argv) -> tuple[int, str, str]:
 
 def python(*argv, cwd: Path | None = None, **environment: str) -> str:
     """What python prints in a process of its own, which must succeed."""
+    one = str(stand_in())
     done = subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=cwd, env=ENVIRONMENT | environment,
+        [one, *map(str, argv)], cwd=cwd, env=ENVIRONMENT | dict(PYTHON_EXEC=one) | environment,
         capture_output=True, text=True, timeout=1200,  # a busy machine takes ten times as long
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]

@@ -15,7 +15,8 @@ from helpers import ROOT
 PACKAGES = "model", "train", "infer"  # each may import those before it
 THE_LOOP = {f"train.{name}" for name in ("fit", "setup", "loss", "validate", "measures", "merge", "convert")}
 # What infer takes from train: the practice set, the measures and the readers, never the loop.
-FOR_INFER = r"train\.(practice(\..+)?|measures|data\.(coco|jsonl|open)|run\.(pictures|processes|program))"
+READERS = r"data\.(coco|folders|forms|jsonl|open|records|save)"
+FOR_INFER = rf"train\.(practice(\..+)?|measures|{READERS}|run\.(pictures|processes|program))"
 OPTIONAL = {  # packages outside requirements.txt: who may import them, always inside a function
     "supervision": {"model.decoding.detections"},
     "tensorboard": {"train.run.log"},
@@ -23,7 +24,11 @@ OPTIONAL = {  # packages outside requirements.txt: who may import them, always i
     "peft": {"infer.benchmark_step"},
     "gradio": {"infer.live.app"},
 }
-IMPORT_NAMES = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}  # where it is not the project's name
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "huggingface-hub": "huggingface_hub",
+    "pyyaml": "yaml",
+}  # where it is not the project's name
 # Heavy packages that the library imports only when they are needed: `import model` stays quick.
 LATE_IN_MODEL = {"pycocotools", "matplotlib", "tqdm", "huggingface_hub", "triton"}
 LATE = [  # the only imports inside functions: (importer, imported)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import ENVIRONMENT, ROOT
 from PIL import Image
+from zygote import stand_in
 
 from model import PaliGemma
 from model.io.adapter import save_adapter
@@ -31,7 +32,8 @@ QUICK = {
     "infer/evaluate_answers.py": "--count 2",
     # nano, which is found in --folder, in place of random weights of an official size; and no transformers,
     # slow to start: test_benchmarks.py runs that side.
-    "infer/benchmark.py": f"--groups 1 --rounds 1 --no-memory --no-peer --device cpu --folder {NANO}",
+    "infer/benchmark.py": "--groups 1 --batch-size 1 --rounds 1 --no-memory --no-peer --device cpu "
+    f"--folder {NANO}",
     "infer/benchmark_step.py": f"--steps 1 --no-peer --device cpu --folder {NANO}",
     "infer/tradeoffs.py early-stop": "--count 2 --repeats 1 --noise 0.5 --patience 1",
     "infer/tradeoffs.py growth": "--count 2 --repeats 1 --groups 1 2 --batch-size 1 2 --sides 32 64",
@@ -130,7 +132,8 @@ def folder(tmp_path_factory) -> Path:
 def shell(folder: Path, line: str, stdin: str = "") -> str:
     """Run a line of the shell, which must succeed; returns what it prints on both outputs."""
     own = dict(HF_HUB_CACHE=str(folder / "hub"), CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
-    own |= dict(PATH=f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}")
+    own |= dict(PATH=f"{stand_in().parent}:{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}")
+    own |= dict(PYTHON_EXEC=str(stand_in()))  # torchrun's python
     done = subprocess.run(
         ["bash", "-c", line], cwd=folder, env=ENVIRONMENT | own, input=stdin, text=True, timeout=300,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

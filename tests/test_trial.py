@@ -1,12 +1,11 @@
 """The trial in its short form, and what its judge must not let pass."""
 
 import os
-import subprocess
 import sys
 import time
 
 import pytest
-from helpers import ENVIRONMENT, ROOT
+from helpers import ROOT, python
 from trial import frame
 
 from train.run import program
@@ -14,9 +13,7 @@ from train.run import program
 
 def test_trial():
     """A few cases of each kind, none wrong. Its output says how to try a wrong one again."""
-    argv = [sys.executable, str(ROOT / "tests" / "run_trial.py")]
-    done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    python(ROOT / "tests" / "run_trial.py")
 
 
 def complain(text: str, code: int = 1):

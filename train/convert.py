@@ -1,20 +1,24 @@
-"""COCO instances <-> JSON lines for open-set detection; masks -> JSON lines; boxes -> Label Studio.
+"""Data sets from one form into another; masks -> JSON lines; boxes -> Label Studio.
 
-    python train/convert.py coco-to-jsonl --data instances.json --out train.jsonl --absent 2
-    python train/convert.py jsonl-to-coco --data train.jsonl --images photos/ --out instances.json
+    python train/convert.py to-coco --data FOLDER --out instances.json
+    python train/convert.py to-yolo --data instances.json --images photos/ --out yolo    # to-voc, to-labelme
+    python train/convert.py to-jsonl --data instances.json --out train.jsonl --absent 2
     python train/convert.py masks-to-jsonl --data instances.json --images photos/ --out train.jsonl
     python train/convert.py label-studio --data found.json --out tasks.json
 
-A line asks for classes, {"image": "a.jpg", "prefix": "detect cat ; dog", "suffix": "<loc...> cat"}, and its
-answer is empty if the image shows none of them. The way back reads the sizes of the images. Boxes come back
+--data is a set of any form that fit.py takes (train/data/forms.py). A folder that is written holds the
+pictures, as links or copies, and ids.json, from which the way back has the ids of categories and images.
+
+Lines are for open-set detection: a line asks for classes, {"image": "a.jpg", "prefix": "detect cat ; dog",
+"suffix": "<loc...> cat"}, and its answer is empty if the image shows none of them. Boxes come back from them
 with an error of at most half a location, 1/2048 of the image's side (three halves at its right and lower
 edge, which the last location stands for).
 
-Masks come from a COCO file or from pictures (train/data/masks.py); their lines ask for one class, {"image":
+Masks come from outlines or from pictures (train/data/masks.py); their lines ask for one class, {"image":
 "a.jpg", "prefix": "segment cat", "suffix": "<loc...><seg...> cat"}. --sheet shows what 16 codes keep of them.
 
 For Label Studio, boxes are in percent of the picture: predictions of what detect.py writes with --json, or
-annotations of a COCO file. Its pictures are given by URL, to which --url is the beginning.
+annotations of a set. Its pictures are given by URL, to which --url is the beginning.
 """
 
 import argparse
@@ -27,16 +31,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from model.decoding.boxes import box_prompt, check_label, format_answer, locs_to_boxes, parse_answer
+from model.decoding.boxes import box_prompt, check_label, format_answer
 from model.decoding.masks import MaskCodec
 from model.io.hub import CODEC, NANO
-from model.io.image import load_image
 from model.io.names import shown
-from model.io.writing import atomic_write, explain, write_json, write_lines
+from model.io.writing import atomic_write, open_regular, write_json, write_lines
 from train.data.coco import CocoIndex
-from train.data.jsonl import read_lines, right_answers
+from train.data.forms import PART_NAMES, Found, find_data, lists_of, lists_of_lines, records_of
+from train.data.label_studio import annotated_objects, predicted_objects, studio_box
 from train.data.masks import Sheet, read_outlines, segment_lines
-from train.run.program import not_negative, parser, positive, run
+from train.data.save import save_set
+from train.run.program import complain, not_negative, parser, positive, run
 
 
 def lines_of(
@@ -56,8 +61,27 @@ def lines_of(
         yield dict(image=index.name(item), prefix=box_prompt(chunk), suffix=suffix)
 
 
+def find(args: argparse.Namespace) -> Found:
+    """--data, said in one line if it was searched for, or is no COCO file."""
+    found = find_data(args.data, args.images, [args.part or "train"])
+    if found.path != args.data or found.read:
+        note(str(found))
+    return found
+
+
+def note(text: str) -> None:
+    complain(text, __file__)
+
+
+def index_of(args: argparse.Namespace) -> CocoIndex:
+    found = find(args)
+    if found.read is None:  # without a look at its images
+        return CocoIndex.read(found.path, max_classes=None)
+    return CocoIndex.of(records_of(found), found.path, max_classes=None)
+
+
 def coco_to_jsonl(args: argparse.Namespace) -> str:
-    index = CocoIndex.read(args.data, max_classes=None)
+    index = index_of(args)
     for name in index.classes:
         check_label(name)
     counts = Counter()
@@ -66,54 +90,67 @@ def coco_to_jsonl(args: argparse.Namespace) -> str:
         for item in range(len(index)):
             rng = np.random.default_rng([args.seed, item])
             records = list(lines_of(rng, index, item, args.absent, args.classes_per_line))
-            counts.update(lines=len(records), without=not records)
+            counts.update(lines=len(records), without=not records, short=added(index, item) < args.absent)
+            counts["added"] += min(added(index, item), args.absent)
             yield from (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
+    def added(index: CocoIndex, item: int) -> int:
+        """How many classes an image does not show."""
+        return len(index.classes) - len(set(index.objects(item)[1].tolist()))
+
     write_lines(lines(), args.out)
+    if counts["short"]:
+        note(
+            f"--absent {args.absent} adds {counts['added']} classes and not {args.absent * len(index)}: "
+            f"{counts['short']} of {len(index)} images lack fewer of the set's {len(index.classes)} classes; "
+            "a class that is to be asked for without being there must be among its categories"
+        )
+    if counts["without"]:
+        note(
+            f"{counts['without']} of {len(index)} images have no line, as they show no class: "
+            "--absent N asks for N that are not there"
+        )
     return (
         f"{counts['lines']} lines of {len(index)} images; {counts['without']} images without a line, "
         f"skipped {index.skipped_crowd} crowd and {index.skipped_degenerate} degenerate boxes"
     )
 
 
-def jsonl_to_coco(args: argparse.Namespace) -> str:
-    images, objects, counts = {}, [], Counter()
-    for _, record in tqdm(read_lines(args.data, args.images), unit="line", leave=False, disable=None):
-        name, answer = record["image"], right_answers(record)[0]
-        if name not in images:
-            width, height = load_image(args.images / name).size
-            images[name] = dict(id=len(images) + 1, file_name=name, width=width, height=height)
-        image, found = images[name], parse_answer(answer)
-        counts["loose"] += answer.count("<loc") - 4 * len(found)
-        for box in found:
-            x0, y0, x1, y1 = locs_to_boxes(box.locs, image["width"], image["height"]).tolist()
-            if not box.label or x1 <= x0 or y1 <= y0:
-                counts["unlabelled" if not box.label else "degenerate"] += 1
-                continue
-            objects.append((box.label, image["id"], [x0, y0, x1 - x0, y1 - y0]))
-    ids = {label: i for i, label in enumerate(sorted({label for label, *_ in objects}), 1)}
-    annotations = [
-        dict(id=i, image_id=image, category_id=ids[label], bbox=box, area=box[2] * box[3], iscrowd=0)
-        for i, (label, image, box) in enumerate(objects, 1)
-    ]
-    categories = [dict(id=i, name=label) for label, i in ids.items()]
-    data = dict(images=list(images.values()), annotations=annotations, categories=categories)
+def to_coco(args: argparse.Namespace) -> str:
+    found = find(args)
+    told = ""
+    if found.form == "JSONL":
+        data, skipped = lists_of_lines(found.path, found.images)
+        words = dict(unlabelled="boxes without a label", degenerate="degenerate ones")
+        told = ", ".join(f"{skipped[key]} {what}" for key, what in words.items())
+        told = f"; skipped {told} and {skipped['loose']} locations outside of boxes"
+    else:
+        data = lists_of(found)
     write_json(data, args.out)
-    return (
-        f"{len(objects)} boxes of {len(ids)} categories in {len(images)} images; skipped "
-        f"{counts['unlabelled']} boxes without a label, {counts['degenerate']} degenerate ones "
-        f"and {counts['loose']} locations outside of boxes"
-    )
+    images, boxes, categories = (len(data[key]) for key in ("images", "annotations", "categories"))
+    return f"{boxes} boxes of {categories} categories in {images} images{told}"
+
+
+def to_folder(args: argparse.Namespace) -> str:
+    found = find(args)
+    data = lists_of(found)
+    files = {record["file_name"]: found.images / record["file_name"] for record in data["images"]}
+    told, left_out = save_set(args.form, data, files, args.out, args.force)
+    if left_out:
+        note(f"{left_out} left out")
+    return told
 
 
 def masks_to_jsonl(args: argparse.Namespace) -> str:
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
         raise ValueError(f"--sheet {args.sheet}: must be a .png file in a folder that exists")
     codec, sheet, counts = MaskCodec.load(args.codec), Sheet(), Counter()
-    outlines = read_outlines(args.data)
+    found = find(args)
+    records = records_of(found) if found.read else None
+    outlines, images = read_outlines(found.path, records), found.images
 
     def lines():
-        parts = segment_lines(outlines, args.images, codec, args.most, args.skip_bad, counts)
+        parts = segment_lines(outlines, images, codec, args.most, args.skip_bad, counts)
         for record, image, objects in tqdm(parts, unit="line", leave=False, disable=None):
             for each in objects:
                 sheet.add(image, *each)
@@ -124,6 +161,10 @@ def masks_to_jsonl(args: argparse.Namespace) -> str:
     if args.sheet and sheet.pairs:
         with atomic_write(args.sheet) as temporary:
             sheet.draw().save(temporary, "PNG")
+    left, of = counts["crowded"], counts["crowded"] + counts["bad"] + counts["objects"]
+    if left:
+        why = f"their classes have more than {args.most} in an image"
+        note(f"{left} of {of} objects left out, as {why}: --most {counts['most']} keeps all")
     mean = sum(sheet.ious) / max(1, len(sheet.ious))
     return (
         f"{counts['objects']} objects in {counts['lines']} lines; mean IoU of masks and reconstructions "
@@ -132,15 +173,16 @@ def masks_to_jsonl(args: argparse.Namespace) -> str:
     )
 
 
-# ---- Label Studio ------------------------------------------------------------------------------------------
-
-
 def label_studio(args: argparse.Namespace) -> str:
-    with open(args.data, "rb") as file:
-        predicted = file.read(100).lstrip().startswith(b"[")
+    predicted = False
+    if not args.data.is_dir():
+        with open_regular(args.data) as file:
+            predicted = file.read(100).lstrip().startswith(b"[")
     kind = "predictions" if predicted else "annotations"
     tasks, boxes = [], 0
-    for name, size, objects in (predicted_objects if predicted else annotated_objects)(args.data):
+    for name, size, objects in (
+        predicted_objects(args.data) if predicted else annotated_objects(index_of(args))
+    ):
         result = [studio_box(number, size, *each) for number, each in enumerate(objects)]
         image = args.url + urllib.parse.quote(name, errors="surrogatepass")
         tasks.append({"data": {"image": image}, kind: [{"result": result}]})
@@ -149,68 +191,40 @@ def label_studio(args: argparse.Namespace) -> str:
     return f"{len(tasks)} tasks with {boxes} boxes as {kind}"
 
 
-def annotated_objects(file: Path) -> Iterator[tuple[str, tuple, list[tuple]]]:
-    """Name and size of each image of a COCO file, and its objects: box, label and score (None)."""
-    index = CocoIndex.read(file, max_classes=None)
-    for item in range(len(index)):
-        boxes, labels = index.objects(item)
-        names = [index.classes[label] for label in labels]
-        rows = [(box, name, None) for box, name in zip(boxes.tolist(), names)]
-        yield index.name(item), tuple(index.sizes[item].tolist()), rows
-
-
-def predicted_objects(file: Path) -> Iterator[tuple[str, tuple, list[tuple]]]:
-    """The same of what detect.py writes."""
-    with explain(f"{file} is not what detect.py writes with --json", ValueError, RecursionError, *WRONG_FORM):
-        for image in json.loads(file.read_bytes()):
-            width, height = (int(image[side]) for side in ("width", "height"))
-            if min(width, height) < 1:
-                raise ValueError(f"a picture of {width} x {height} pixels")
-            found = image["detections"]
-            rows = [([float(x) for x in d["box"]], str(d["label"]), float(d["score"])) for d in found]
-            yield str(image["image"]), (width, height), rows
-
-
-WRONG_FORM = KeyError, TypeError, AttributeError  # what values of another form end in
-
-
-def studio_box(number: int, size: tuple[int, int], box: list[float], label: str, score: float | None) -> dict:
-    """A box in pixels of a picture of that width and height -> a region of Label Studio, in percent."""
-    (width, height), (x0, y0, x1, y1) = size, box
-    sides = dict(x=x0 / width, y=y0 / height, width=(x1 - x0) / width, height=(y1 - y0) / height)
-    value = {side: 100 * share for side, share in sides.items()} | dict(rotation=0, rectanglelabels=[label])
-    region = dict(id=str(number), type="rectanglelabels", from_name="label", to_name="image", value=value)
-    region |= dict(original_width=width, original_height=height, image_rotation=0)
-    return region if score is None else region | dict(score=score)
-
-
 def arguments(argv=None) -> argparse.Namespace:
     options = parser(__doc__)
     commands = options.add_subparsers(required=True)
 
-    def command(name: str, convert, help: str):
-        added = commands.add_parser(name, help=help, allow_abbrev=False)
-        added.set_defaults(convert=convert)
-        added.add_argument("--data", type=Path, required=True, help="the file to read")
-        added.add_argument("--out", type=Path, required=True, help="the file to write")
-        added.add_argument("--force", action="store_true", help="overwrite --out")
-        return added.add_argument
+    def command(name: str, convert, help: str, *aliases: str, out: str = "the file to write", **defaults):
+        added = commands.add_parser(name, help=help, aliases=aliases, allow_abbrev=False)
+        added.set_defaults(convert=convert, **defaults)
+        add = added.add_argument
+        add("--data", type=Path, required=True, help="the set to read, of any form: a file or a folder")
+        add("--images", type=Path, help="the folder of the images (default: as fit.py)")
+        add("--part", choices=PART_NAMES, help="of a set in parts (default: train)")
+        add("--out", type=Path, required=True, help=out)
+        add("--force", action="store_true", help="overwrite --out")
+        return add
 
-    add = command("coco-to-jsonl", coco_to_jsonl, "open-set lines from a COCO instances file")
+    command("to-coco", to_coco, "a COCO instances file", "jsonl-to-coco")
+    for form, title in (("yolo", "YOLO"), ("voc", "Pascal VOC"), ("labelme", "LabelMe")):
+        out = "the folder to write; the pictures are linked there, or copied"
+        command(f"to-{form}", to_folder, f"a folder of {title}", out=out, form=form)
+    add = command("to-jsonl", coco_to_jsonl, "open-set lines", "coco-to-jsonl")
     add("--absent", type=not_negative, default=0, help="absent classes to ask for in each image")
     add("--classes-per-line", type=positive, metavar="K", help="at most; default: all in one line")
     add("--seed", type=not_negative, default=0, help="of the absent classes and the order")
-    add = command("jsonl-to-coco", jsonl_to_coco, "a COCO instances file from open-set lines")
-    add("--images", type=Path, required=True, help="the folder of the images")
     add = command("masks-to-jsonl", masks_to_jsonl, "segmentation lines from outlines or mask pictures")
-    add("--images", type=Path, required=True, help="the folder of the images")
     add("--codec", type=Path, default=NANO / CODEC, help="vae-oid.npz, or nano's own")
-    add("--most", type=positive, default=8, help="objects of a class and image, at most")
+    add(
+        "--most",
+        type=positive,
+        default=8,
+        help="objects of a class and image; classes with more are left out",
+    )
     add("--skip-bad", action="store_true", help="leave bad masks out instead of stopping")
     add("--sheet", type=Path, metavar="PNG", help="a picture of masks before and after")
-    add = command(
-        "label-studio", label_studio, "a file for Label Studio to import, from COCO or detect.py's JSON"
-    )
+    add = command("label-studio", label_studio, "a file for Label Studio, from a set or detect.py's JSON")
     add("--url", default="", help="put before each file name, such as /data/local-files/?d=photos/")
     return options.parse_args(argv)
 

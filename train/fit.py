@@ -4,9 +4,10 @@
     torchrun --nproc_per_node=8 train/fit.py ...                                     # one node, 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 train/fit.py ...  # two nodes
 
---data is a COCO file or JSONL; without it every sample is a fresh practice scene. A killed run continues with
---resume, and ends with the weights that it would have had anyway. OUT/metrics.jsonl has a line every
---log-every steps; OUT/final is the result: a checkpoint in bfloat16, or the adapter.
+--data is a COCO, JSONL, YOLO, Pascal VOC or LabelMe set (train/data/forms.py); without it every sample is a
+fresh practice scene. A killed run continues with --resume, and ends with the weights that it would have had
+anyway. OUT/metrics.jsonl has a line every --log-every steps; OUT/final is the result: a checkpoint in
+bfloat16, or the adapter.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch.optim import Optimizer
 from model.decoding.closed_set import ClosedSet
 from model.io.hub import folder_of, resolve
 from model.io.writing import write_json
-from train.data.jsonl import is_jsonl
+from train.data.forms import find_data
 from train.data.open import read_coco_index
 from train.data.samples import StepSampler, weight_of
 from train.loss import Objective
@@ -103,6 +104,10 @@ def train(args: argparse.Namespace) -> int:
     say = print if rank == 0 else lambda *_: None
 
     # The model, from a checkpoint of this run or from --model, and the data.
+    val = find_data(args.val, args.val_images, ["val"]) if args.val and args.val_every else None
+    for found in (args.data and find_data(args.data, args.images, ["train"]), val):
+        if found:
+            say(found)
     found, before = checkpoint_to_resume(args)
     torch.manual_seed(args.seed)  # new adapters and the helper head start from random numbers
     base = found if found and not args.lora else resolve(args.model)  # with --lora, found is only an adapter
@@ -112,7 +117,7 @@ def train(args: argparse.Namespace) -> int:
     tokenizer = model.tokenizer
     language = ClosedSet.of(model.config, tokenizer)
     data = load_data(args, model, language, index)
-    if args.val_every and args.val and args.tasks == "closed-set" and is_jsonl(args.val) == data.closed_set:
+    if val and args.tasks == "closed-set" and (val.form == "JSONL") == data.closed_set:
         kind = "lines of text" if data.closed_set else "COCO instances"
         raise ValueError(f"--val {args.val} holds {kind}, another kind of data than what is trained on")
     skipped = leave_out_broken(args, data, before if found else None)

@@ -22,8 +22,8 @@ from model.decoding.boxes import locs_to_boxes, parse_answer
 from model.decoding.detections import Detections
 from model.decoding.masks import MaskCodec, from_rle, mask_iou, paste_mask
 from model.io.tokenizer import LOCS
-from train.data.coco import read_records
 from train.data.jsonl import right_answers
+from train.data.records import read_records
 
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # in pycocotools' order
 FIGURES += ("AR1", "AR10", "AR100", "AR small", "AR medium", "AR large")

@@ -55,7 +55,9 @@ class Validation:
         # Noise as in training, or val_loss would be about other answers; but no picture is left out.
         noise = replace(noise_of(args), skip_empty=False)
         branches = branches_of(args)
-        self.data = open_data(file, images, model, tokenizer, args.seed, noise=noise, branches=branches)
+        self.data = open_data(
+            file, images, model, tokenizer, args.seed, noise=noise, branches=branches, part="val"
+        )
         items = range(min(args.val_count, len(self.data)))
         self.skipped = {}  # {item: what is wrong with its picture}
         if args.val and args.check:

@@ -15,9 +15,10 @@ from model import PaliGemma
 from model.decoding.boxes import boxes_to_locs, check_label, parse_answer
 from model.decoding.closed_set import ClosedSet
 from model.io.tokenizer import LOC_PATTERN, LOCS, Tokenizer
-from train.data.coco import CocoDetections, CocoIndex, read_records
+from train.data.coco import CocoDetections, CocoIndex
 from train.data.jsonl import JsonlPairs, is_jsonl, read_lines, right_answers
 from train.data.open import classes_for
+from train.data.records import read_records
 from train.run.pictures import broken_pictures
 
 SLACK = 1.0  # pixels by which boxes of COCO itself leave their pictures

@@ -1,8 +1,12 @@
 """The options that the programs share, and the model or detector that they ask for."""
 
 import argparse
+import contextlib
+import json
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +32,9 @@ from train.run.program import add_seam_arguments, positive
 OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")
 CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop", "branches")
 SEQUENCE_ONLY = ("groups", "noise_feedback", "early_stop", "temperature")
+
+
+STDOUT = Path("-")  # of --json: standard output
 
 
 # ---- the options -------------------------------------------------------------------------------------------
@@ -100,7 +107,7 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
 
 def check_output(file: Path | None, option: str = "--json") -> None:
     """Complain before the work if its result could not be written afterwards. option: that names the file."""
-    if file is None:
+    if file is None or file == STDOUT:
         return
     fault = None
     if file.is_dir():
@@ -115,12 +122,26 @@ def check_output(file: Path | None, option: str = "--json") -> None:
         tempfile.TemporaryFile(dir=file.parent).close()
 
 
-def write_output(value: dict | list, file: Path) -> None:
-    """Write the JSON file that an option names, and say so if there was one."""
+def write_output(value: dict | list, file: Path, quiet: bool = False) -> None:
+    """Write the JSON file that an option names, and say so if there was one, or print it."""
+    if file == STDOUT:
+        print(json.dumps(value, indent=2))
+        return
     replaced = file.exists()
     write_json(value, file)
-    if replaced:
+    if replaced and not quiet:
         print(f"{shown(file)}: replaced")
+
+
+@contextlib.contextmanager
+def tables(file: Path | None, quiet: bool = False) -> Iterator[None]:
+    """Where what is printed inside goes: to stderr if `file` leaves stdout to JSON, or if quiet nowhere."""
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        elif file == STDOUT:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:

@@ -53,10 +53,10 @@ def add_set_arguments(options: argparse.ArgumentParser, data: str, sets: tuple[s
     """The options of what is evaluated. data: what kind of file --data is."""
     add = options.add_argument
     add("--data", type=Path, help=f"{data}; without it, held-out practice scenes are drawn")
-    add("--images", type=Path, help="the folder of its images (default: images/ beside the file)")
+    add("--images", type=Path, help="the folder of its images (default: images/ beside the file, or its own)")
     add("--sets", nargs="+", choices=sets, default=list(sets), help="held-out practice sets")
     add("--count", type=positive, default=1000, help="scenes of each practice set")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--json", type=Path, metavar="FILE", help="write the figures there; -: to standard output")
     skip = "measure without pictures that cannot be used (default: no figures)"
     add("--skip-broken", action=argparse.BooleanOptionalAction, default=False, help=skip)
 

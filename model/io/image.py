@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from model.io.names import shown
@@ -102,9 +102,21 @@ def upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def upright_size(file: str | Path) -> tuple[int, int]:
+    """Width and height of the picture that load_image would return, by its header."""
+    with open_image(file) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if turned else image.size
+
+
 def image_folder(file: Path, images: Path | None) -> Path:
-    """The folder of the images that a file lists: by default images/ beside it."""
-    return images or file.parent / "images"
+    """The folder of the images that a file lists: by default images/ beside it, or where there is none the
+    file's own folder, if that has pictures."""
+    beside = file.parent / "images"
+    if images or beside.is_dir():
+        return images or beside
+    there = file.parent.iterdir() if file.parent.is_dir() else ()
+    return file.parent if any(other.suffix.lower() in SUFFIXES for other in there) else beside
 
 
 def check_size(image: Image.Image, file: Path, width: int, height: int) -> None:

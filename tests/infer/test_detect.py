@@ -6,6 +6,7 @@ The model is tiny and random: its boxes mean nothing, but where they may be and 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ from model.decoding.boxes import areas, locs_to_boxes
 from model.decoding.detector import Detector
 from model.decoding.parallel import BRANCHES
 from model.io.tokenizer import Tokenizer
+from train.data.forms import find_data, lists_of
+from train.data.save import FORMS
 
 
 @pytest.fixture
@@ -111,6 +114,47 @@ def test_json_without_tokens(run_detect, here):
     assert json.loads((here / "o.json").read_text()) == [
         {"image": str(here / "a.png"), "width": 90, "height": 60, "detections": []}
     ]
+
+
+def test_data_sets(run_detect, here):
+    """--save: in each form the pictures and their boxes, under names of their own; again with --overwrite."""
+    files = [picture(here / name, seed=i) for i, name in enumerate(("1/a.png", "2/a.png"))]
+    usual = "--image", *files, "--json", "out.json", "--overwrite", "--score-threshold", 0.1
+    for _ in range(2):
+        code, out, err = run_detect(*usual, "--save", *FORMS)
+        assert code == 0 and not err and out.count("2 pictures, 80 classes") == len(FORMS)
+    records = json.loads((here / "out.json").read_text())
+    for form in FORMS:
+        data = lists_of(find_data(here / "detections" / form, None, ["train"]))
+        names = {record["id"]: record["name"] for record in data["categories"]}
+        assert [record["file_name"] for record in data["images"]] == ["a.png", "a-2.png"]
+        assert sorted(names) == [*range(1, 81)] and names[1] == "person"
+        for number, record in enumerate(records, 1):
+            boxes = [a for a in data["annotations"] if a["image_id"] == number]
+            assert record["detections"]
+            for a, d in zip(boxes, record["detections"], strict=True):
+                (x, y, w, h), label = a["bbox"], names[a["category_id"]]
+                assert label == d["label"] and np.allclose([x, y, x + w, y + h], d["box"], atol=0.011)
+                assert ("score" in a) == (form == "coco") and a.get("score") in (None, d["score"])
+    images = here / "detections" / "voc" / "JPEGImages"
+    assert [(images / name).read_bytes() for name in ("a.png", "a-2.png")] == [f.read_bytes() for f in files]
+    shutil.rmtree(here / "detections" / "yolo")
+    (here / "detections" / "yolo").mkdir()
+    code, _, err = run_detect(*usual, "--save", "yolo")
+    assert code == 1 and "yolo exists and has no ids.json" in err[0]
+
+
+def test_json_on_stdout(run_detect, here):
+    """--json -: only JSON there, and the table on stderr; --quiet: no table."""
+    file = picture(here / "a.png")
+    _, table, _ = run_detect("--image", file, "--json", "out.json", "--overwrite")
+    code, out, err = run_detect("--image", file, "--json", "-", "--overwrite")
+    assert code == 0 and json.loads(out) == json.loads((here / "out.json").read_text())
+    assert err == table.splitlines() and len(err) > 1 and not (here / "-").exists()
+    code, out, err = run_detect("--image", file, "--json", "-", "--overwrite", "--quiet", "--save", "yolo")
+    assert code == 0 and json.loads(out) and not err
+    code, out, err = run_detect("--image", file, here / "b.png", "--json", "out.json", "--quiet")
+    assert code == 1 and not out and len(err) == 1 and "b.png" in err[0]
 
 
 def test_folder_with_a_broken_picture(run_detect, here):

@@ -23,6 +23,8 @@ from train.run import program
 class Everywhere:
     """Finds a cat in the middle of every picture; calls `at_last` when it is given picture number `count`."""
 
+    classes = ("cat",)
+
     def __init__(self, count=None, at_last=None):
         self.left, self.at_last = count, at_last
 
@@ -95,11 +97,12 @@ def test_what_is_done_stays(where, end, run_detect, here, monkeypatch):
         detector = Everywhere(3, at_last)
     else:
         monkeypatch.setattr(Image.Image, "save", save)
-    status, _, err = run_detect("--image", *files, "--json", "out.json", detector=detector)
+    status, _, err = run_detect("--image", *files, "--json", "out.json", "--save", "yolo", detector=detector)
     assert status == code and err[0] == "detect.py: ended early: 2 of 4 pictures are done"
     assert len(err) == 1 + bool(words) and (words is None or words in err[1])
     assert listed(here / "out.json") == ["0.png", "1.png"]
-    assert sorted(file.name for file in (here / "detections").iterdir()) == ["0.png", "1.png"]
+    assert sorted(file.name for file in (here / "detections").iterdir()) == ["0.png", "1.png", "yolo"]
+    assert [file.name for file in sorted((here / "detections/yolo/labels").iterdir())] == ["0.txt", "1.txt"]
     assert not half_written(here)
 
 

@@ -13,7 +13,9 @@ from training import HEIGHT, WIDTH, broken, instances
 from model.decoding.closed_set import GROUP, ClosedSet
 from model.io.image import square, to_network
 from train import fit
-from train.data.coco import CocoDetections, CocoIndex, read_records
+from train.data import forms
+from train.data.coco import CocoDetections, CocoIndex
+from train.data.records import read_records
 from train.data.samples import answer_sample
 from train.data.targets import closed_set_target
 from train.measures import read_coco
@@ -133,9 +135,9 @@ def test_records(folder):
 @pytest.mark.parametrize("what", ["--dry-run", "--steps 1 --batch-size 2 --workers 0 --no-amp --device cpu"])
 def test_training_reads_the_file_once(folder, monkeypatch, what):
     """For the classes of the model, and for the samples: it may have gigabytes."""
-    read, calls = CocoIndex.read, []
+    calls = []
     monkeypatch.setattr(
-        CocoIndex, "read", lambda *args, **options: calls.append(args) or read(*args, **options)
+        forms, "read_records", lambda *args, **options: calls.append(args) or read_records(*args, **options)
     )
     data = ["--model", "nano", "--data", str(folder / "instances.json"), "--out", str(folder / "run")]
     assert fit.train(fit.arguments([*data, *what.split()])) == 0 and len(calls) == 1

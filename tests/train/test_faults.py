@@ -288,5 +288,6 @@ def test_a_stopped_process_is_named(tiny, scenes, tmp_path):
         assert process.wait() != 0
     assert "fit.py: no sign of life from process 1 of 2 for 0.1 minutes" in said
     assert "RuntimeError" not in said  # the rest is torchrun's own words
+    # Stopped between a step and its line of the log: the step is saved, its line is not written.
     last = metrics(tmp_path / "run")[-1]["step"]
-    assert checkpoint.newest(tmp_path / "run").name == f"step-{last:07d}"
+    assert checkpoint.newest(tmp_path / "run").name in (f"step-{last:07d}", f"step-{last + 1:07d}")

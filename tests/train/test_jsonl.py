@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from training import CAT, LIGHT, instances
 
 from model.io.tokenizer import Tokenizer
-from train.data.coco import read_records
 from train.data.jsonl import JsonlPairs, is_jsonl, read_lines
 from train.data.masks import read_outlines
+from train.data.records import read_records
 
 SIZE = 32
 

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 from helpers import ENVIRONMENT, ROOT
 from training import PUBLISHED
+from zygote import stand_in
 
 from model.config import VARIANTS
 from model.io.config_json import config_to_json
@@ -34,7 +34,7 @@ def test_recipes(name, tiny, scenes, pairs, tmp_path):
     shutil.copy(tiny / "tokenizer.model", model)
     (model / "config.json").write_text(json.dumps(config_to_json(VARIANTS[variant], "bfloat16")))
     own = dict(MODEL=model, COCO=coco, OUT=tmp_path / "run", DATA=pairs, IMAGES=pairs.parent / "images")
-    own |= dict(LAUNCH=sys.executable)
+    own |= dict(LAUNCH=stand_in())
     recipe = ROOT / "train" / "recipes" / f"{name}.sh"
     done = subprocess.run(
         ["bash", recipe, "--dry-run", "--device", "cpu"],

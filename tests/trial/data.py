@@ -106,7 +106,7 @@ class Files(Kind):
 
 
 class Coco(Files):
-    name, short, long = "COCO files, five programs", 6, 500
+    name, short, long = "COCO files, five programs", 4, 500
 
     def make(self, folder: Path) -> None:
         (folder / "instances.json").write_text(json.dumps(good_coco()))
@@ -186,7 +186,7 @@ def harm(rng: np.random.Generator, data: dict) -> str:
 
 
 class Lines(Files):
-    name, short, long = "JSON lines, four programs", 6, 500
+    name, short, long = "JSON lines, four programs", 4, 500
 
     def make(self, folder: Path) -> None:
         mask = disc(WIDTH, HEIGHT, 30, 25, 12)

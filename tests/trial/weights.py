@@ -21,7 +21,7 @@ from trial.frame import Kind, call, fault_of, tiny_model
 class Checkpoints(Kind):
     """detect.py with a copy of a good checkpoint in which one file is damaged."""
 
-    name, short, long = "weights and configs", 15, 500
+    name, short, long = "weights and configs", 8, 500
     program, options = detect, ("--groups", 1)
 
     def __init__(self, place: Path):
@@ -68,7 +68,7 @@ class Checkpoints(Kind):
 
 
 class Adapters(Checkpoints):
-    name, short, long = "adapters", 8, 300
+    name, short, long = "adapters", 4, 300
 
     def prepare(self, good: Path) -> Path:
         tuned = load(self.model)
@@ -90,7 +90,7 @@ class Adapters(Checkpoints):
 class Codecs(Checkpoints):
     """Mask codecs in both forms, in turns with tokenizers."""
 
-    name, short, long = "codecs and tokenizers", 8, 200
+    name, short, long = "codecs and tokenizers", 4, 200
     program, options = segment, ("--classes", "cat", "--max-tokens", 3)
 
     def prepare(self, good: Path) -> Path:

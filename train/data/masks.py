@@ -22,8 +22,8 @@ from model.decoding.boxes import box_prompt, boxes_to_locs, check_label, format_
 from model.decoding.masks import MaskCodec, crop, from_rle, mask_iou, paste_mask, tight_box, to_rle
 from model.io.image import load_image, open_image
 from model.io.writing import explain, located
-from train.data.coco import read_records
 from train.data.jsonl import MASK_KEYS, each_line, is_jsonl
+from train.data.records import read_records
 
 # The contact sheet: pixels of a cell's side, pairs of cells in a row, pairs at most.
 CELL, PAIRS_PER_ROW, MAX_PAIRS = 160, 4, 24
@@ -41,13 +41,14 @@ class Outline:
     size: tuple[int, int] | None = None  # width and height of the image, if the file says so
 
 
-def read_outlines(file: Path) -> Iterator[Outline]:
-    """The objects of a COCO file, except crowds, or of JSON lines, in the order of the file."""
-    if is_jsonl(file):
+def read_outlines(file: Path, records: tuple[dict, dict, dict] | None = None) -> Iterator[Outline]:
+    """The objects of a COCO file, except crowds, or of JSON lines, in the order of the file. records: what
+    check_records returned about another form."""
+    if records is None and is_jsonl(file):
         for number, _, line in each_line(file):
             yield _of_line(line, file, f"{file}:{number}")
         return
-    categories, images, annotations = read_records(file, boxes=False, outlines=True)
+    categories, images, annotations = records or read_records(file, boxes=False, outlines=True)
     for i, record in annotations.items():
         if not record.get("iscrowd"):
             image, label = images[record["image_id"]], categories[record["category_id"]]["name"]
@@ -166,7 +167,7 @@ def segment_lines(
 ) -> Iterator[tuple[dict, Image.Image, list]]:
     """For each image and class with at most `most` objects: the line, the image, and for each object its box,
     label, mask and reconstructed mask. counts: updated with "objects" and with those left out, "bad" and
-    "crowded"."""
+    "crowded", and with "most", the largest number of those in an image."""
     by_image = defaultdict(list)
     for outline in outlines:
         by_image[outline.image].append(outline)
@@ -183,6 +184,7 @@ def segment_lines(
         for label, masks in by_label.items():
             if len(masks) > most:
                 counts["crowded"] += len(masks)
+                counts["most"] = max(counts["most"], len(masks))
                 continue
             counts["objects"] += len(masks)
             boxes = np.stack([tight_box(mask) for mask in masks])

@@ -1,4 +1,4 @@
-"""Opening --data: a COCO instances file or JSON lines, told apart by content."""
+"""Opening --data, in any form (train/data/forms.py): boxes for the closed-set language, or lines of text."""
 
 import math
 from pathlib import Path
@@ -7,17 +7,18 @@ from torch.utils.data import Dataset
 
 from model import PaliGemma
 from model.decoding.closed_set import ClosedSet
-from model.io.image import image_folder
 from model.io.tokenizer import Tokenizer
 from model.io.writing import located
 from train.data.coco import CocoDetections, CocoIndex
-from train.data.jsonl import JsonlPairs, is_jsonl
+from train.data.forms import find_data, records_of
+from train.data.jsonl import JsonlPairs
 from train.data.targets import NANO_NOISE, Noise
 
 
-def read_coco_index(file: Path, images: Path | None) -> CocoIndex | None:
-    """The index of a COCO file; None for JSON lines."""
-    return None if is_jsonl(file) else CocoIndex.read(file, image_folder(file, images))
+def read_coco_index(file: Path, images: Path | None, part: str = "train") -> CocoIndex | None:
+    """The index of a set of boxes; None for JSON lines. part: that is taken of a set with several."""
+    found = find_data(file, images, [part])
+    return None if found.form == "JSONL" else CocoIndex.of(records_of(found, strict=False), found.path)
 
 
 def classes_for(index: CocoIndex | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -38,11 +39,13 @@ def open_data(
     index: CocoIndex | None = None,
     branches: int | None = None,
     flip_vertical: bool = False,
+    part: str = "train",
 ) -> Dataset:
-    """The data set of a file, checked against the model. index: of a COCO file, if it is read already;
-    branches, flip_vertical: see CocoDetections."""
-    images, size = image_folder(file, images), model.config.vision.image_size
-    index = read_coco_index(file, images) if index is None else index
+    """The data set of a file, checked against the model. index: of its boxes, if they are read already;
+    branches, flip_vertical: see CocoDetections. part: that is taken of a set with several."""
+    index = read_coco_index(file, images, part) if index is None else index
+    found, size = find_data(file, images, [part]), model.config.vision.image_size
+    file, images = found.path, found.images
     if index is None:
         if changed := noise.changed():
             what = f"{', '.join(changed)}: only closed-set detection has noise"

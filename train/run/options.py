@@ -29,8 +29,10 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--model", required=True, help="what to start from: a folder, a hub id, or nano")
     add("--image-size", type=positive, help="pixels a side, a multiple of the patch size (default: its own)")
     add("--out", type=Path, required=True, help="folder of this run: checkpoints, metrics, result")
-    add("--data", type=Path, help="COCO instances or JSONL, recognised by content (default: practice scenes)")
-    add("--images", type=Path, help="folder of its pictures (default: images/ beside the file)")
+    add("--data", type=Path,
+        help="a file or folder of COCO, JSONL, YOLO, Pascal VOC or LabelMe, told by what is there; of one in "
+        "parts, train (default: practice scenes)")  # fmt: skip
+    add("--images", type=Path, help="folder of its pictures (default: images/ beside the file, or its own)")
     add("--allow-outside", action=switch, default=False, help="pictures of JSONL may lie outside --images")
     add("--check", action=switch, default=True,
         help="open all pictures of --data and --val once before the first step")  # fmt: skip
@@ -111,8 +113,10 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--save-every", type=positive, default=500)
     add("--keep", type=positive, default=2, help="checkpoints kept, besides the best")
     add("--log-every", type=positive, default=20)
-    add("--val", type=Path, help="validation data (default, of practice scenes: held-out ones)")
-    add("--val-images", type=Path, help="folder of its pictures (default: images/ beside the file)")
+    add("--val", type=Path,
+        help="validation data, as --data; of one in parts, val (default, of practice scenes: held-out ones)"
+    )  # fmt: skip
+    add("--val-images", type=Path, help="folder of its pictures (default: as --images)")
     add("--val-every", type=not_negative, default=0, help="steps between validations; 0: none")
     add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
     args = options.parse_args(argv)
