@@ -32,6 +32,7 @@ from infer.lib.options import (
     write_output,
 )
 from infer.lib.record import as_lists, make_record
+from infer.lib.watch import Watch
 from model.decoding.detections import Detections
 from model.decoding.photographs import warning
 from model.io.image import SUFFIXES, read_ahead
@@ -127,6 +128,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
     detector = load_detector(args, masks)
     drawings, records, photographs, finished = Drawings(args.out, sources, args.overwrite), [], [], False
     named = {}  # in the data sets of --save: {name: file}
+    watch = Watch(args.classes is None)
     # None shows the bar on a terminal only.
     bar = tqdm(total=len(files), unit="image", disable=args.quiet or len(files) < 2 or None)
     try:
@@ -145,6 +147,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                     records.append(record)
                     photographs += [file] if found.photograph else []
                     named[as_text(drawn.stem + file.suffix)] = file
+                    watch.add(image, found)
                     bar.clear()
                     print(f"{shown(file)}  {image.width} x {image.height}  ->  {shown(drawn)}")
                     print(indent(str(found), "  "))
@@ -159,6 +162,8 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
             write_output(records, args.json, args.quiet)
         if args.save and records:
             save_sets(args, as_lists(records, list(named), detector.classes), named, drawings.folder)
+    if warning := watch.warning():
+        complain(warning, program)
     return 1 if complaints else 0
 
 

@@ -6,12 +6,13 @@
 --data has a line for each prompt: {"image", "prefix", "suffix"}, suffix the right answer or a list of them.
 What is measured depends on the prefix:
 
-    answer ...                        exact match
-    caption ..., describe ..., cap    exact match, and CIDEr-D (arXiv 1411.5726; 10 is perfect)
-    anything, if the line has a "mask" in COCO's run-length encoding: mean IoU with it
+    anything                          exact match, in which neither case nor the number of spaces counts
+    caption ..., describe ..., cap    CIDEr-D besides (arXiv 1411.5726; 10 is perfect)
+    anything, if the line has a "mask" in COCO's run-length encoding: mean IoU with it instead
 
-The mask of an answer is that of its first object; an answer without one scores 0, as RefCOCO is measured.
-Lines with a "kind" are also reported by kind. Neither case nor spaces around an answer count.
+Lines that begin with answer, caption, describe or cap, and all others, have rows of their own. The mask of
+an answer is that of its first object; an answer without one scores 0, as RefCOCO is measured. Lines with a
+"kind" are also reported by kind.
 
 Pictures that cannot be read, or have another size than their masks, are named, and there are no figures; with
 --skip-broken the figures are without their lines, and say how many pictures are left out.
@@ -32,6 +33,7 @@ from infer.lib.options import (
     check_output,
     load_codec,
     load_model,
+    note_closed_set_only,
     sampling_options,
     tables,
     write_output,
@@ -49,7 +51,7 @@ from model.io.names import shown
 from model.io.tokenizer import LOCS
 from model.io.writing import located, write_lines
 from train.data.jsonl import read_lines
-from train.measures import TASKS, judge_answers, task_of
+from train.measures import judge_answers
 from train.run.program import parser, positive, run
 
 SETS = ("same", "vendor")
@@ -57,12 +59,10 @@ IMAGES = 8  # whose prompts are put together
 
 
 def read_prompts(data: Path, images: Path) -> list[dict]:
-    """The lines of a file. One on which nothing can be measured is refused."""
+    """The lines of a file. One whose mask or kind cannot be used is refused."""
     records = []
     for _, record in read_lines(data, images):
         with located(f"{data}: {record['image']}, {record['prefix']!r}"):
-            if task_of(record) is None:
-                raise ValueError(f"begins with none of {', '.join(TASKS)}, and has no mask")
             if "mask" in record:
                 rle_size(record["mask"])  # compared with the picture before the mask is made
             if not isinstance(record.get("kind", ""), str):
@@ -126,6 +126,7 @@ def main() -> None:
     sampling = sampling_options(args)
     codec = None if args.data else load_codec(args)
     model = load_model(args)
+    note_closed_set_only(model)
     prompter = Prompter(model, args.max_tokens, sampling, args.seed)
     figures, answered = {}, []
     with tempfile.TemporaryDirectory() as temporary:

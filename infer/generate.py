@@ -17,7 +17,13 @@ from unicodedata import category
 
 import torch
 
-from infer.lib.options import add_model_arguments, add_sampling_arguments, load_model, sampling_options
+from infer.lib.options import (
+    add_model_arguments,
+    add_sampling_arguments,
+    load_model,
+    note_closed_set_only,
+    sampling_options,
+)
 from model import PaliGemma
 from model.decoding.batches import network_images
 from model.decoding.generate import generate
@@ -124,6 +130,7 @@ def main() -> None:
     if args.samples > 1 and args.temperature == 0:
         raise ValueError("--samples are all alike at temperature 0; give --temperature 1, for example")
     speaker = Speaker(load_model(args), args)
+    note_closed_set_only(speaker.model)
     if args.prompt is None:
         converse(speaker)
     else:

@@ -226,7 +226,7 @@ def main() -> None:
     options = parser(__doc__)
     commands, parsers = options.add_subparsers(required=True, metavar="early-stop | growth | head | seam"), {}
     for name, function in {"early-stop": early_stop, "growth": growth, "head": head, "seam": seam}.items():
-        parsers[name] = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
+        parsers[name] = commands.add_parser(name, description=function.__doc__)
         parsers[name].set_defaults(function=function)
     for name in ("early-stop", "growth"):
         add = parsers[name].add_argument

@@ -140,6 +140,7 @@ class PaliGemmaConfig:
     calibration: tuple[float, float, float] | None = None
     classes: tuple[str, ...] = field(default=COCO_CLASSES, repr=False)
     open_vocabulary: bool = True  # False: it knows no words except its classes, like nano
+    closed_set_only: bool = False  # True: what it was trained on last had no answers in words
 
     def __post_init__(self):
         for name in ("classes", "calibration"):
@@ -151,7 +152,8 @@ class PaliGemmaConfig:
         _check(all(map(str.strip, self.classes)), self, "classes", "one of the names is empty")
         twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
         _check(not twice, self, "classes", f"named more than once: {', '.join(twice)}")
-        _check(isinstance(self.open_vocabulary, bool), self, "open_vocabulary", "must be true or false")
+        for name in ("open_vocabulary", "closed_set_only"):
+            _check(isinstance(getattr(self, name), bool), self, name, "must be true or false")
         _check_positive(self, "groups", most=MAX_GROUPS)
         _check(self.answers in FORMS, self, "answers", f"must be {' or '.join(FORMS)}")
         if self.calibration is not None:

@@ -13,10 +13,13 @@ import pytest
 from helpers import ROOT
 
 PACKAGES = "model", "train", "infer"  # each may import those before it
-THE_LOOP = {f"train.{name}" for name in ("fit", "setup", "loss", "validate", "measures", "merge", "convert")}
+THE_LOOP = {
+    f"train.{name}"
+    for name in ("fit", "setup", "loss", "validate", "measures", "collapse", "merge", "convert")
+}
 # What infer takes from train: the practice set, the measures and the readers, never the loop.
 READERS = r"data\.(coco|folders|forms|jsonl|open|records|save)"
-FOR_INFER = rf"train\.(practice(\..+)?|measures|{READERS}|run\.(pictures|processes|program))"
+FOR_INFER = rf"train\.(practice(\..+)?|measures|collapse|{READERS}|run\.(pictures|processes|program))"
 OPTIONAL = {  # packages outside requirements.txt: who may import them, always inside a function
     "supervision": {"model.decoding.detections"},
     "tensorboard": {"train.run.log"},

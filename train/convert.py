@@ -196,7 +196,7 @@ def arguments(argv=None) -> argparse.Namespace:
     commands = options.add_subparsers(required=True)
 
     def command(name: str, convert, help: str, *aliases: str, out: str = "the file to write", **defaults):
-        added = commands.add_parser(name, help=help, aliases=aliases, allow_abbrev=False)
+        added = commands.add_parser(name, help=help, aliases=aliases)
         added.set_defaults(convert=convert, **defaults)
         add = added.add_argument
         add("--data", type=Path, required=True, help="the set to read, of any form: a file or a folder")

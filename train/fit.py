@@ -7,7 +7,7 @@
 --data is a COCO, JSONL, YOLO, Pascal VOC or LabelMe set (train/data/forms.py); without it every sample is a
 fresh practice scene. A killed run continues with --resume, and ends with the weights that it would have had
 anyway. OUT/metrics.jsonl has a line every --log-every steps; OUT/final is the result: a checkpoint in
-bfloat16, or the adapter.
+bfloat16, or the adapter. With --val, OUT/best is the same of the best validation.
 """
 
 import argparse
@@ -31,13 +31,14 @@ from train.data.forms import find_data
 from train.data.open import read_coco_index
 from train.data.samples import StepSampler, weight_of
 from train.loss import Objective
+from train.run.best import Best, forget_other_scores, verdict
 from train.run.checkpoint import Run, Saver, load_trainer_state, save_checkpoint, save_model
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
 from train.run.options import arguments, as_json
-from train.run.plan import print_plan
-from train.run.processes import all_gather, join_processes, own_device, use_gpu
+from train.run.plan import print_dry_run, print_plan, validation_interval
+from train.run.processes import join_processes, own_device, resident_memory, use_gpu
 from train.run.program import run as run_program
 from train.setup import checkpoint_to_resume, leave_out_broken, load_data, load_model, make_loader
 from train.validate import Validation
@@ -95,8 +96,9 @@ def train(args: argparse.Namespace) -> int:
     """One run, from the options to OUT/final. Returns the exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = own_device(args.device, world)
+    program = resident_memory() if device.type == "cpu" else 0
     if args.dry_run:
-        return print_plan(args, world)
+        return print_dry_run(args, world, program)
     if device.type == "cuda":
         use_gpu(device)
     if world > 1 or args.shard:
@@ -104,7 +106,7 @@ def train(args: argparse.Namespace) -> int:
     say = print if rank == 0 else lambda *_: None
 
     # The model, from a checkpoint of this run or from --model, and the data.
-    val = find_data(args.val, args.val_images, ["val"]) if args.val and args.val_every else None
+    val = find_data(args.val, args.val_images, ["val"]) if args.val and args.val_every != 0 else None
     for found in (args.data and find_data(args.data, args.images, ["train"]), val):
         if found:
             say(found)
@@ -117,7 +119,8 @@ def train(args: argparse.Namespace) -> int:
     tokenizer = model.tokenizer
     language = ClosedSet.of(model.config, tokenizer)
     data = load_data(args, model, language, index)
-    if val and args.tasks == "closed-set" and (val.form == "JSONL") == data.closed_set:
+    every = validation_interval(args, len(data) if args.data else None)
+    if every and val and args.tasks == "closed-set" and (val.form == "JSONL") == data.closed_set:
         kind = "lines of text" if data.closed_set else "COCO instances"
         raise ValueError(f"--val {args.val} holds {kind}, another kind of data than what is trained on")
     skipped = leave_out_broken(args, data, before if found else None)
@@ -138,8 +141,6 @@ def train(args: argparse.Namespace) -> int:
     compute = distribute(objective, args)
     optimizers = make_optimizers(objective, args)
     trainer = load_trainer_state(found, objective, optimizers) if found else {"step": 0}
-    trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    say(f"{trainable:,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters")
 
     # The samples of each step, and what happens at intervals.
     steps = range(trainer["step"], max(trainer["step"], args.steps))
@@ -148,13 +149,14 @@ def train(args: argparse.Namespace) -> int:
         items, steps, args.batch_size, rank=rank, world=world, accumulate=args.accumulate, seed=args.seed
     )
     batches = iter(make_loader(args, data, sampler, model.config.pad, device))
-    validation = Validation(args, model, objective, tokenizer, device) if args.val_every else None
+    validation = Validation(args, model, objective, tokenizer, device) if every else None
+    if rank == 0:
+        print_plan(args, model.config, world, data if args.data else None, program)
 
     # What the run writes: run.json, the log and the checkpoints.
     options = as_json(args) | dict(skipped=skipped, skipped_val=validation.skipped if validation else {})
-    validated = ("val", "val_count", "shard", "skipped_val")
-    if found and any(before.get(name) != options[name] for name in validated):
-        trainer.pop("best", None)  # its score is of other pictures, or of the loss and not of the mAP
+    if found:
+        forget_other_scores(trainer, before, options)
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_json(options, args.out / "run.json")
@@ -165,6 +167,9 @@ def train(args: argparse.Namespace) -> int:
     loss_sum = torch.zeros((), device=device)  # since the last line of the log
     # The saver saves what is not, if an error ends the run.
     with Saver(save, run, trainer, options, args.shard) as saver, log or contextlib.nullcontext():
+        best = Best(validation.run, every, args, model, run, saver, log) if validation else None
+        if best:
+            best.look()
         for step in steps:
             # Every step derives its random numbers (dropout) from its own number: there is no state to save.
             torch.manual_seed(hash((args.seed, step, rank)) % 2**63)
@@ -194,17 +199,9 @@ def train(args: argparse.Namespace) -> int:
                 if log:
                     log.line(done, loss_sum.item() / world, lr=optimizers[-1].param_groups[0]["lr"])
                 loss_sum.zero_()
-            if validation and (done % args.val_every == 0 or done == args.steps):
-                saver.save()  # it may take long, and meet pictures that training did not
-                # One process decides for all: sums may differ in a digit, and then only some would save.
-                figures = all_gather(validation.run())[0]
-                score = figures.get("val_mAP", -figures["val_loss"])
-                if score > trainer.get("best", {}).get("score", -math.inf):
-                    trainer["best"] = dict(step=done, score=score)
-                if log:
-                    log.write(dict(step=done, **figures))
-            best_now = trainer.get("best", {}).get("step") == done
-            if done % args.save_every == 0 or done == args.steps or best_now or stop:
+            if best:
+                best.look()
+            if done % args.save_every == 0 or done == args.steps or stop:
                 saver.save()
             if stop and done < args.steps:
                 say(f"\nstopped after step {done}; --resume continues")
@@ -212,7 +209,7 @@ def train(args: argparse.Namespace) -> int:
     save_model(model, args.out / "final", run, torch.bfloat16)
     if log:
         log.check()
-    say(f"trained {'adapter' if args.lora else 'checkpoint'}: {args.out / 'final'}")
+    say(f"trained {'adapter' if args.lora else 'checkpoint'}: {verdict(args, trainer, data.closed_set)}")
     return 0
 
 

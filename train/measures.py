@@ -152,15 +152,20 @@ def fit_calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, float
 # ---- answers in words --------------------------------------------------------------------------------------
 
 
-def task_of(record: dict) -> str | None:
-    """What is measured on a line of JSONL: "mask", "question", "caption"; None if nothing can be."""
-    return "mask" if "mask" in record else TASKS.get(record["prefix"].split(" ")[0])
+def task_of(record: dict) -> str:
+    """What a line of JSONL is measured as: "mask", "question", "caption" or "other"."""
+    return "mask" if "mask" in record else TASKS.get(record["prefix"].split(" ")[0], "other")
+
+
+def folded(text: str) -> str:
+    """A text as it is compared: in one case, with single spaces."""
+    return " ".join(text.casefold().split())
 
 
 def judge_answers(
     records: list[dict], answers: list[str], codec: MaskCodec | None, bins: int = LOCS
 ) -> dict[str, dict]:
-    """{task: figures} of the answers to lines of JSONL. Case is ignored.
+    """{task: figures} of the answers to lines of JSONL. Case and the number of spaces are ignored.
 
     figures: "lines"; of masks, "mean IoU"; of words, "exact", by "kinds" too if the lines have several; of
     captions, "CIDEr-D". codec, bins: see first_mask_iou.
@@ -175,10 +180,10 @@ def judge_answers(
             ious = [first_mask_iou(answer, from_rle(record["mask"]), codec, bins) for record, answer in pairs]
             figures[task]["mean IoU"] = round(sum(ious) / len(ious), 4)
             continue
-        references = [[text.strip() for text in right_answers(record)] for record, _ in pairs]
+        references = [right_answers(record) for record, _ in pairs]
         exact, kinds = [], defaultdict(list)
         for (record, answer), texts in zip(pairs, references):
-            exact.append(answer.casefold() in [text.casefold() for text in texts])
+            exact.append(folded(answer) in map(folded, texts))
             kinds[record.get("kind", "others")].append(exact[-1])
         figures[task]["exact"] = round(sum(exact) / len(exact), 4)
         if task == "caption":

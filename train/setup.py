@@ -49,7 +49,9 @@ def load_model(
     """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
     before, to be trained further; index: of --data, if it is a COCO file."""
     overrides = overrides_of(args)
-    if not args.data or index is not None:
+    closed_set = index is not None or not args.data
+    overrides["closed_set_only"] = closed_set and args.tasks == "closed-set"
+    if closed_set:
         overrides["answers"] = args.answers
     if args.data:
         overrides["classes"] = classes_for(index, load_config(base).classes)

@@ -20,6 +20,7 @@ from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector, closed_set_decoder
 from model.io.image import to_network
 from model.io.tokenizer import Tokenizer
+from train.collapse import collapse_of_set
 from train.data.coco import CocoDetections
 from train.data.open import open_data
 from train.data.samples import collate, weight_of
@@ -78,9 +79,10 @@ class Validation:
             self.truth = truth_of(self.data, items)
 
     @torch.no_grad()
-    def run(self) -> dict[str, float]:
-        """{"val_loss": ..., "val_mAP": ...} of all processes' shares. No mAP with --shard: the decoder calls
-        parts of the model directly, and FSDP gathers weights only when the whole objective is called."""
+    def run(self) -> tuple[dict[str, float], str]:
+        """{"val_loss": ..., "val_mAP": ...} of all processes' shares, and a warning, or "". No mAP with
+        --shard: the decoder calls parts of the model directly, and FSDP gathers weights only when the whole
+        objective is called."""
         self.objective.eval()
         # Files do not say what each patch shows, so there is nothing to measure the helper head against.
         patch_head, self.objective.patch_head = self.objective.patch_head, None
@@ -96,14 +98,15 @@ class Validation:
         self.objective.patch_head = patch_head
         if self.world > 1:
             dist.all_reduce(sums)
-        figures = {"val_loss": round((sums[0] / sums[1]).item(), 4)}
+        figures, warning = {"val_loss": round((sums[0] / sums[1]).item(), 4)}, ""
         if self.detector:
             results = [result for share in all_gather(results) for result in share]
             figures["val_mAP"] = round(max(0.0, float(run_cocoeval(self.truth, results).stats[0])), 4)
+            warning = collapse_of_set(self.truth, results)
         if isinstance(self.objective, FSDPModule):  # without a backward pass its root stays unsharded
             self.objective.reshard()
         self.objective.train()
-        return figures
+        return figures, warning
 
     def _detect(self, images: Tensor, items: Iterator[int]) -> list[dict]:
         """What is found in a batch of uint8 [B, S, S, 3], in COCO's format; the next B items are theirs."""

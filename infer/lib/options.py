@@ -26,7 +26,7 @@ from model.io.names import shown
 from model.io.npz import variant_of
 from model.io.weights import DTYPES
 from model.io.writing import explain, write_json
-from train.run.program import add_seam_arguments, positive
+from train.run.program import add_seam_arguments, complain, positive
 
 # Options that have no effect in the other mode, and are refused there.
 OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")
@@ -206,6 +206,16 @@ def load_model(args: argparse.Namespace) -> PaliGemma:
     )
 
 
+def note_closed_set_only(model: PaliGemma) -> None:
+    """Say so on stderr if a model that is to answer in words may have forgotten them."""
+    if model.config.closed_set_only:
+        complain(
+            "this checkpoint was last trained on closed-set detection alone and may have forgotten other "
+            "answers: without --classes, detect.py asks for what it was taught; for words, take its base",
+            sys.argv[0],
+        )
+
+
 def load_codec(args: argparse.Namespace) -> MaskCodec:
     return MaskCodec.load(args.codec or codec_file(args.model), args.check_codec)
 
@@ -231,6 +241,7 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
         return ClosedSetDetector(decoder, selection)
     prompter = Prompter(model, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
+    note_closed_set_only(model)
     # Checkpoints are trained to segment one class at a time.
     per_prompt = 1 if masks else args.classes_per_call or CLASSES_PER_PROMPT
     return OpenSetDetector(prompter, names, per_prompt, selection, codec)

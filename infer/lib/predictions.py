@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from model.io.hub import resolve, weight_files
 from model.io.image import check_size, image_folder, read_ahead
 from model.io.names import shown
 from model.io.writing import explain, named, open_regular, read_json, write_json, write_lines
+from train.collapse import collapse_of_set
 from train.measures import (
     FIGURES,
     calibration_error,
@@ -41,7 +43,7 @@ from train.measures import (
 from train.practice.write import HELD_OUT_SETS, write_coco
 from train.run.pictures import name_broken, none_left
 from train.run.processes import all_gather, rank_and_world
-from train.run.program import positive
+from train.run.program import complain, positive
 
 SCENES_FOLDER = "scenes"  # folder of the drawn scenes
 
@@ -115,6 +117,8 @@ def evaluate(
     of_set = [result for result in results if result["category_id"] != -1]
     evaluation = run_cocoeval(coco, of_set)
     any_class = run_cocoeval(coco, results, use_classes=False)
+    if warning := collapse_of_set(coco, results):
+        complain(warning, sys.argv[0])
     error, table = calibration_error(evaluation)
     figures = {name: round(float(value), 4) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
     figures["AP any class"] = round(float(any_class.stats[0]), 4)

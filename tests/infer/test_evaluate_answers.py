@@ -24,6 +24,7 @@ def data(here):
         dict(image="a.png", prefix="caption en", suffix="a cat"),
         dict(image="a.png", prefix="answer en where is the cat?", suffix="top left"),
         dict(image="b.png", prefix="segment cat", suffix="", mask=to_rle(MASK)),
+        dict(image="b.png", prefix="how many lines cross?", suffix="2"),
     ]
     for name in ("a.png", "b.png"):
         picture(here / "images" / name, 120, 80)
@@ -35,9 +36,9 @@ def test_program(monkeypatch, capsys, model, data):
     code, out, err = run(monkeypatch, capsys, *argv, "--json", "f.json", "--answers", "said.jsonl")
     assert (code, err) == (0, []) and "caption" in out and "mean IoU" in out
     figures = json.loads((data.parent / "f.json").read_text())["answers"]
-    assert set(figures) == {"caption", "question", "mask"}
+    assert set(figures) == {"caption", "question", "mask", "other"} and "other" in out
     said = [json.loads(line) for line in (data.parent / "said.jsonl").read_text().splitlines()]
-    assert len(said) == 3 and all(isinstance(line["answer"], str) for line in said)
+    assert len(said) == 4 and all(isinstance(line["answer"], str) for line in said)
 
 
 def test_practice_scenes(monkeypatch, capsys, model, here):
@@ -50,7 +51,6 @@ def test_practice_scenes(monkeypatch, capsys, model, here):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (dict(image="a.png", prefix="segment cat", suffix=""), "mask"),
         (dict(image="a.png", prefix="segment cat", suffix="", mask=dict(size=3)), "mask"),
         (
             dict(
@@ -58,7 +58,6 @@ def test_practice_scenes(monkeypatch, capsys, model, here):
             ),
             "a mask of 1000000 x 1000000 pixels, but 120 x 80",
         ),
-        (dict(image="a.png", prefix="detect cat", suffix=""), "detect cat"),
         (dict(image="none.png", prefix="caption en", suffix=""), "none.png"),
         (dict(image="a.png", suffix=""), "prefix"),
         (dict(image="a.png", prefix="caption" + " en" * 3000, suffix=""), "answers.jsonl: prompt and answer"),

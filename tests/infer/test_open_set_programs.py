@@ -1,6 +1,7 @@
 """detect.py and evaluate.py with classes by name, and segment.py."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 from helpers import BOX as A
 from helpers import CODES as SEGS
 from helpers import OTHER_BOX as B
-from helpers import CannedAnswers, call, picture
+from helpers import CannedAnswers, call, edit_json, picture
 from PIL import Image
 
-from infer import detect, evaluate, segment
+from infer import detect, evaluate, generate, segment
 from infer.lib import options as loading
 from model.decoding.masks import from_rle
 from model.io.hub import CODEC, NANO
@@ -52,6 +53,24 @@ def test_detect_mistakes(monkeypatch, capsys, model, here, options, word):
     argv = "--image", picture(here / "a.png"), "--model", model
     code, _, err = run(monkeypatch, capsys, detect, *argv, *options)
     assert code == 1 and len(err) == 1 and err[0].startswith("detect.py: ") and word in err[0]
+
+
+def test_a_model_that_may_have_forgotten_words_says_so(monkeypatch, capsys, model, here):
+    """In one line, when it is asked for them; not for what it was taught, and never of another checkpoint."""
+    mine = shutil.copytree(model, here / "mine")
+    edit_json(mine / "config.json", lambda raw: raw["detection"].update(closed_set_only=True))
+    file = picture(here / "a.png")
+    asked = (
+        (detect, "--classes", "cat", "--max-tokens", 5),
+        (generate, "--prompt", "caption en", "--max-tokens", 5),
+    )
+    for program, *options in (*asked, (detect,)):
+        notes = []
+        for folder in (mine, model):
+            code, _, err = run(monkeypatch, capsys, program, "--image", file, "--model", folder, *options)
+            assert code == 0
+            notes.append(sum("trained on closed-set detection alone" in line for line in err))
+        assert notes == ([1, 0] if options else [0, 0])
 
 
 def test_evaluate_by_name(monkeypatch, capsys, model, coco):

@@ -160,3 +160,43 @@ def test_parser():
     with pytest.raises(SystemExit) as stop:
         options.parse_args(["--score", "1"])
     assert stop.value.code == 2
+
+
+def test_defaults_are_in_the_help():
+    """Each once: appended, or in the words of the option's own help; not of flags that are given or not."""
+    options = program.parser("")
+    add, switch = options.add_argument, argparse.BooleanOptionalAction
+    add("--rate", type=float, default=0.5), add("--sets", nargs="+", default=["a", "b%"])
+    (
+        add("--mine", default=None, help="who (default: nobody)"),
+        add("--other", default=3, help="(default: three)"),
+    )
+    add("--on", action=switch, default=True, help="x"), add("--off", action=switch, default=False, help="y")
+    add("--flag", action="store_true", help="z"), add("--none"), add("--empty", default="", help="w")
+    words = " ".join(options.format_help().partition("options:")[2].split())
+    assert words.count("(default") == 6
+    for part in (
+        "(default: 0.5)",
+        "(default: a b%)",
+        "who (default: nobody)",
+        "x (default: on)",
+        "y (default: off)",
+    ):
+        assert part in words
+    commands = options.add_subparsers()
+    assert commands.add_parser("one").formatter_class is program.Layout
+
+
+@pytest.mark.parametrize("name", [f"infer/{name}" for name in PROGRAMS] + ["train/fit.py", "train/merge.py"])
+def test_every_program_says_its_defaults(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.setattr(program.Parser, "exit", lambda self, *_: fail(KeyError(self)))
+    monkeypatch.setattr(program, "run", lambda main, file: main())
+    with pytest.raises(KeyError) as ended:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    actions = [
+        action
+        for action in ended.value.args[0]._actions
+        if action.default not in (None, False, "==SUPPRESS==")
+    ]
+    assert all("(default: " in action.help for action in actions)

@@ -267,7 +267,7 @@ def test_killed_and_resumed(more, tiny, scenes, tmp_path, monkeypatch):
 def test_validation(tiny, scenes, tmp_path):
     """Its loss is of branches, its mAP of boxes decoded in parallel."""
     run(tiny, tmp_path / "run", f"{PARALLEL} --data {scenes} --val {scenes} --val-every 2 --steps 2")
-    (figures,) = [line for line in metrics(tmp_path / "run") if "val_loss" in line]
+    _, figures = [line for line in metrics(tmp_path / "run") if "val_loss" in line]
     model = PaliGemma.from_pretrained(str(tmp_path / "run" / "final"), dtype=torch.float32)
     assert figures["val_mAP"] >= 0 and 1 < figures["val_loss"] < 8 and model.config.answers == "parallel"
 

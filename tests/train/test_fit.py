@@ -69,7 +69,8 @@ def test_what_a_run_leaves(tiny, tmp_path, capsys):
     assert same(weights(out / "final"), {k: v.bfloat16() for k, v in weights(out / LAST).items()})
     assert not any("patch_head" in name for name in weights(out / LAST))
     loaded = PaliGemma.from_pretrained(str(out / LAST), dtype=torch.float32)
-    assert loaded.config == PaliGemma.from_pretrained(str(tiny), dtype=torch.float32).config
+    before = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32).config
+    assert loaded.config == before.override(closed_set_only=True) != before
     assert (out / "final" / "tokenizer.model").read_bytes() == (tiny / "tokenizer.model").read_bytes()
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, 9)) and lines[-1]["lr"] < 1e-3
@@ -84,6 +85,7 @@ def test_training(with_codec, tmp_path):
         "tokenizer.model",
         CODEC,
     }
+    assert not load_config(tmp_path / "run" / "final").closed_set_only  # words were among the tasks
     before, after = weights(with_codec), weights(tmp_path / "run" / "final")
     assert before.keys() == after.keys()
     assert any(not torch.equal(after[name].float(), before[name].bfloat16().float()) for name in before)
@@ -94,15 +96,24 @@ def test_training(with_codec, tmp_path):
 
 @pytest.mark.parametrize("loss", ["allowed", "vocabulary"])
 def test_coco(loss, tiny, scenes, tmp_path):
-    """Closed-set training on files, with validation loss and mAP; the best checkpoint outlives the newest."""
+    """Closed-set training on files, with validation loss and mAP, and the weights of the best one beside."""
     options = f"--data {scenes} --val {scenes} --val-every 2 --val-count 4 --save-every 2 --keep 1 --augment"
     run(tiny, tmp_path / "run", f"{PLAIN} {options} --loss {loss} --lr 1e-2 --steps 6")
     lines = [line for line in metrics(tmp_path / "run") if "val_loss" in line]
-    assert [line["step"] for line in lines] == [2, 4, 6] and all(0 <= line["val_mAP"] <= 1 for line in lines)
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert all(0 <= line["val_mAP"] <= 1 for line in lines)
     assert all(line["val_loss"] > 0 for line in lines)
-    best = json.loads((tmp_path / "run" / "step-0000006" / "trainer.json").read_text())["best"]["step"]
-    kept = {path.name for path in (tmp_path / "run").glob("step-*")}
-    assert kept == {f"step-{best:07d}", "step-0000006"}
+    best = json.loads((tmp_path / "run" / "step-0000006" / "trainer.json").read_text())["best"]
+    first = max(lines, key=lambda line: (line["val_mAP"], -line["val_loss"]))
+    assert best == dict(step=first["step"], score=[first["val_mAP"], -first["val_loss"]])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "best", "final", "metrics.jsonl", "run.json", "step-0000006"
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "run" / "best").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.model"
+    }  # fmt: skip
+    final = weights(tmp_path / "run" / "final")
+    assert same(weights(tmp_path / "run" / "best"), final) == (best["step"] == 6)
 
 
 def test_other_classes(tiny, scenes, tmp_path):
@@ -132,7 +143,8 @@ def test_jsonl_brings_new_words(tiny, pairs, tmp_path, adapter):
     run(tiny, tmp_path / "run", f"{PLAIN} --data {pairs} --steps 1{' --lora' if adapter else ''}")
     final = tmp_path / "run" / "final"
     source = dict(source=str(tiny), adapter=str(final)) if adapter else dict(source=str(final))
-    assert PaliGemma.from_pretrained(**source).config.open_vocabulary
+    config = PaliGemma.from_pretrained(**source).config
+    assert config.open_vocabulary and not config.closed_set_only
 
 
 @pytest.mark.parametrize("option", ["--freeze-vision", "--lora --freeze-vision"])

@@ -207,7 +207,9 @@ def test_judge_answers(codec):
         answer(MASK, codec),
         "none",
     ]
-    figures = judge_answers(records, said, codec)
+    records.append(dict(image="a", prefix="count the lines", suffix=["two  crossings", "2"]))
+    figures = judge_answers(records, [*said, " Two crossings"], codec)
+    assert figures["other"] == dict(lines=1, exact=1.0)
     assert figures["question"]["exact"] == 0.6667 and figures["question"]["lines"] == 3
     assert figures["question"]["kinds"] == {
         "how many": dict(exact=1.0, lines=2),

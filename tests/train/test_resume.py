@@ -272,9 +272,9 @@ def test_a_run_from_before_an_option_goes_on(tiny, scenes, tmp_path):
 def test_the_best_is_of_one_measure(tiny, scenes, tmp_path, monkeypatch):
     """A score on other pictures says nothing about which checkpoint is better."""
     out, options = tmp_path / "run", f"{PLAIN} --data {scenes} --val {scenes} --val-every 1 --save-every 1"
-    scores = iter((0.9, 0.8, 0.3, 0.4, 0.2))
-    monkeypatch.setattr(Validation, "run", lambda self: dict(val_loss=1.0, val_mAP=next(scores)))
+    scores = iter((0.5, 0.9, 0.8, 0.1, 0.3, 0.4, 0.2))
+    monkeypatch.setattr(Validation, "run", lambda self: (dict(val_loss=1.0, val_mAP=next(scores)), ""))
     run_until_killed(monkeypatch, 3, tiny, out, f"{options} --steps 5")
     run(tiny, out, f"{options} --steps 5 --val-count 2", "--resume")
     best = json.loads((out / "step-0000005" / "trainer.json").read_text())["best"]
-    assert best == dict(step=4, score=0.4)
+    assert best == dict(step=4, score=[0.4, -1.0])

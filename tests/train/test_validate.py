@@ -52,7 +52,7 @@ def test_validation_drops_nothing(tiny, scenes):
             torch.nn.init.normal_(layer.B)
         objective = Objective(model, language_of(tiny)).train()
         torch.manual_seed(len(losses))
-        losses.append(validation_of(objective, tiny, scenes).run()["val_loss"])
+        losses.append(validation_of(objective, tiny, scenes).run()[0]["val_loss"])
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -72,7 +72,7 @@ def test_validation_loss(tiny, scenes, monkeypatch):
     """By hand: the mean of the cross-entropies, each weighed as in training. Batches of different sizes."""
     monkeypatch.setattr(validate, "BATCH", 3)
     model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
-    found = validation_of(Objective(model, None), tiny, scenes).run()["val_loss"]
+    found = validation_of(Objective(model, None), tiny, scenes).run()[0]["val_loss"]
     data = open_data(scenes, None, model, Tokenizer(tiny), seed=0, augment=False)
     batch = collate([data[i, i] for i in range(8)], model.config.pad)
     logits = model(to_network(batch["image"]), batch["text"], batch["prefix_len"])
@@ -100,7 +100,7 @@ def test_validation_map_is_of_all_pictures(tiny, scenes, monkeypatch):
     figures = []
     for rank in (0, 1):
         monkeypatch.setattr(validate, "rank_and_world", lambda rank=rank: (rank, 2))
-        figures.append(validation_of(Objective(model, None), tiny, scenes, count=6).run()["val_mAP"])
+        figures.append(validation_of(Objective(model, None), tiny, scenes, count=6).run()[0]["val_mAP"])
     assert 0 < figures[0] < 0.9 and figures[1] == pytest.approx(1)
     pictures = [{result["image_id"] for result in share} for share in shares]
     assert len(pictures[0] | pictures[1]) == 6 and not pictures[0] & pictures[1]
@@ -116,7 +116,8 @@ def test_validation_loss_is_of_the_same_kind(with_empty, tiny, tmp_path):
     noise = replace(PUBLISHED, skip_empty=False)
     data = open_data(with_empty, None, model, tokenizer, 0, False, noise=noise)
     expected = plain_loss(tiny, [data[i, i] for i in range(4)], "example")
-    (found,) = [line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line]
+    before, found = [line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line]
+    assert before == found
     assert found == pytest.approx(expected, abs=2e-4)
 
 
@@ -173,12 +174,12 @@ def test_validation_in_two_processes(option, tiny, scenes, tmp_path):
     run(tiny, tmp_path / "one", f"{PLAIN} {options}")
     printed = launch(tiny, tmp_path / "two", f"{options} {option}", torchrun(2))
     one, two = ([x for x in metrics(tmp_path / name) if "val_loss" in x] for name in ("one", "two"))
-    assert [x["step"] for x in two] == [2, 4]
+    assert [x["step"] for x in two] == [0, 2, 4]
     assert [x["val_loss"] for x in one] == pytest.approx([x["val_loss"] for x in two], abs=2e-4)
     if option:  # said at the start: a decoder's steps of its own do not go together with split weights
-        assert "val_mAP" in printed and not any("val_mAP" in x for x in two)
+        assert "for val_mAP, evaluate" in printed and not any("val_mAP" in x for x in two)
     else:
-        assert "val_mAP" not in printed
+        assert "for val_mAP, evaluate" not in printed
         assert [x["val_mAP"] for x in one] == pytest.approx([x["val_mAP"] for x in two], abs=1e-3)
     one, two = (weights(tmp_path / name / "step-0000004") for name in ("one", "two"))
     assert weights_apart(one, two) < 1e-4
@@ -194,7 +195,7 @@ def test_the_first_process_decides_what_is_best(tiny, scenes, tmp_path):
         "from train.run import checkpoint\n"
         "rank, figures, save = int(os.environ['RANK']), iter(range(9)), checkpoint.save_checkpoint\n"
         "def differing(self):\n"
-        "    return dict(val_loss=5 + next(figures) * (-1) ** rank)\n"
+        "    return dict(val_loss=5 + next(figures) * (-1) ** rank), ''\n"
         "def recorded(run, trainer, *rest):\n"
         "    print(trainer['step'], file=open(run.out / f'saves-{rank}', 'a'))\n"
         "    save(run, trainer, *rest)\n"
@@ -206,5 +207,5 @@ def test_the_first_process_decides_what_is_best(tiny, scenes, tmp_path):
     saves = [(tmp_path / "run" / f"saves-{rank}").read_text().split() for rank in (0, 1)]
     assert saves == [["1", "2", "3", "4"]] * 2  # each before its validation
     trainer = json.loads((tmp_path / "run" / "step-0000004" / "trainer.json").read_text())
-    assert trainer["best"]["step"] == 1  # the first process saw the loss rise
-    assert [line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [5, 6, 7, 8]
+    assert trainer["best"]["step"] == 0  # the first process saw the loss rise
+    assert [line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [5, 6, 7, 8, 9]

@@ -57,7 +57,7 @@ class Run:
     out: Path
     base: str  # what an adapter belongs to, a folder or a hub id
     companions: dict[str, bytes]  # tokenizer and codec: read at once, as their folder may be deleted later
-    keep: int  # checkpoints, besides the best
+    keep: int  # checkpoints
 
     @classmethod
     def of(cls, out: Path, base: str, files: Path, keep: int) -> "Run":
@@ -83,28 +83,17 @@ def save_model(model: PaliGemma, folder: Path, run: Run, dtype: torch.dtype | No
                 (folder / name).write_bytes(content)
 
 
-def save_checkpoint(
-    run: Run, trainer: dict, model: PaliGemma, trained: nn.Module, optimizers: list[Optimizer]
-) -> None:
-    """Write OUT/step-..., then delete all but the newest checkpoints and the best.
-
-    trainer: "step", and "best" {"step", ...} once something was validated; trained: all that is optimized. A
-    full disk is an OSError that leaves the older checkpoints intact.
-    """
+@contextlib.contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A folder for the first process to write to, which takes its name when everything is on the disk."""
     first = int(os.environ.get("RANK", 0)) == 0
-    final = run.out / f"step-{trainer['step']:07d}"
-    partial = run.out / f".{final.name}.partial"
-    own = set(model.parameters())
-    extra = {f"module/{name}": whole(p) for name, p in trained.named_parameters() if p not in own}
-    state = _flat_state(optimizers, trained) | extra
+    partial = final.with_name(f".{final.name}.partial")
     try:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        save_model(model, partial, run)
+        yield partial
         if first:
-            save_tensors(state, partial / "optimizer.safetensors")
-            write_json(trainer, partial / "trainer.json")
             for file in partial.iterdir():  # on the disk before the name says that it is complete
                 with named(file), open(file, "rb") as handle:
                     os.fsync(handle.fileno())
@@ -113,14 +102,27 @@ def save_checkpoint(
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_checkpoint(
+    run: Run, trainer: dict, model: PaliGemma, trained: nn.Module, optimizers: list[Optimizer]
+) -> None:
+    """Write OUT/step-..., then delete all but the newest checkpoints.
+
+    trainer: "step", and what is known of validations (train/run/best.py); trained: all that is optimized. A
+    full disk is an OSError that leaves the older checkpoints intact.
+    """
+    first = int(os.environ.get("RANK", 0)) == 0
+    own = set(model.parameters())
+    extra = {f"module/{name}": whole(p) for name, p in trained.named_parameters() if p not in own}
+    state = _flat_state(optimizers, trained) | extra
+    with replacing(run.out / f"step-{trainer['step']:07d}") as folder:
+        save_model(model, folder, run)
+        if first:
+            save_tensors(state, folder / "optimizer.safetensors")
+            write_json(trainer, folder / "trainer.json")
     if first:
-        _delete_old(run, trainer)
-
-
-def _delete_old(run: Run, trainer: dict) -> None:
-    best = run.out / f"step-{trainer.get('best', trainer)['step']:07d}"
-    for old in checkpoints(run.out)[: -run.keep]:
-        if old != best:
+        for old in checkpoints(run.out)[: -run.keep]:
             shutil.rmtree(old)
 
 
@@ -148,7 +150,6 @@ class Saver(contextlib.AbstractContextManager):
             self._save()
         elif first:
             write_json(self.trainer, self.run.out / f"step-{step:07d}" / "trainer.json")
-            _delete_old(self.run, self.trainer)
         self.saved, self.whole = step, True
 
     @contextlib.contextmanager

@@ -16,7 +16,7 @@ from train.run.program import add_seam_arguments, minutes, not_negative, parser,
 # The machine and monitoring: a run may be resumed with other values of these. All others change the result.
 MAY_CHANGE = set(
     "out allow_outside device accumulate recompute shard compile workers dry_run resume save_every keep "
-    "log_every val val_images val_every val_count check timeout".split()
+    "pictures log_every val val_images val_every val_count check timeout".split()
 )
 
 
@@ -44,7 +44,7 @@ def arguments(argv=None) -> argparse.Namespace:
     tasks = ["closed-set", "all"]
     add("--tasks", choices=tasks, default=tasks[0], help="of practice scenes: all adds words and masks")
     add("--first-scene", type=not_negative, default=0, help="number of the first practice scene")
-    add("--steps", type=positive, default=10_000)
+    add("--steps", type=positive, default=10_000, help="updates of the weights")
     add("--batch-size", type=positive, default=32, help="of all processes and micro-batches together")
     add("--accumulate", type=positive, default=1, help="micro-batches a step: less memory, the same result")
     add("--seed", type=not_negative, default=0)
@@ -52,9 +52,9 @@ def arguments(argv=None) -> argparse.Namespace:
     add = options.add_argument_group("which weights").add_argument
     add("--lora", action=switch, default=False, help="train an adapter instead of the weights")
     add("--lora-targets", default="published", help=f"{', '.join(TARGETS)}, or a regex for full module paths")
-    add("--lora-rank", type=positive, default=16)
-    add("--lora-alpha", type=float, default=16)
-    add("--lora-dropout", type=float, default=0.05)
+    add("--lora-rank", type=positive, default=16, help="columns of A, rows of B")
+    add("--lora-alpha", type=float, default=16, help="B A is scaled by alpha / rank")
+    add("--lora-dropout", type=float, default=0.05, help="of what A reads")
     add("--rslora", action=switch, default=False, help="scale by alpha / sqrt(rank)")
     add("--freeze-vision", action=switch, default=False, help="leave the vision tower as it is")
 
@@ -63,7 +63,7 @@ def arguments(argv=None) -> argparse.Namespace:
         help="objects one after the other in an answer, or each in a branch of its own")  # fmt: skip
     add("--branches", type=positive, default=64, help="parallel: objects of a picture that are taught")
     add("--noise", choices=["own", "made-up"],
-        help="parallel: noise is boxes drawn from the current weights, or made up (default own)")  # fmt: skip
+        help="parallel: noise is drawn from the current weights, or made up (default: own)")  # fmt: skip
     add("--noise-boxes", type=not_negative, default=Noise.boxes, help="parallel: of a picture")
     add("--noise-copies", type=float, default=Noise.copies,
         help="share of made-up noise boxes that are jittered copies of real ones")  # fmt: skip
@@ -77,7 +77,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--skip-empty", action=switch, default=False, help="leave out pictures of --data without objects")
 
     add = options.add_argument_group("how").add_argument
-    add("--lr", type=float, default=1e-5)
+    add("--lr", type=float, default=1e-5, help="highest learning rate, after the warm-up")
     add("--min-lr", type=float, help="where the cosine ends (default: 1e-6, or --lr if that is less)")
     add("--muon-lr", type=float, default=0, help="Muon at this rate for the layers' matrices; 0: AdamW")
     add("--warmup", type=not_negative, default=100, help="steps of linear warm-up")
@@ -107,17 +107,18 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--timeout", type=minutes, default=10, metavar="MINUTES",
         help="of several processes: end when one has not been heard of for so long")  # fmt: skip
     add("--dry-run", action=switch, default=False, help="print sizes, memory and steps; load nothing")
+    add("--pictures", type=positive, help="with --dry-run: samples of a --data that is not here yet")
 
     add = options.add_argument_group("monitoring and resuming").add_argument
     add("--resume", action=switch, default=False, help="continue from the newest checkpoint in --out, if any")
-    add("--save-every", type=positive, default=500)
-    add("--keep", type=positive, default=2, help="checkpoints kept, besides the best")
-    add("--log-every", type=positive, default=20)
-    add("--val", type=Path,
-        help="validation data, as --data; of one in parts, val (default, of practice scenes: held-out ones)"
-    )  # fmt: skip
+    add("--save-every", type=positive, default=500, help="steps between checkpoints")
+    add("--keep", type=positive, default=2, help="checkpoints kept, the newest ones")
+    add("--log-every", type=positive, default=20, help="steps between lines of metrics.jsonl")
+    add("--val", type=Path, help="validation data, as --data; of one in parts, val "
+        "(default, with --val-every: held-out practice scenes)")  # fmt: skip
     add("--val-images", type=Path, help="folder of its pictures (default: as --images)")
-    add("--val-every", type=not_negative, default=0, help="steps between validations; 0: none")
+    add("--val-every", type=not_negative,
+        help="steps between validations; 0: none (default: an epoch if there is --val)")  # fmt: skip
     add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
     args = options.parse_args(argv)
 
@@ -168,6 +169,8 @@ def arguments(argv=None) -> argparse.Namespace:
         raise ValueError("--tasks all is of practice scenes: leave --data out; what lines ask for is in them")
     if args.val_every and args.data and not args.val:
         raise ValueError("--val-every needs --val FILE")
+    if args.pictures and not args.dry_run:
+        raise ValueError("--pictures is for --dry-run; other runs count those of --data")
     if args.patch_steps and not args.patch_weight:
         raise ValueError("--patch-steps trains the helper head alone, which needs a --patch-weight above 0")
     if args.skip_empty and not args.data:

@@ -161,7 +161,12 @@ def peak_memory(device: torch.device | str) -> int:
     """Most bytes that this process has held so far: of the GPU, or resident, mapped files included."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return resident_memory("VmHWM")
+
+
+def resident_memory(what: str = "VmRSS") -> int:
+    """Bytes of this process that are in memory; VmHWM: the most so far, which is all that macOS tells."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux: getrusage would count what the parent held when it started this process
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+        return 1024 * int(status.read_text().split(f"{what}:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes

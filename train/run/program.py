@@ -20,17 +20,37 @@ from train.run.processes import exit_program, lost_processes
 SIGPIPE = 13  # Windows has none, and no name for it
 
 
+class Layout(argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and behind each option its default, unless its help says one."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        words = (action.help or "").removesuffix(" (default: %(default)s)")  # Python's own, below 3.13
+        default = action.default
+        if isinstance(default, bool):
+            default = ("off", "on")[default] if isinstance(action, argparse.BooleanOptionalAction) else None
+        elif isinstance(default, list | tuple):
+            default = " ".join(map(str, default))
+        if action.help != argparse.SUPPRESS and default not in (None, "", argparse.SUPPRESS):
+            if "(default" not in words:
+                words = f"{words} (default: {str(default).replace('%', '%%')})".lstrip()
+            action.help = words
+        super().add_argument(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """Its complaints show names, of which a shell's * can bring any, as printable characters."""
+    """Options cannot be abbreviated. Complaints show names, of which a shell's * can bring any, as printable
+    characters."""
+
+    def __init__(self, **options):
+        super().__init__(**dict(formatter_class=Layout, allow_abbrev=False) | options)
 
     def error(self, message: str) -> None:
         super().error(shown(message))
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is the program's docstring as it stands; options cannot be abbreviated."""
-    layout = argparse.RawDescriptionHelpFormatter
-    return Parser(description=doc, formatter_class=layout, allow_abbrev=False)
+    """A parser whose help is the program's docstring as it stands, and then the options."""
+    return Parser(description=doc)
 
 
 def add_seam_arguments(add: Callable) -> None:
