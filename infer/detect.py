@@ -34,7 +34,7 @@ from infer.lib.options import (
 from infer.lib.record import as_lists, make_record
 from infer.lib.watch import Watch
 from model.decoding.detections import Detections
-from model.decoding.photographs import warning
+from model.decoding.photographs import photograph_warning
 from model.io.image import SUFFIXES, read_ahead
 from model.io.names import as_text, shown
 from model.io.writing import atomic_write
@@ -154,7 +154,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                 bar.update(len(batch))
         finished = True
         if photographs:
-            complain(warning(photographs, len(records)), program)
+            complain(photograph_warning(photographs, len(records)), program)
     finally:  # a signal, a full disk, nobody who reads what is printed: what is done has cost time, and stays
         if records and not finished:
             complain(f"ended early: {len(records)} of {len(files)} pictures are done", program)

@@ -28,7 +28,7 @@ from model import PaliGemma
 from model.decoding.batches import network_images
 from model.decoding.generate import generate
 from model.decoding.open_set import check_prompt
-from model.decoding.photographs import are_photographs, warning
+from model.decoding.photographs import are_photographs, photograph_warning
 from model.io.image import load_image
 from model.io.names import shown
 from train.run.program import complain, parser, positive, run
@@ -53,7 +53,7 @@ class Speaker:
             self.image_tokens = self.model.encode(network_images(self.model, [load_image(file)]))
         if not self.warned and are_photographs(self.model, 1) == [True]:
             self.warned = True
-            complain(warning([file], 1), __file__)
+            complain(photograph_warning([file], 1), __file__)
 
     def answer(self, prompt: str) -> None:
         """Print the answers to a prompt: one as it comes, several when all have ended.

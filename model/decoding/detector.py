@@ -28,7 +28,7 @@ from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
 from model.decoding.parallel import BRANCHES, ParallelDecoder
-from model.decoding.photographs import are_photographs, warning
+from model.decoding.photographs import are_photographs, photograph_warning
 from model.io.hub import codec_file
 from model.io.image import load_image
 from model.paligemma import PaliGemma
@@ -175,7 +175,7 @@ class Detector:
             found += detect([load_image(image) for image in images[start : start + size]])
         names = [image if isinstance(image, str | Path) else "a picture" for image in images]
         if photographs := [name for name, one in zip(names, found, strict=True) if one.photograph]:
-            warnings.warn(warning(photographs, len(images)), stacklevel=2)
+            warnings.warn(photograph_warning(photographs, len(images)), stacklevel=2)
         return found[0] if single else found
 
     def _open_set(self, classes: str | Sequence[str], masks: bool) -> OpenSetDetector:

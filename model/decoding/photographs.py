@@ -49,7 +49,7 @@ def are_photographs(model: PaliGemma, count: int) -> list[bool]:
     return test.latest.tolist() if test else [False] * count
 
 
-def warning(photographs: Sequence[Path | str], pictures: int) -> str:
+def photograph_warning(photographs: Sequence[Path | str], pictures: int) -> str:
     """What is to be said about these files, of a number of pictures that were looked at."""
     first, others = shown(photographs[0]), len(photographs) - 1
     which = f"{first} looks like a photograph"
