@@ -34,6 +34,7 @@ from infer.lib.options import (
 from infer.lib.record import as_lists, make_record
 from infer.lib.watch import Watch
 from model.decoding.detections import Detections
+from model.decoding.photographs import photograph_warning
 from model.io.image import SUFFIXES, read_ahead
 from model.io.names import as_text, shown
 from model.io.writing import atomic_write
@@ -125,7 +126,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
     if args.json and os.path.realpath(args.json) in sources:
         raise ValueError(f"--json {shown(args.json)} is one of the pictures")
     detector = load_detector(args, masks)
-    drawings, records, finished = Drawings(args.out, sources, args.overwrite), [], False
+    drawings, records, photographs, finished = Drawings(args.out, sources, args.overwrite), [], [], False
     named = {}  # in the data sets of --save: {name: file}
     watch = Watch(args.classes is None)
     # None shows the bar on a terminal only.
@@ -144,6 +145,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                 for (file, image), found in zip(images, found_all, strict=True):
                     record, drawn = save_found(file, image, found, drawings, args.tokens)
                     records.append(record)
+                    photographs += [file] if found.photograph else []
                     named[as_text(drawn.stem + file.suffix)] = file
                     watch.add(image, found)
                     bar.clear()
@@ -151,6 +153,8 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                     print(indent(str(found), "  "))
                 bar.update(len(batch))
         finished = True
+        if photographs:
+            complain(photograph_warning(photographs, len(records)), program)
     finally:  # a signal, a full disk, nobody who reads what is printed: what is done has cost time, and stays
         if records and not finished:
             complain(f"ended early: {len(records)} of {len(files)} pictures are done", program)

@@ -28,6 +28,7 @@ from model import PaliGemma
 from model.decoding.batches import network_images
 from model.decoding.generate import generate
 from model.decoding.open_set import check_prompt
+from model.decoding.photographs import are_photographs, photograph_warning
 from model.io.image import load_image
 from model.io.names import shown
 from train.run.program import complain, parser, positive, run
@@ -43,12 +44,16 @@ class Speaker:
         self.samples, self.max_tokens = args.samples, args.max_tokens
         self.sampling = sampling_options(args)
         self.generator = torch.Generator().manual_seed(args.seed)
+        self.warned = False  # of photographs, to a model that knows none
         self.look(args.image)
 
     def look(self, file: Path) -> None:
         """Encode an image, once for all prompts that follow."""
         with torch.inference_mode():
             self.image_tokens = self.model.encode(network_images(self.model, [load_image(file)]))
+        if not self.warned and are_photographs(self.model, 1) == [True]:
+            self.warned = True
+            complain(photograph_warning([file], 1), __file__)
 
     def answer(self, prompt: str) -> None:
         """Print the answers to a prompt: one as it comes, several when all have ended.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from infer.lib.draw import draw_boxes
+from infer.lib.draw import draw_boxes, framed
 from infer.lib.plots import EVALUATION_PLOTS, RUN_PLOTS, Evaluated, new_figure, points, require_matplotlib
 from model.io.image import load_image
 from model.io.names import shown
@@ -57,11 +57,11 @@ def save_contact_sheet(result: Evaluated, rows: np.ndarray, file: Path) -> None:
         ]
         tile = Image.new("RGB", (2 * PANEL + 3 * MARGIN, sides[0].height + TITLE), "white")
         texts = (
-            f"{shown(Path(record['file_name']).name)}    objects: {result.objects[i]}",
-            f"boxes found: {result.found[i]}, right: {result.correct[i]}    F1 {result.f1[i]:.2f}",
+            f"{shown(Path(record['file_name']).name)}    the objects: {result.objects[i]}",
+            f"found by the model: {result.found[i]}, right: {result.correct[i]}    F1 {result.f1[i]:.2f}",
         )
         for x, side, text in zip((MARGIN, PANEL + 2 * MARGIN), sides, texts, strict=True):
-            tile.paste(side, (x, TITLE))
+            tile.paste(framed(side), (x, TITLE))
             ImageDraw.Draw(tile).text((x, 10), text, font=font, fill="black")
         tiles.append(tile)
     Image.fromarray(np.concatenate([np.asarray(tile) for tile in tiles])).save(file, quality=90)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from infer.lib.draw import draw_boxes
+from infer.lib.draw import draw_boxes, framed
 from model import Detector
 from model.config import COCO_CLASSES
 from model.decoding.detections import Detections
@@ -39,10 +39,10 @@ def sheet(name: str, pictures: list[Image.Image], texts: list[list[tuple[str, st
     pen = ImageDraw.Draw(canvas)
     for i, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
         x, y = GAP + i % ACROSS * (TILE + GAP), GAP + i // ACROSS * height
-        canvas.paste(picture.resize((TILE, TILE), Image.Resampling.LANCZOS), (x, y))
+        canvas.paste(framed(picture.resize((TILE, TILE), Image.Resampling.LANCZOS)), (x, y))
         for row, (text, colour) in enumerate(lines):
             pen.text((x, y + TILE + 4 + 18 * row), text, font=font, fill=colour)
-    canvas.save(HERE / name, quality=85)
+    canvas.save(HERE / name, quality=82)
 
 
 def wrapped(text: str, colour: str, font) -> list[tuple[str, str]]:
@@ -54,9 +54,9 @@ def wrapped(text: str, colour: str, font) -> list[tuple[str, str]]:
 
 
 def said(answer: str, right: str) -> tuple[str, str]:
-    """An answer, with the right one beside it if it is another."""
+    """An answer and what it is worth, in words too: with the right one beside it if it is another."""
     same = answer == right
-    return (answer, GOOD) if same else (f"{answer} (right: {right})", BAD)
+    return (f"{answer} (right)", GOOD) if same else (f"{answer} (wrong: it is {right})", BAD)
 
 
 def main() -> None:

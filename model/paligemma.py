@@ -37,6 +37,7 @@ class PaliGemma(nn.Module):
         self.decoder = Gemma(config.text)
         self.mask = prefix_lm_mask  # or what model/seam.py puts in its place
         self.folder: Path | None = None  # where it was loaded from
+        self.photograph_test = None  # of model/decoding/photographs.py, on checkpoints that know none
 
     # ---- training: image and text at once ------------------------------------------------------------------
 

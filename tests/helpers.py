@@ -298,7 +298,8 @@ class CannedAnswers:
     """Stands in for Prompter: canned answers by prompt; remembers what it was asked."""
 
     def __init__(self, tokenizer, by_prompt, p=0.9):
-        self.model, self.by_prompt, self.p = SimpleNamespace(tokenizer=tokenizer), by_prompt, p
+        self.model = SimpleNamespace(tokenizer=tokenizer, photograph_test=None)
+        self.by_prompt, self.p = by_prompt, p
         self.asked, self.max_tokens = [], 50
 
     def __call__(self, images, asked):

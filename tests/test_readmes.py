@@ -18,7 +18,9 @@ from PIL import Image
 from zygote import stand_in
 
 from model import PaliGemma
+from model.io.adapter import save_adapter
 from model.io.hub import NANO
+from model.lora import TARGETS, add_lora
 from train.practice.write import write_coco
 
 # Options added to a program's own; of an option given twice, the last one counts.
@@ -47,6 +49,7 @@ INSTEAD = {
     "hf auth login": "hf auth login --help",  # no account here
     'python -m pip install -e ".[demo]"': "grep demo pyproject.toml",  # no gradio here
     "python infer/demo.py": "python infer/demo.py --help",  # it would serve for ever
+    "photographs.py --photographs FOLDER": "photographs.py --help",  # it would replace nano's
 }
 
 # ---- what is in a README -----------------------------------------------------------------------------------
@@ -113,9 +116,14 @@ def folder(tmp_path_factory) -> Path:
     ):
         (folder / "raccoon" / name).symlink_to(folder / "practice" / "scenes" / file)
     Image.open(folder / "photos" / "000000.png").save(folder / "photo.jpg")
-    for checkpoint in set(re.findall(r"google/[\w.-]+", " ".join(COMMANDS))):
-        cached = folder / "hub" / f"models--{checkpoint.replace('/', '--')}"
-        shutil.copytree(NANO, cached / "snapshots" / "0")
+    tuned = PaliGemma.from_pretrained("nano")
+    add_lora(tuned, TARGETS["published"])
+    for source in set(re.findall(r"(?:google|segis95)/[\w.-]+", " ".join(COMMANDS))):
+        cached = folder / "hub" / f"models--{source.replace('/', '--')}"
+        if "adapter" in source:
+            save_adapter(tuned, cached / "snapshots" / "0")
+        else:
+            shutil.copytree(NANO, cached / "snapshots" / "0")
         (cached / "refs").mkdir()
         (cached / "refs" / "main").write_text("0")
     return folder

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from model.decoding.boxes import areas
 
 MASK_OPACITY = 0.5
+FRAME = "#9a9a9a"
 MIN_SIDE = 640  # pixels: a picture whose longest side is shorter is enlarged, as captions need room
 
 
@@ -36,15 +37,41 @@ def draw_boxes(image: Image.Image, boxes, captions: list[str], labels, masks=Non
     for i in np.argsort(-areas(np.reshape(boxes, (-1, 4))), kind="stable"):
         corners = [round(side * scale) for side in boxes[i]]
         draw.rectangle(corners, outline=class_colour(int(labels[i])), width=line)
+    taken = []  # where captions are
     for box, caption, label in zip(boxes, captions, labels, strict=True):  # last: no line crosses a caption
         colour = class_colour(int(label))
         left, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
         w, h = right - left + 2 * line, bottom - top + 2 * line
-        x = min(max(0, round(box[0] * scale)), max(0, width - w))
-        y = round(box[1] * scale) - h  # above the box, or inside it at the picture's top edge
-        y = y if y >= 0 else min(round(max(box[1], 0) * scale), max(0, height - h))
+        x, y = place(np.multiply(box, scale).round().astype(int).tolist(), (w, h), (width, height), taken)
+        taken.append((x, y, x + w, y + h))
         draw.rectangle([x, y, x + w, y + h], fill=colour)
         # The luma of ITU-R BT.601.
         dark = sum(c * weight for c, weight in zip(colour, (0.3, 0.59, 0.11), strict=True)) < 140
         draw.text((x + line - left, y + line - top), caption, font=font, fill="white" if dark else "black")
     return canvas
+
+
+def place(
+    box: list[int], size: tuple[int, int], canvas: tuple[int, int], taken: list[tuple[int, int, int, int]]
+) -> tuple[int, int]:
+    """Where the upper left corner of a caption goes, so that it covers as little as possible of those that
+    are there: above the box, else inside its top, below it or inside its bottom, at its left or right end."""
+    (x0, y0, x1, y1), (w, h) = box, size
+
+    def hidden(at: tuple[int, int]) -> int:
+        return sum(
+            max(0, min(at[0] + w, right) - max(at[0], left)) * max(0, min(at[1] + h, low) - max(at[1], top))
+            for left, top, right, low in taken
+        )
+
+    inside = [y for y in (y0 - h, y0, y1, y1 - h) if 0 <= y <= canvas[1] - h]
+    ys = inside or [min(max(0, y0), max(0, canvas[1] - h))]
+    xs = [min(max(0, x), max(0, canvas[0] - w)) for x in (x0, x1 - w)]
+    return min(((x, y) for x in xs for y in ys), key=hidden)  # of equal ones, the first
+
+
+def framed(image: Image.Image) -> Image.Image:
+    """With a thin grey line inside its edge: dark or white pictures end where they end."""
+    image = image.copy()
+    ImageDraw.Draw(image).rectangle([0, 0, image.width - 1, image.height - 1], outline=FRAME)
+    return image

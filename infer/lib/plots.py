@@ -14,6 +14,7 @@ from train.measures import match_boxes, read_coco, run_cocoeval, without_images
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 TRUTH, RIGHT, WRONG, MIDDLE = "#4d4d4d", "#0072b2", "#d55e00", "#009e73"
+MOST_BARS = 27  # in a column of classes
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -111,6 +112,7 @@ def precision_recall(axes, result: Evaluated) -> str:
         label = f"IoU {name}: AP {result.figures[key]:.3f}"
         axes.plot(result.evaluation.params.recThrs, curve, color=colour, linewidth=2, label=label)
     axes.set(xlabel="recall", ylabel="precision, mean of classes", xlim=(0, 1), ylim=(0, 1.02))
+    axes.set_title("Precision and recall")
     axes.legend()
     return (
         "Precision against recall: the share of right boxes when the score threshold is low enough to find "
@@ -124,8 +126,9 @@ def score_distribution(axes, result: Evaluated) -> str:
         bars = dict(histtype="step", linewidth=2, color=colour, label=f"{name}: {len(scores)}")
         axes.hist(scores, np.linspace(0, 1, 26), **bars)
     axes.axvline(result.threshold, color=TRUTH, linestyle="--", label=f"threshold {result.threshold:.2f}")
-    axes.set(xlabel="score", ylabel="boxes (logarithmic)", xlim=(0, 1))
+    axes.set(xlabel="score", ylabel="boxes (logarithmic)", xlim=(0, 1), title="Scores, right and wrong")
     axes.set(ylim=(0.7, None), yscale="log")
+    axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")  # powers of ten would need formulas
     axes.legend(loc="upper center")
     return (
         'Scores of right and of wrong boxes. F1 is best at the threshold; "found" below means from there up.'
@@ -139,7 +142,7 @@ def boxes_per_image(axes, result: Evaluated) -> str:
     axes.plot([-0.5, top - 0.5], [-0.5, top - 0.5], color=TRUTH, linewidth=1)
     axes.locator_params(integer=True)
     axes.grid(False)
-    axes.set(xlabel="objects in the image", ylabel="boxes found")
+    axes.set(xlabel="objects in the image", ylabel="boxes found", title="Boxes found in each image")
     axes.figure.colorbar(cells, label="images")
     return (
         "Boxes found against objects, image by image; on the line there are equally many. "
@@ -156,6 +159,7 @@ def box_sizes(axes, result: Evaluated) -> str:
     axes.hist(truth, edges, color=TRUTH, alpha=0.35, label=f"objects: {len(truth)}")
     axes.hist(found, edges, color=RIGHT, histtype="step", linewidth=2, label=f"boxes found: {len(found)}")
     axes.set(xlabel="square root of the box's area (pixels)", ylabel="boxes", xlim=(0, edges[-1]))
+    axes.set_title("Sizes of boxes")
     axes.legend()
     return "Sizes of the objects and of the boxes found."
 
@@ -168,7 +172,7 @@ def calibration(axes, result: Evaluated) -> str:
     for row, spot in zip(table, spots):
         above = dict(xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9, color=TRUTH)
         axes.annotate(row["boxes"], spot, **above)
-    axes.set(xlabel="mean score", ylabel="share of right boxes", aspect="equal")
+    axes.set(xlabel="mean score", ylabel="share of right boxes", aspect="equal", title="Calibration")
     axes.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.09))
     axes.legend(loc="upper left")
     error = result.figures["calibration error"]
@@ -177,13 +181,20 @@ def calibration(axes, result: Evaluated) -> str:
 
 def ap_per_class(axes, result: Evaluated) -> str:
     ap, count = result.precision.mean((0, 1)), Counter(a["category_id"] for a in result.truth)
-    order = np.argsort(ap, kind="stable")
+    order = np.argsort(-ap, kind="stable")
     names = [f"{result.names[result.classes[k]]} ({count[result.classes[k]]})" for k in order]
-    axes.figure.set_figheight(1.5 + 0.19 * len(names))
-    axes.barh(range(len(names)), ap[order], tick_label=names, color=RIGHT)
-    axes.set(xlabel="AP", xlim=(0, 1), ylim=(-0.7, len(names) - 0.3))
-    axes.tick_params(axis="y", labelsize=9, length=0)
-    axes.grid(False, axis="y")
+    columns = -(-len(names) // MOST_BARS)
+    rows, figure = -(-len(names) // columns), axes.figure
+    axes.remove()  # several instead: best classes first, from the left column's top
+    figure.set_size_inches(max(5.5, 3.7 * columns), 1.2 + 0.19 * rows)
+    figure.suptitle("AP of each class (number of its objects)", fontsize="large")
+    for column, panel in enumerate(figure.subplots(1, columns, squeeze=False)[0]):
+        of_column = slice(column * rows, (column + 1) * rows)
+        bars = ap[order][of_column]
+        panel.barh(range(len(bars)), bars, tick_label=names[of_column], color=RIGHT)
+        panel.set(xlabel="AP", xlim=(0, 1), ylim=(rows - 0.4, -0.6))
+        panel.tick_params(axis="y", labelsize=9, length=0)
+        panel.grid(False, axis="y")
     return (
         "AP of each class that occurs, and the number of its objects: with few of them, AP is mostly chance."
     )
@@ -200,11 +211,13 @@ def points(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def learning_curve(axes, metrics: list[dict]) -> str:
     (step, loss), rates = points(metrics, "loss"), points(metrics, "lr")
-    width = min(len(loss), max(5, len(loss) // 40))
+    width = max(5, len(loss) // 40) if len(loss) >= 20 else 1  # values that are averaged
     smooth = np.convolve(loss, np.ones(width) / width, "valid")
-    lines = axes.plot(step, loss, color=RIGHT, alpha=0.35, label="loss")
-    lines += axes.plot(step[width - 1 :], smooth, color=RIGHT, linewidth=2, label=f"mean of {width} lines")
-    axes.set(xlabel="step", ylabel="training loss")
+    lines = axes.plot(step, loss, color=RIGHT, alpha=0.35 if width > 1 else 1, label="loss")
+    if width > 1:
+        label = f"mean of the last {width} values"
+        lines += axes.plot(step[width - 1 :], smooth, color=RIGHT, linewidth=2, label=label)
+    axes.set(xlabel="step", ylabel="training loss", title="Training")
     if rates[0].size:
         rate = axes.twinx()
         lines += rate.plot(*rates, color=TRUTH, linewidth=1, label="learning rate")
@@ -224,10 +237,16 @@ def validation_curve(axes, metrics: list[dict]) -> str:
             side = axes.twinx() if last else axes
             side.plot(step, value, "o-", color=colour, linewidth=2, markersize=4)
             side.set_ylabel(words, color=colour)
-            side.tick_params(length=0)
+            side.tick_params(axis="y", length=0, colors=colour)
+            side.spines["right" if last else "left"].set(visible=True, color=colour)
+            side.spines["left"].set_visible(not last)
             side.grid(not last)
+            side.margins(y=0.1)
+            if key == "val_mAP":  # a share: from nothing, so that its height can be seen
+                side.set_ylim(0, max(1.1 * value.max(), 0.01))
             last.append(f"{words} {value[-1]:.3f}")
-    axes.set_xlabel("step")
+    axes.set(xlabel="step", title="Validation")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return f"Validation during training; at the end: {', '.join(last)}."
 
 

@@ -11,6 +11,7 @@ from infer.live.asking import CLOSED_SET, MODES, SEGMENT, WORDS, Asker, Session,
 from infer.live.overlay import answer, explanation, problem
 from model.config import FORMS
 from model.decoding.detections import Selection
+from model.decoding.photographs import photograph_warning
 
 MAX_UPLOAD = 20 * 2**20  # bytes
 MAX_TEXT = 500  # characters of a prompt
@@ -36,13 +37,13 @@ def build(asker: Asker, scenes: Sequence[tuple[str, Image.Image]], selection: Se
 
     def attempt(work: Callable[[], Session], session: Session | None, filters) -> list:
         """New contents of [session, view, message, names, inside] after work that may fail."""
-        message = ""
         try:
             session = work()
         except FAULTS as error:  # the last answer stays
             message = problem(error)
             return [session, gr.skip(), message, gr.skip(), gr.skip()]
         names = session.raw.names() if session.raw else []
+        message = problem(photograph_warning([session.name], 1)) if session.photograph else ""
         return [session, answer(session, Selection(*filters), []), message, gr.Dropdown(names, value=[]), ""]
 
     def upload(file, session, *filters):

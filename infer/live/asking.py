@@ -26,6 +26,7 @@ from model.decoding.open_set import (
     check_prompt,
     class_names,
 )
+from model.decoding.photographs import are_photographs
 from model.io.image import load_image, open_image
 from model.io.names import shown
 
@@ -45,6 +46,7 @@ class RawAnswer:
     class_ids: np.ndarray
     tokens: np.ndarray
     masks: Sequence[np.ndarray] | None = None
+    photograph: bool = False
 
     def select(self, selection: Selection, names: Sequence[str] = ()) -> Detections:
         """What is kept of it, of these classes; no names: of all."""
@@ -57,6 +59,7 @@ class RawAnswer:
             class_ids=self.class_ids[wanted],
             tokens=self.tokens,
             masks=None if self.masks is None else [self.masks[i] for i in np.flatnonzero(wanted)],
+            photograph=self.photograph,
         )
 
     def names(self) -> list[str]:
@@ -69,7 +72,8 @@ class Session:
     """What the demo knows for one visitor: a picture, and the last answer about it.
 
     name: for people; view: of inside.page.picture; prompts: what was asked; form: of a closed-set answer,
-    else None; raw or text: the answer; seconds: the time of the last answer of each form or mode.
+    else None; raw or text: the answer; photograph: whether the picture looks like one to a model that knows
+    none; seconds: the time of the last answer of each form or mode.
     """
 
     name: str
@@ -79,6 +83,7 @@ class Session:
     form: str | None = None
     raw: RawAnswer | None = None
     text: str | None = None
+    photograph: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -144,7 +149,9 @@ class Asker:
             [raw] = detect([session.image])
         seconds = session.seconds | {form if mode == CLOSED_SET else mode: time.perf_counter() - start}
         form = form if mode == CLOSED_SET else None
-        return replace(session, prompts=prompts, form=form, raw=raw, text=said, seconds=seconds)
+        [photograph] = are_photographs(self.model, 1)
+        answer = dict(prompts=prompts, form=form, raw=raw, text=said, photograph=photograph, seconds=seconds)
+        return replace(session, **answer)
 
     def look_inside(self, session: Session, selection: Selection) -> str:
         """The page of explain.py about the session's answer, or about that to its first prompt."""

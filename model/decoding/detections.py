@@ -29,6 +29,7 @@ class Detections:
     labels      n names              of these classes
     tokens      int64                all ids of the answer, as generated
     masks       n of bool [H, W]     of detectors that segment, else None
+    photograph  bool                 whether the image looks like one, to a model that knows drawings only
     """
 
     boxes: np.ndarray
@@ -37,6 +38,7 @@ class Detections:
     labels: list[str]
     tokens: np.ndarray
     masks: list[np.ndarray] | None = None
+    photograph: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,6 +106,7 @@ class Selection:
         class_ids: np.ndarray,
         tokens: np.ndarray,
         masks: Sequence[np.ndarray] | None = None,
+        photograph: bool = False,
     ) -> Detections:
         """size: width and height of the image; classes: the names that class_ids index. locs [n, 4],
         scores [n], class_ids int64 [n]; tokens: all ids of the answer; masks: n of MaskCodec.decode."""
@@ -121,6 +124,7 @@ class Selection:
             labels=[classes[c] for c in class_ids[kept]],
             tokens=tokens,
             masks=None if masks is None else [paste_mask(masks[i], boxes[i], *size) for i in kept],
+            photograph=photograph,
         )
 
 

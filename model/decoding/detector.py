@@ -9,9 +9,11 @@
 of their own use these two.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
 from model.decoding.parallel import BRANCHES, ParallelDecoder
+from model.decoding.photographs import are_photographs, photograph_warning
 from model.io.hub import codec_file
 from model.io.image import load_image
 from model.paligemma import PaliGemma
@@ -72,12 +75,15 @@ class ClosedSetDetector:
     def __call__(self, images: list[Image.Image]) -> list[Detections]:
         """Detect in a batch of upright RGB images of any sizes."""
         answer = self.decode(network_images(self.model, images))
-        return self.select(answer, [image.size for image in images])
+        photographs = are_photographs(self.model, len(images))
+        return self.select(answer, [image.size for image in images], photographs)
 
-    def select(self, answer: Answer, sizes: list[tuple[int, int]]) -> list[Detections]:
+    def select(
+        self, answer: Answer, sizes: list[tuple[int, int]], photographs: Iterable[bool] = repeat(False)
+    ) -> list[Detections]:
         """What is kept of the answer to a batch of images, given their widths and heights."""
         columns = answer.locs, answer.scores, answer.labels, answer.tokens, answer.live
-        rows = zip(sizes, *(column.cpu().numpy() for column in columns), strict=True)
+        rows = zip(sizes, photographs, *(column.cpu().numpy() for column in columns))
         return [
             self.selection(
                 size,
@@ -86,8 +92,9 @@ class ClosedSetDetector:
                 scores=scores[live],
                 class_ids=labels[live],
                 tokens=tokens,
+                photograph=photograph,
             )
-            for size, locs, scores, labels, tokens, live in rows
+            for size, photograph, locs, scores, labels, tokens, live in rows
         ]
 
     def fitting_batch(self) -> int:
@@ -166,6 +173,9 @@ class Detector:
         images, size, found = [images] if single else list(images), detect.fitting_batch(), []
         for start in range(0, len(images), size):
             found += detect([load_image(image) for image in images[start : start + size]])
+        names = [image if isinstance(image, str | Path) else "a picture" for image in images]
+        if photographs := [name for name, one in zip(names, found, strict=True) if one.photograph]:
+            warnings.warn(photograph_warning(photographs, len(images)), stacklevel=2)
         return found[0] if single else found
 
     def _open_set(self, classes: str | Sequence[str], masks: bool) -> OpenSetDetector:

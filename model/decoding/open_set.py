@@ -22,6 +22,7 @@ from model.decoding.closed_set import PROMPT
 from model.decoding.detections import KEEP_ALL, Detections, Selection
 from model.decoding.generate import Prompter
 from model.decoding.masks import MaskCodec
+from model.decoding.photographs import are_photographs
 from model.io.tokenizer import Tokenizer
 
 CLASSES_PER_PROMPT = 8
@@ -114,9 +115,9 @@ class OpenSetDetector:
         names = [[self.classes[c] for c in chunk] for chunk in self.chunks]
         prompts = [box_prompt(chunk, masks=self.codec is not None) for chunk in names]
         answers = self.prompter(images, [(i, prompt) for i in range(len(images)) for prompt in prompts])
-        per_image = len(prompts)
+        per_image, photographs = len(prompts), are_photographs(self.model, len(images))
         return [
-            self._select(image.size, answers[i * per_image : (i + 1) * per_image], names)
+            self._select(image.size, answers[i * per_image : (i + 1) * per_image], names, photographs[i])
             for i, image in enumerate(images)
         ]
 
@@ -125,7 +126,11 @@ class OpenSetDetector:
         return fitting_batch(self.model, NAME_TOKENS * len(self.chunks[0]), self.prompter.max_tokens)
 
     def _select(
-        self, size: tuple[int, int], answers: list[tuple[list[int], list[float]]], names: list[list[str]]
+        self,
+        size: tuple[int, int],
+        answers: list[tuple[list[int], list[float]]],
+        names: list[list[str]],
+        photograph: bool,
     ) -> Detections:
         """The answers to an image's prompts, and the classes that each asked for -> what is found."""
         found = [
@@ -146,4 +151,5 @@ class OpenSetDetector:
             class_ids=np.array([class_id for class_id, _ in found], np.int64),
             tokens=np.array([token for tokens, _ in answers for token in tokens], np.int64),
             masks=masks,
+            photograph=photograph,
         )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.decoding.photographs import add_photograph_test
 from model.io.hub import resolve, weight_files
 from model.io.weights import release_pages
 from model.lora import LoRALinear, fold
@@ -45,6 +46,8 @@ def load_for_decoding(
         small_on_cpu = torch.device(device).type == "cpu" and weights < SMALL_MODEL
         dtype = torch.float32 if small_on_cpu else torch.bfloat16
     model = PaliGemma.from_pretrained(folder, dtype=dtype, device=device, adapter=adapter, **config_overrides)
+    if adapter is None and config_overrides.get("image_size") is None:  # else it has been taught other things
+        add_photograph_test(model)
     if int8:
         quantize(fold(model))
     elif can_pack(model) and not compiled:

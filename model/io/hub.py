@@ -7,6 +7,7 @@ from pathlib import Path
 
 NANO = Path(__file__).parent.parent / "nano"
 CODEC = "codec.safetensors"  # the mask codec's weights (model/decoding/masks.py)
+PHOTOGRAPHS = "photographs.safetensors"  # tells them from drawings (model/decoding/photographs.py)
 OFFICIAL_CODEC = "vae-oid.npz"  # the same, as big_vision publishes them
 MAX_SILENCE = 10  # seconds to wait for an answer of the hub, unless HF_HUB_ETAG_TIMEOUT asks for more
 PATIENCE = 3  # such waits for an answer from one address, whatever the library tries

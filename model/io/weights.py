@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from model.config import PaliGemmaConfig
 from model.io.config_json import config_from_json, config_to_json
-from model.io.hub import CODEC, resolve
+from model.io.hub import CODEC, PHOTOGRAPHS, resolve
 from model.io.npz import NpzTensors, npz_config, variant_of
 from model.io.tensors import bound, check_bounds, open_tensors
 from model.io.writing import explain, read_json, save_tensors, write_json
@@ -178,7 +178,9 @@ def _weight_files(folder: Path) -> list[str]:
             raise ValueError(f"{index} points outside its folder: {outside}")
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
-        files = [file for file in files if file != CODEC and not file.startswith("adapter_")]
+        files = [
+            file for file in files if file not in (CODEC, PHOTOGRAPHS) and not file.startswith("adapter_")
+        ]
     if not files:
         raise ValueError(f"{folder} has no *.safetensors")
     return files

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 
 from infer import report
 from infer.lib import predictions
-from infer.lib.plots import Evaluated
+from infer.lib.draw import place
+from infer.lib.plots import Evaluated, ap_per_class, new_figure
 from model.decoding.detections import Detections
 from train.measures import FIGURES
 
@@ -170,3 +172,30 @@ def test_results_that_are_none(content, evaluate_data, run_report, tmp_path):
         file.write_text(content, errors="surrogateescape")
     code, err = run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page")
     assert code == 1 and str(file) in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("count, tallest", [(3, 260), (80, 900)])
+def test_ap_per_class_is_compact(count, tallest, tmp_path):
+    ids = list(range(1, count + 1))
+    result = SimpleNamespace(
+        precision=np.random.default_rng(0).random((10, 101, count)),
+        truth=[dict(category_id=i) for i in ids],
+        names={i: f"class {i}" for i in ids},
+        classes=ids,
+    )
+    with new_figure(tmp_path / "a.png", 7.5, 4.8) as figure:
+        ap_per_class(figure.subplots(), result)
+        names = [text.get_text() for axes in figure.axes for text in axes.get_yticklabels()]
+    assert len(set(names)) == len(names) == count
+    assert Image.open(tmp_path / "a.png").height < tallest
+
+
+def test_captions_make_room_for_each_other():
+    """Three equal boxes, and a fourth caption where there is no room left above or below the box."""
+    taken = []
+    for _ in range(3):
+        x, y = place([40, 60, 200, 120], (80, 15), (300, 200), taken)
+        assert all(x + 80 <= a or a + 80 <= x or y + 15 <= b or b + 15 <= y for a, b, *_ in taken)
+        taken.append((x, y, x + 80, y + 15))
+    assert taken[0][:2] == (40, 45) and place([0, 0, 90, 40], (80, 15), (90, 40), []) == (0, 0)
+    assert place([0, 0, 5, 5], (80, 15), (30, 10), []) == (0, 0)

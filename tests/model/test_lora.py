@@ -1,18 +1,22 @@
 """LoRA against PEFT: what one writes the other loads, to equal logits; all but plain LoRA is refused."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import reference
 import torch
-from helpers import apart, load
+from helpers import apart, edit_json, load
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
-from model import PaliGemma
-from model.config import VARIANTS
-from model.io.adapter import load_adapter, save_adapter
+from model import Detector, PaliGemma
+from model.config import COCO_CLASSES, VARIANTS
+from model.decoding.detections import Selection
+from model.io.adapter import DETECTION, load_adapter, save_adapter
 from model.lora import TARGETS, LoRALinear, add_lora, fold, lora_layers
 
 PUBLISHED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj"]
@@ -316,3 +320,27 @@ def test_damaged(base, tmp_path):
         load(base, tmp_path)
     with pytest.raises(ValueError, match="adapter_config.json is missing"):
         load(base, base)
+
+
+def test_as_the_published_adapter(model, tmp_path):
+    """No detection.json, plain names of modules in any order, and a base whose config.json says nothing of
+    detection: read in the published language, 51 groups in sequence of COCO's classes."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(model, base)
+    edit_json(base / "config.json", lambda raw: raw.pop("detection"))
+    tuned = load(base)
+    assert len(random_adapter(tuned, TARGETS["published"], rank=16, alpha=16)) == 2 * 7 + 2 * 4
+    save_adapter(tuned, folder, "google/paligemma2-10b-pt-448")
+    (folder / DETECTION).unlink()
+    edit_json(
+        folder / "adapter_config.json",
+        lambda raw: raw.update(target_modules=PUBLISHED[::-1], rank_pattern={}, peft_version="0.17.1"),
+    )
+    detector = Detector.from_pretrained(base, adapter=folder, device="cpu", score_threshold=0, nms_iou=1)
+    config = detector.model.config
+    assert (config.groups, config.answers, config.classes) == (51, "sequence", COCO_CLASSES)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    found = detector(image)
+    assert found.tokens.shape == (51, 5) and set(found.labels) <= set(COCO_CLASSES)
+    again = Detector(fold(tuned), Selection(0, 1))(image)
+    assert np.array_equal(found.tokens, again.tokens) and len(found) == len(again) > 0

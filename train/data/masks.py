@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.mask import decode, frPyObjects, merge
 
 from model.decoding.boxes import box_prompt, boxes_to_locs, check_label, format_answer, locs_to_boxes
@@ -27,6 +27,7 @@ from train.data.records import read_records
 
 # The contact sheet: pixels of a cell's side, pairs of cells in a row, pairs at most.
 CELL, PAIRS_PER_ROW, MAX_PAIRS = 160, 4, 24
+HEAD, FRAME = 22, "#9a9a9a"  # pixels above the pairs for what their sides are; around each picture
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ class Sheet:
         pair = Image.new("RGB", (2 * CELL, CELL + 18), "white")
         for i, mask in enumerate((before, after)):
             lit = Image.composite(image, image.point(lambda value: value // 4), Image.fromarray(mask))
-            lit = lit.crop(frame).resize((CELL - 2, CELL - 2), Image.Resampling.NEAREST)
-            pair.paste(lit, (i * CELL, 0))
+            lit = lit.crop(frame).resize((CELL - 4, CELL - 4), Image.Resampling.NEAREST)
+            pair.paste(ImageOps.expand(lit, 1, FRAME), (i * CELL, 0))
         text = f"{label}: {self.ious[-1]:.2f}"
         ImageDraw.Draw(pair).text((2, CELL), text, fill="black", font=ImageFont.load_default(12))
         self.pairs.append(pair)
@@ -152,9 +153,12 @@ class Sheet:
     def draw(self) -> Image.Image:
         width, height = 2 * CELL + 12, CELL + 24
         columns, rows = min(PAIRS_PER_ROW, len(self.pairs)), -(-len(self.pairs) // PAIRS_PER_ROW)
-        sheet = Image.new("RGB", (width * columns, height * rows), "white")
+        sheet = Image.new("RGB", (width * columns, HEAD + height * rows), "white")
+        pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+        for cell, words in enumerate(("mask", "after 16 tokens") * columns):
+            pen.text((cell // 2 * width + cell % 2 * CELL + 2, 3), words, fill="black", font=font)
         for k, pair in enumerate(self.pairs):
-            sheet.paste(pair, (k % PAIRS_PER_ROW * width, k // PAIRS_PER_ROW * height))
+            sheet.paste(pair, (k % PAIRS_PER_ROW * width, HEAD + k // PAIRS_PER_ROW * height))
         return sheet
 
 
