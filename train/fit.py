@@ -5,9 +5,10 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 train/fit.py ...  # two nodes
 
 --data is a COCO, JSONL, YOLO, Pascal VOC or LabelMe set (train/data/forms.py); without it every sample is a
-fresh practice scene. A killed run continues with --resume, and ends with the weights that it would have had
-anyway. OUT/metrics.jsonl has a line every --log-every steps; OUT/final is the result: a checkpoint in
-bfloat16, or the adapter. With --val, OUT/best is the same of the best validation.
+fresh practice scene. On at most 2,000 pictures, options that are not given follow from the data and the
+model; the table before the first step says what they are. A killed run continues with --resume, and ends with
+the weights that it would have had anyway. OUT/metrics.jsonl has a line every --log-every steps; OUT/final is
+the result: a checkpoint in bfloat16, or the adapter. With --val, OUT/best is the same of the best validation.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from train.data.samples import StepSampler, weight_of
 from train.loss import Objective
 from train.run.best import Best, forget_other_scores, verdict
 from train.run.checkpoint import Run, Saver, load_trainer_state, save_checkpoint, save_model
+from train.run.defaults import defaults_for
 from train.run.distribute import distribute, exchange
 from train.run.log import Log, stop_on_signals
 from train.run.optimizers import make_optimizers, set_learning_rate
@@ -214,7 +216,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    return train(arguments())
+    return train(arguments(settle=defaults_for))
 
 
 if __name__ == "__main__":

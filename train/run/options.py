@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,8 +22,9 @@ MAY_CHANGE = set(
 )
 
 
-def arguments(argv=None) -> argparse.Namespace:
-    """Parse the options, and refuse those that make no sense together."""
+def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
+    """Parse the options, and refuse those that make no sense together. settle: the defaults
+    that depend on others, see train/run/defaults.py."""
     options = parser("Train a PaliGemma; the head of train/fit.py shows how.")
     switch = argparse.BooleanOptionalAction
 
@@ -121,6 +124,10 @@ def arguments(argv=None) -> argparse.Namespace:
         help="steps between validations; 0: none (default: an epoch if there is --val)")  # fmt: skip
     add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
     args = options.parse_args(argv)
+    if settle:
+        given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        options.set_defaults(**settle(args, given))
+        args = options.parse_args(argv)
 
     if not args.lr > 0:
         raise ValueError(f"--lr {args.lr:g}: must be above 0")
