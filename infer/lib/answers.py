@@ -3,7 +3,6 @@
 import textwrap
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from infer.lib.draw import framed
