@@ -56,7 +56,7 @@ def main(argv=None) -> None:
     add = options.add_argument
     add("kind", choices=KINDS)
     add("--out", type=Path, required=True, help="a new or empty folder")
-    add("--train", type=positive, default=4000, help="drawings to train on")
+    add("--train", type=positive, default=6000, help="drawings to train on")
     add("--test", type=positive, default=300, help="drawings to test on")
     add("--size", type=int, default=128, help="pixels a side")
     add("--seed", type=not_negative, default=0, help="number of the first drawing of each part")

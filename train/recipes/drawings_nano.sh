@@ -21,7 +21,7 @@ data=$OUT/data
 answers() { python "$here/../infer/evaluate_answers.py" --data "$data/test$lines.jsonl" --sheet "$OUT/$1.png" "${@:2}"; }
 
 mkdir -p "$OUT"
-[ -d "$data" ] || python "$here/practice/drawings.py" $kind --out "$data" --train "${TRAIN:-4000}" --test "${TEST:-300}"
+[ -d "$data" ] || python "$here/practice/drawings.py" $kind --out "$data" --train "${TRAIN:-6000}" --test "${TEST:-300}"
 if [ $task = masks ]; then
     for part in train test; do
         python "$here/convert.py" masks-to-jsonl --data "$data/$part-masks.jsonl" --out "$data/$part-codes.jsonl" --force
