@@ -27,6 +27,7 @@ from train.practice.write import write_coco
 QUICK = {
     "train/fit.py": "--steps 2 --batch-size 4 --workers 0 --no-compile",  # compiling takes a minute
     "train/practice/write.py": "--count 4",
+    "train/practice/drawings.py": "--train 4 --test 2",
     "infer/evaluate.py": "--count 2",
     "infer/doctor.py": "--count 2",
     "infer/evaluate_answers.py": "--count 2",
