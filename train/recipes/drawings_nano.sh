@@ -28,7 +28,7 @@ if [ $task = masks ]; then
     done
 fi
 answers before --model nano
-python "$here/fit.py" --model nano --data "$data/train$lines.jsonl" --out "$OUT/run" --batch-size 16 --steps 400 \
+python "$here/fit.py" --model nano --data "$data/train$lines.jsonl" --out "$OUT/run" --batch-size 16 --steps 300 \
     --lora --dtype float32 --lr 3e-3 --min-lr 1e-5 --warmup 20 "$@"
 if [ -f "$OUT/run/final/adapter_config.json" ]; then answers after --adapter "$OUT/run/final"
 else answers after --model "$OUT/run/final"; fi
