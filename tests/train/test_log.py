@@ -1,7 +1,6 @@
 """The log of a run."""
 
 import json
-import os
 import signal
 from argparse import Namespace
 
