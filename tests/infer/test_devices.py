@@ -7,6 +7,7 @@ second GPU, or none.
 import argparse
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,7 +62,10 @@ def test_every_rank_of_torchrun_takes_its_gpu(asked, gpus, monkeypatch):
     for name, value in dict(WORLD_SIZE="4", RANK="3", LOCAL_RANK="1").items():
         monkeypatch.setitem(os.environ, name, value)
     monkeypatch.setattr(evaluate, "join_processes", lambda *args, **kwargs: None)
-    monkeypatch.setattr(PaliGemma, "from_pretrained", lambda *a, device, **k: gpus.append(("load", device)))
+    stub = SimpleNamespace(folder=None)
+    monkeypatch.setattr(
+        PaliGemma, "from_pretrained", lambda *a, device, **k: gpus.append(("load", device)) or stub
+    )
     monkeypatch.setattr("model.decoding.packing.can_pack", lambda model: False)
     parser = argparse.ArgumentParser()
     loading.add_model_arguments(parser)

@@ -8,7 +8,7 @@ from helpers import call
 
 from infer import detect, evaluate, evaluate_answers, generate, segment
 from model.config import COCO_CLASSES
-from model.io.hub import CODEC, NANO
+from model.io.hub import CODEC, NANO, PHOTOGRAPHS
 from train.practice.sentences import COLOURS
 
 EXAMPLE = NANO.parents[1] / "media" / "example.png"
@@ -31,7 +31,7 @@ def run(monkeypatch, capsys, here):
 def test_it_is_small():
     """The codec aside, at most 12 MB."""
     files = {file.name: file.stat().st_size for file in NANO.iterdir()}
-    assert set(files) == {"config.json", "model.safetensors", "tokenizer.model", CODEC}
+    assert set(files) == {"config.json", "model.safetensors", "tokenizer.model", CODEC, PHOTOGRAPHS}
     assert sum(files.values()) - files[CODEC] <= 12e6 and files[CODEC] <= 2e6
 
 

@@ -28,6 +28,7 @@ class Load(Kind):
             size = rng.integers(20, 500, 2).tolist()
             smooth(rng, "RGB", *size).save(within / f"{i:05}{SUFFIXES[k]}", FORMS[k])
         argv = ("--model", tiny_model(self.place), "--image", within, "--json", "out.json", "--groups", 1)
+        argv += ("--score-threshold", 0)  # or it would say that nothing was found
 
         def action():
             held, real = [], detect.save_found

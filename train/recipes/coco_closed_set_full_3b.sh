@@ -19,6 +19,6 @@ COCO=${COCO:-coco}
 ${LAUNCH:-torchrun --standalone --nproc_per_node=8} "$(dirname "$0")/../fit.py" \
     --model "${MODEL:-google/paligemma2-3b-pt-448}" --out "${OUT:-runs/coco-3b}" \
     --data "$COCO/annotations/instances_train2017.json" --images "$COCO/train2017" --augment --shard \
-    --noise-weight 1 --noise-disguise 0 --loss vocabulary --loss-mean example \
+    --answers sequence --noise-weight 1 --noise-disguise 0 --loss vocabulary --loss-mean example \
     --attn-cap 0 --final-cap 0 --beta2 0.999 \
     --steps 92412 --batch-size 64 --lr 1e-5 --min-lr 0 --warmup 4620 --recompute --workers 4 "$@"

@@ -28,7 +28,7 @@ ${LAUNCH:-torchrun --standalone --nproc_per_node=4} "$(dirname "$0")/../fit.py" 
     --model "${MODEL:-google/paligemma2-10b-pt-448}" --out "${OUT:-runs/coco-10b-lora}" \
     --data "$COCO/annotations/instances_train2017.json" --images "$COCO/train2017" --augment \
     --lora --lora-targets published --lora-rank 16 --lora-alpha 16 --lora-dropout 0.05 \
-    --noise-weight 1 --noise-disguise 0 --noise-near 0 --noise-apart --skip-empty --loss vocabulary \
+    --answers sequence --noise-weight 1 --noise-disguise 0 --noise-near 0 --noise-apart --skip-empty --loss vocabulary \
     --attn-cap 0 --final-cap 0 --beta2 0.999 --weight-decay 0.01 --clip 0 \
     --steps 21987 --batch-size 32 --accumulate 4 --lr 1e-5 --min-lr 1e-6 --warmup 100 \
     --recompute --workers 4 --save-every 500 "$@"
