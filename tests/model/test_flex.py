@@ -128,6 +128,25 @@ def test_gradients(monkeypatch, tmp_path):
     assert fused.call_count == 4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_on_a_gpu(dtype):
+    """Compiled, with the 3B's heads; several lengths and batches."""
+    for B, T in [(1, 1100), (1, 1300), (2, 1700), (3, 4200)]:
+        tokens = sequence(T, [T] * B, [T - 99] * B)
+        inputs = [
+            torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True)
+            for shape in ((B, T, 8, 256), (B, 4, T, 256), (B, 4, T, 256))
+        ]
+        for window in (None, 1000):
+            for mask, taken in ((flex.block_mask, found := []), (plain_mask, expected := [])):
+                out = attend(*inputs, mask(*tokens, window), 256**-0.5, 50.0)
+                taken += [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
+            for ours, theirs in zip(found, expected, strict=True):
+                assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
 def test_fused_without_mask():
     """What the vision tower uses is the same softmax attention."""
     q = torch.randn(2, 20, 4, 16)
