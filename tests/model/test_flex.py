@@ -50,15 +50,17 @@ def test_tiles(window):
     mask = flex.block_mask(*tokens, window)
     pairs = torch.zeros(2, 1024, 1024, dtype=torch.bool, device=DEVICE)
     pairs[:, :1000, :1000] = plain_mask(*tokens, window)
+    pairs[:, 1000:, :1000] = (valid & ~is_suffix)[
+        :, None
+    ]  # what is read by rows that only fill the last tile
     counts = pairs.unflatten(1, (8, 128)).unflatten(3, (8, 128)).sum((2, 4))  # [2, 8, 8]
     full, mixed = torch.zeros(2, 2, 8, 8, dtype=torch.bool, device=DEVICE)
     lists = (mask.full_kv_num_blocks, mask.full_kv_indices), (mask.kv_num_blocks, mask.kv_indices)
     for of_kind, (numbers, columns) in zip((full, mixed), lists):
         listed = torch.arange(8, device=DEVICE) < numbers[:, 0, :, None]
         of_kind.scatter_(2, columns[:, 0].long(), listed)
-    assert (counts[full] == 128**2).all() and (counts[~full & ~mixed] == 0).all()
-    assert full[:, :7].sum() == (counts[:, :7] == 128**2).sum()  # the last one ends in padding
-    assert (counts[:, :7][mixed[:, :7]] == 0).sum() <= 4
+    assert torch.equal(full, counts == 128**2) and (counts[~full & ~mixed] == 0).all()
+    assert (counts[mixed] == 0).sum() <= 12 < (counts == 0).sum()
 
 
 def test_no_form_for_each_length(monkeypatch):
@@ -124,7 +126,9 @@ def test_gradients(monkeypatch, tmp_path):
 
     plain, fused = gradients(), fuse_everything(monkeypatch)
     for name, found in gradients().items():
-        assert torch.allclose(found, plain[name], atol=1e-4 * float(plain[name].abs().max()) + 1e-7), name
+        near = 1e-4 * plain[name].detach().abs().max().item()
+        if "k_proj.bias" not in name:  # it only adds a constant to the scores: its gradient is rounding noise
+            assert torch.allclose(found, plain[name], rtol=1e-3, atol=near), name
     assert fused.call_count == 4
 
 

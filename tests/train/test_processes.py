@@ -33,7 +33,6 @@ from training import (
 
 from model import PaliGemma
 from model.io.tokenizer import Tokenizer
-from model.io.weights import is_mapped
 from train import fit as train
 from train import loss as objective_module
 from train import setup
@@ -183,7 +182,7 @@ def one_of_eight(request):
 
 
 class Made(TorchDispatchMode):
-    """Bytes of all memory that tensors are given, those mapped from a file excepted."""
+    """Bytes of all memory that tensors are given; pages mapped from a file are not."""
 
     def __init__(self):
         super().__init__()
@@ -192,8 +191,8 @@ class Made(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
         for x in tree_leaves(results):
-            if type(x) is torch.Tensor and not x.is_meta and not is_mapped(x):
-                self.sizes[x.data_ptr()] = x.nbytes
+            if type(x) is torch.Tensor and x.untyped_storage().resizable():  # no mapped pages
+                self.sizes[x.untyped_storage()._cdata] = 0 if x.is_meta else x.nbytes
         return results
 
 
