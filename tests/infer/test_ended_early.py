@@ -69,9 +69,9 @@ def fail(error: BaseException):
 
 
 ENDS = {  # how: what happens, the exit code, and words of the last line
-    "Ctrl-C": (lambda: os.kill(os.getpid(), signal.SIGINT), 130, None),
-    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, None),
-    "SIGHUP": (lambda: os.kill(os.getpid(), signal.SIGHUP), 129, None),
+    "Ctrl-C": (lambda: signal.raise_signal(signal.SIGINT), 130, None),
+    "SIGTERM": (lambda: signal.raise_signal(signal.SIGTERM), 143, None),
+    "SIGHUP": (lambda: signal.raise_signal(signal.SIGHUP), 129, None),
     "disk": (lambda: fail(OSError(28, "No space left")), 1, "No space left"),
     "memory": (lambda: fail(MemoryError()), 1, "MemoryError"),
     "pipe": (lambda: fail(BrokenPipeError(32, "Broken pipe")), 141, "nobody reads the output"),

@@ -1,7 +1,6 @@
 """The log of a run."""
 
 import json
-import os
 import signal
 from argparse import Namespace
 
@@ -19,9 +18,9 @@ def test_an_ignored_signal_stays_ignored():
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         stopping = stop_on_signals()
-        os.kill(os.getpid(), signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
         assert stopping == {"now": 0}
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stopping == {"now": signal.SIGTERM}
     finally:
         for number, handler in zip(STOPPING, before, strict=True):

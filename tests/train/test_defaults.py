@@ -1,0 +1,70 @@
+"""On few pictures, options that are not given follow from the data and the model."""
+
+import json
+import math
+
+import pytest
+from training import WIDTH, instances
+
+from train.run import defaults
+from train.run.options import arguments
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A set of so many pictures, which need not be there."""
+
+    def make(count: int):
+        image = instances()["images"][0]
+        images = [image | dict(id=i, file_name=f"{i}.png") for i in range(count)]
+        boxes = [dict(id=i, image_id=i, category_id=2, bbox=[0, 0, WIDTH, 9]) for i in range(count)]
+        data = instances(images=images, annotations=boxes)
+        (tmp_path / "few.json").write_text(json.dumps(data))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        return tmp_path / "few.json"
+
+    return make
+
+
+def settled(data, *options, model="nano"):
+    argv = ["--model", str(model), "--out", "x", "--data", str(data), *options]
+    return arguments(argv, settle=defaults.defaults_for)
+
+
+def test_they_follow_from_the_number_of_pictures(few):
+    args = settled(few(100), "--val", "x")
+    assert (args.batch_size, args.steps, args.val_every) == (8, 13 * defaults.EPOCHS, math.ceil(650 / 8))
+    assert args.answers == "parallel" and args.augment and args.location_smoothing == 6
+    assert args.lr == 5e-4 and args.min_lr == pytest.approx(1e-5)
+    assert settled(few(3)).steps == 300 and settled(few(300)).steps == 1000
+    assert settled(few(300), "--val", "x").val_every == 125  # an eighth of the run is more than an epoch
+
+
+def test_what_is_given_counts(few):
+    given = "--answers sequence --batch-size 20 --lr 1e-4 --no-augment --warmup 7".split()
+    args = settled(few(100), *given)
+    assert args.answers == "sequence" and args.location_smoothing == 0 and not args.augment
+    assert (args.batch_size, args.steps, args.lr, args.warmup) == (20, 300, 1e-4, 7)
+    assert args.min_lr == pytest.approx(2e-6)
+    assert settled(few(100), "--steps=40").steps == 40
+    assert settled(few(100), "--lora").lr == 3e-3
+
+
+def test_of_several_processes(few, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert settled(few(100)).batch_size == 6 and settled(few(100), "--accumulate", "4").batch_size == 12
+
+
+def test_a_wide_model_keeps_its_rate(few, monkeypatch):
+    monkeypatch.setattr(defaults, "NANO_WIDTH", 100)
+    args = settled(few(100))
+    assert args.lr == 1e-5 and args.augment
+
+
+def test_other_data_keeps_the_parsers_defaults(few, tmp_path, monkeypatch):
+    plain = vars(arguments(["--model", "nano", "--out", "x", "--data", "x"]))
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(json.dumps(dict(image="a.png", prefix="caption en", suffix="a cat")) + "\n")
+    monkeypatch.setattr(defaults, "FEW", 99)
+    for data in (few(100), lines, tmp_path / "none.json"):
+        assert vars(settled(data)) == plain | dict(data=data)
