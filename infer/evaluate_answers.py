@@ -12,7 +12,7 @@ What is measured depends on the prefix:
 
 Lines that begin with answer, caption, describe or cap, and all others, have rows of their own. The mask of
 an answer is that of its first object; an answer without one scores 0, as RefCOCO is measured. Lines with a
-"kind" are also reported by kind.
+"kind" are also reported by kind. --sheet draws some pictures with their answers.
 
 Pictures that cannot be read, or have another size than their masks, are named, and there are no figures; with
 --skip-broken the figures are without their lines, and say how many pictures are left out.
@@ -26,6 +26,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from infer.lib.answers import answer_sheet
 from infer.lib.options import (
     add_codec_arguments,
     add_model_arguments,
@@ -49,7 +50,7 @@ from model.decoding.generate import Prompter
 from model.decoding.masks import rle_size
 from model.io.names import shown
 from model.io.tokenizer import LOCS
-from model.io.writing import located, write_lines
+from model.io.writing import atomic_write, located, write_lines
 from train.data.jsonl import read_lines
 from train.measures import judge_answers
 from train.run.program import parser, positive, run
@@ -117,12 +118,15 @@ def main() -> None:
     add("--max-tokens", type=positive, default=100, help="most tokens of an answer")
     add("--bins", type=int, choices=(1023, 1024), default=LOCS, help="1023: locations of RefCOCO checkpoints")
     add("--answers", type=Path, metavar="FILE", help="write the lines there, with what the model said")
+    add("--sheet", type=Path, metavar="FILE", help="draw the first answers there, a PNG file")
+    add("--sheet-count", type=positive, default=8, help="answers on it")
     add_codec_arguments(options)
     add_model_arguments(options)
     add_sampling_arguments(options)
     args = options.parse_args()
     check_output(args.json)
     check_output(args.answers, "--answers")
+    check_output(args.sheet, "--sheet")
     sampling = sampling_options(args)
     codec = None if args.data else load_codec(args)
     model = load_model(args)
@@ -143,6 +147,10 @@ def main() -> None:
             with tables(args.json):
                 print_figures(name, figures[name], left_out(len(broken), count - len(broken)))
             figures[name] |= dict(skipped=broken) if broken else {}
+            if args.sheet and not answered:
+                sheet = answer_sheet(of_set[: args.sheet_count], images, codec, args.bins)
+                with atomic_write(args.sheet) as temporary:
+                    sheet.save(temporary, "PNG")
             answered += of_set
     if args.json:
         write_output(figures, args.json)

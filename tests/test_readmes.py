@@ -27,6 +27,7 @@ from train.practice.write import write_coco
 QUICK = {
     "train/fit.py": "--steps 2 --batch-size 4 --workers 0 --no-compile",  # compiling takes a minute
     "train/practice/write.py": "--count 4",
+    "train/practice/drawings.py": "--train 4 --test 2",
     "infer/evaluate.py": "--count 2",
     "infer/doctor.py": "--count 2",
     "infer/evaluate_answers.py": "--count 2",
@@ -40,12 +41,14 @@ QUICK = {
     "infer/tradeoffs.py seam": "--repeats 2",
     "infer/tradeoffs.py head": "--repeats 2 --widths nano --device cpu",
     "tests/run_trial.py": "--only codecs --cases 2",  # test_trial.py runs the short form
+    "train/recipes/drawings_nano.sh": "--steps 2 --batch-size 4 --workers 0",  # likewise
     "train/recipes/nano.sh": "--batch-size 1 --workers 0 --no-compile --muon-lr 0",  # of its runs of fit.py
 }
 INSTEAD = {
     "--nproc_per_node=8": "--nproc_per_node=2 --standalone",  # a free port instead of the same for all
     "python -m pytest tests/": "ls tests/",  # this suite runs them
     "python -m pytest -m gpu": "grep '\"gpu:' pyproject.toml",
+    "train/recipes/drawings_nano.sh": "TRAIN=8 TEST=4 train/recipes/drawings_nano.sh",
     "hf auth login": "hf auth login --help",  # no account here
     'python -m pip install -e ".[demo]"': "grep demo pyproject.toml",  # no gradio here
     "python infer/demo.py": "python infer/demo.py --help",  # it would serve for ever

@@ -162,6 +162,11 @@ def folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def is_right(answer: str, record: dict) -> bool:
+    """Whether an answer is one of the right ones of its line of JSONL."""
+    return folded(answer) in map(folded, right_answers(record))
+
+
 def judge_answers(
     records: list[dict], answers: list[str], codec: MaskCodec | None, bins: int = LOCS
 ) -> dict[str, dict]:
@@ -182,8 +187,8 @@ def judge_answers(
             continue
         references = [right_answers(record) for record, _ in pairs]
         exact, kinds = [], defaultdict(list)
-        for (record, answer), texts in zip(pairs, references):
-            exact.append(folded(answer) in map(folded, texts))
+        for record, answer in pairs:
+            exact.append(is_right(answer, record))
             kinds[record.get("kind", "others")].append(exact[-1])
         figures[task]["exact"] = round(sum(exact) / len(exact), 4)
         if task == "caption":
@@ -199,13 +204,19 @@ def judge_answers(
 def first_mask_iou(answer: str, mask: np.ndarray, codec: MaskCodec, bins: int = LOCS) -> float:
     """IoU of an answer's first mask with the right one, bool [H, W]; 0 if it has none. bins: see
     locs_to_boxes."""
+    found = first_mask(answer, mask.shape, codec, bins)
+    return 0.0 if found is None else float(mask_iou(found, mask))
+
+
+def first_mask(answer: str, shape: tuple[int, int], codec: MaskCodec, bins: int = LOCS) -> np.ndarray | None:
+    """An answer's first mask, bool [H, W], or None if its first object has none. shape: H, W."""
     objects = parse_answer(answer)
     if not objects or not objects[0].seg:
-        return 0.0
-    height, width = mask.shape
+        return None
+    height, width = shape
     box = locs_to_boxes(objects[0].locs, width, height, bins)
     decoded = codec.decode(torch.tensor(objects[0].seg)[None])[0].numpy()
-    return float(mask_iou(paste_mask(decoded, box, width, height), mask))
+    return paste_mask(decoded, box, width, height)
 
 
 def cider_d(answers: list[str], references: list[list[str]]) -> float:

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import call, disc, picture, write_jsonl
+from PIL import Image
 
 from infer import evaluate_answers
-from model.decoding.masks import to_rle
+from infer.lib.answers import GAP, SIDE, answer_tile
+from model.decoding.boxes import format_answer
+from model.decoding.masks import crop, tight_box, to_rle
 from model.io.hub import CODEC, NANO
 
 MASK = disc(120, 80, 50, 40, 20)
@@ -33,12 +37,30 @@ def data(here):
 
 def test_program(monkeypatch, capsys, model, data):
     argv = "--data", data, "--model", model, "--codec", NANO / CODEC, "--max-tokens", 30
-    code, out, err = run(monkeypatch, capsys, *argv, "--json", "f.json", "--answers", "said.jsonl")
+    files = "--json", "f.json", "--answers", "said.jsonl", "--sheet", "sheet.png", "--sheet-count", 3
+    code, out, err = run(monkeypatch, capsys, *argv, *files)
+    assert Image.open("sheet.png").width == 3 * (SIDE + GAP) + GAP
     assert (code, err) == (0, []) and "caption" in out and "mean IoU" in out
     figures = json.loads((data.parent / "f.json").read_text())["answers"]
     assert set(figures) == {"caption", "question", "mask", "other"} and "other" in out
     said = [json.loads(line) for line in (data.parent / "said.jsonl").read_text().splitlines()]
     assert len(said) == 4 and all(isinstance(line["answer"], str) for line in said)
+
+
+def test_tiles_say_what_is_right(codec):
+    """In words, and of masks by what is darkened."""
+    image, line = Image.new("RGB", (120, 80), "white"), dict(prefix="", suffix=["2", "two"])
+    assert answer_tile(line | dict(answer="Two"), image, None, 1024)[1] == ["right: Two"]
+    assert answer_tile(line | dict(answer="1"), image, None, 1024)[1] == ["wrong: 1", "should be: 2"]
+    line = dict(prefix="", suffix="", mask=to_rle(MASK), answer="")
+    assert answer_tile(line, image, codec, 1024)[1] == ["no mask found"]
+    box = tight_box(MASK)
+    codes = codec.encode(torch.from_numpy(crop(MASK, box))[None]).numpy()
+    line["answer"] = format_answer(box[None], ["cat"], 120, 80, codes)
+    tile, (text,) = answer_tile(line, image, codec, 1024)
+    assert float(text.removeprefix("IoU ")) > 0.8
+    assert tile.getpixel((SIDE * 50 // 120, SIDE * 40 // 80)) == (255, 255, 255)
+    assert tile.getpixel((SIDE // 2, SIDE * 75 // 80)) == (63, 63, 63)
 
 
 def test_practice_scenes(monkeypatch, capsys, model, here):

@@ -197,6 +197,6 @@ def test_every_program_says_its_defaults(name, monkeypatch, capsys):
     actions = [
         action
         for action in ended.value.args[0]._actions
-        if action.default not in (None, False, "==SUPPRESS==")
+        if action.default not in (None, False, [], "==SUPPRESS==")
     ]
     assert all("(default: " in action.help for action in actions)

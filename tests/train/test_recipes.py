@@ -20,6 +20,7 @@ DRY_RUNS = {  # what the dry run must tell
     "coco_closed_set_full_3b": ("paligemma2-3b-448", ["92,412", "64 samples"]),
     "coco_parallel_lora": ("paligemma2-10b-448", ["402 adapters", "1024 image tokens + ", "21,987"]),
     "captions_3b": ("paligemma2-3b-224", ["256 samples", "2,213"]),
+    "count_crossings_lora_3b": ("paligemma2-3b-224", ["263 adapters", "150", "4 samples"]),
     "refcoco_segmentation_3b": ("paligemma2-3b-224", ["10,000", "64 samples"]),
 }
 
@@ -68,7 +69,7 @@ def argv_of(recipe):
     return done.stdout.splitlines()[1:]
 
 
-OURS = {"nano.sh", "coco_parallel_lora.sh"}  # of no published run
+OURS = {"nano.sh", "drawings_nano.sh", "coco_parallel_lora.sh"}  # of no published run
 RECIPES = sorted(file for file in (ROOT / "train" / "recipes").glob("*.sh") if file.name not in OURS)
 
 
@@ -94,6 +95,13 @@ def test_published_values():
     assert {found[name].loss_mean for name in found if name != "coco_closed_set_lora_10b"} == {"example"}
     full = noise_of(found["coco_closed_set_full_3b"])
     assert (full.weight, full.disguise) == (1, 0)
+
+
+def test_drawings_recipe_refuses_other_tasks(tmp_path):
+    command = ["bash", ROOT / "train" / "recipes" / "drawings_nano.sh", "words"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and "must be crossings, captions or masks" in done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("scale", ["1/1000", "0,001", "small"])

@@ -1,0 +1,49 @@
+"""A contact sheet of answers: pictures with what is right and what a model said."""
+
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from infer.lib.draw import framed
+from model.decoding.masks import MaskCodec, from_rle, mask_iou
+from model.io.image import load_image
+from model.io.names import shown
+from train.data.jsonl import right_answers
+from train.measures import first_mask, is_right
+
+SIDE, GAP, PER_ROW = 240, 10, 4  # pixels of a picture and around it; pictures in a row
+FONT, LINE, LETTERS = 13, 17, 36  # of the text: pixels, pixels a line, letters a line
+
+
+def answer_sheet(lines: list[dict], images: Path, codec: MaskCodec | None, bins: int) -> Image.Image:
+    """Lines of JSONL with the model's "answer". Of masks, what lies outside of the answer's is darkened."""
+    tiles = [answer_tile(line, load_image(images / line["image"]), codec, bins) for line in lines]
+    texts = [[row for part in text for row in textwrap.wrap(part, LETTERS)] for _, text in tiles]
+    width, height = SIDE + GAP, SIDE + GAP + LINE * max(map(len, texts))
+    rows = -(-len(tiles) // PER_ROW)
+    sheet = Image.new("RGB", (width * min(PER_ROW, len(tiles)) + GAP, height * rows + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    for k, ((picture, _), text) in enumerate(zip(tiles, texts, strict=True)):
+        x, y = k % PER_ROW * width + GAP, k // PER_ROW * height + GAP
+        sheet.paste(picture, (x, y))
+        for row, words in enumerate(text):
+            pen.text((x, y + SIDE + 2 + row * LINE), words, fill="black", font=font)
+    return sheet
+
+
+def answer_tile(
+    line: dict, image: Image.Image, codec: MaskCodec | None, bins: int
+) -> tuple[Image.Image, list[str]]:
+    """The picture, square, and what is written below it."""
+    if "mask" in line:
+        right = from_rle(line["mask"])
+        found = first_mask(line["answer"], right.shape, codec, bins)
+        text = ["no mask found"] if found is None else [f"IoU {mask_iou(found, right):.2f}"]
+        if found is not None:
+            image = Image.composite(image, image.point(lambda value: value // 4), Image.fromarray(found))
+    else:
+        verdict = "right" if is_right(line["answer"], line) else "wrong"
+        text = [f"{verdict}: {shown(line['answer'])}"]
+        text += [f"should be: {shown(right_answers(line)[0])}"] * (verdict == "wrong")
+    return framed(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)), text
