@@ -106,7 +106,7 @@ def attend(
     if mask is None and cap is None and not training_on_cpu:  # the vision tower: one fused kernel does it
         q = q.transpose(1, 2)  # [B, N, T, H]
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
-    if not isinstance(mask, Tensor | None):  # a BlockMask: a long prefill on a GPU
+    if not isinstance(mask, Tensor | None):  # a BlockMask: a long sequence on a GPU
         from model.flex import flex_attend  # here, because it brings torch.compile along
 
         return flex_attend(q, k, v, mask, scale, cap)

@@ -34,7 +34,9 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = nn.Dropout(dropout)
-        new = dict(dtype=torch.float32, device=base.weight.device)
+        # A base without memory is loaded later (train/setup.py); A and B have their values from the start.
+        device = None if base.weight.is_meta else base.weight.device
+        new = dict(dtype=torch.float32, device=device)
         self.A = nn.Parameter(torch.empty(rank, base.in_features, **new))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))

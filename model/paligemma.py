@@ -23,7 +23,7 @@ from model.lora import lora_layers
 from model.seam import find_function, is_own, record_attention, replace_attention
 from model.siglip import SigLIP
 
-FUSED_FROM = 1024  # image tokens (448 px) from which a GPU's prefill is worth compiling FlexAttention
+FUSED_FROM = 1024  # image tokens (448 px) from which it is worth compiling FlexAttention on a GPU
 
 
 class PaliGemma(nn.Module):
@@ -64,8 +64,9 @@ class PaliGemma(nn.Module):
 
     def read(self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
         """Image tokens [B, P, D], text [B, T] -> hidden states of the text [B, T, D]."""
-        x, _, positions, masks = self._sequence(image_tokens, tokens, prefix_len)
-        return self.decoder(x, positions, self._fused(masks, image_tokens))[:, image_tokens.shape[1] :]
+        x, valid, is_suffix, positions = self._sequence(image_tokens, tokens, prefix_len)
+        masks = self._masks(valid, is_suffix, positions)
+        return self.decoder(x, positions, masks)[:, image_tokens.shape[1] :]
 
     def read_branches(self, image_tokens: Tensor, prompt: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
         """Image tokens [B, P, D], a prompt [T], and K branches of N tokens, int64 [B, K, N], each of which
@@ -73,35 +74,59 @@ class PaliGemma(nn.Module):
         the branches [B, K, N, D]. N is at most 4 (attention.branch_mask)."""
         (B, P, D), (K, N) = image_tokens.shape, branches.shape[1:]
         start, ids = P + len(prompt), torch.arange(K * N, device=prompt.device)
-        depth = ids % N
-        # The prefix is read as by the first token of a text after it, which is one more row.
-        first = torch.arange(start + 1, device=prompt.device)[None] == start
-        reads = self.mask(torch.ones_like(first), first)[..., :start]  # [1, start + 1, start]
-        own = branch_mask(torch.where(depth > 0, ids - 1, ids)[None])  # [1, K * N, K * N]
-        answers = torch.cat((reads[:, start:].expand(-1, K * N, -1), own), dim=-1)
-        mask = torch.cat((F.pad(reads[:, :start], (0, K * N)), answers), dim=1)
-        positions = torch.cat((torch.arange(1, start + 1, device=prompt.device), start + 1 + depth))[None]
-        is_suffix = positions > start
-        local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
+        positions = torch.cat((torch.arange(1, start + 1, device=prompt.device), start + 1 + ids % N))[None]
         text = torch.cat((prompt.expand(B, -1), branches.flatten(1)), dim=1)
         x = torch.cat((image_tokens, self.decoder.embed_tokens(text).to(image_tokens.dtype)), dim=1)
-        hidden = self.decoder(x, positions, (local, mask))
+        hidden = self.decoder(x, positions, self._branch_masks(positions.expand(B, -1), start, N))
         return hidden[:, start - 1], hidden[:, start:].view(B, K, N, D)
+
+    def _branch_masks(self, positions: Tensor, start: int, N: int) -> tuple:
+        """_masks of `start` tokens that all read and branches of N tokens each; positions [B, S]."""
+        window, is_suffix = self.config.text.sliding_window, positions > start
+        ids = torch.arange(positions.shape[1] - start, device=positions.device)
+        if self._is_fused(positions):
+            from model.flex import block_mask
+
+            branch = F.pad(ids // N + 1, (start, 0)).expand_as(positions)
+            there = torch.ones_like(is_suffix)
+            return tuple(block_mask(there, is_suffix, positions, width, branch) for width in (window, None))
+        # The prefix is read as by the first token of a text after it, which is one more row.
+        first = torch.arange(start + 1, device=positions.device)[None] == start
+        reads = self.mask(torch.ones_like(first), first)[..., :start]  # [1, start + 1, start]
+        own = branch_mask(torch.where(ids % N > 0, ids - 1, ids)[None])  # [1, K * N, K * N]
+        answers = torch.cat((reads[:, start:].expand(-1, len(ids), -1), own), dim=-1)
+        mask = torch.cat((F.pad(reads[:, :start], (0, len(ids))), answers), dim=1)
+        return window_mask(mask, positions[:1], positions[:1], is_suffix[:1], window), mask
 
     def _sequence(
         self, image_tokens: Tensor, tokens: Tensor, prefix_len: int | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """[image | text] as the decoder reads it: embeddings [B, P + T, D], valid (not padding) and positions
-        [B, P + T] each, and the masks [B, P + T, P + T] of the local and of the global layers."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[image | text] as the decoder reads it: embeddings [B, P + T, D], and [B, P + T] each: valid (not
+        padding), is_suffix and positions."""
         (B, P, _), T = image_tokens.shape, tokens.shape[1]
         prefix_len = torch.as_tensor(prefix_len, device=tokens.device).expand(B)
         valid = torch.cat((tokens.new_ones(B, P, dtype=torch.bool), tokens != self.config.pad), dim=1)
         is_suffix = torch.arange(P + T, device=tokens.device) >= P + prefix_len[:, None]  # [B, P + T]
         positions = valid.cumsum(-1)  # from 1, as in transformers; padding does not count
-        mask = self.mask(valid, is_suffix)
-        local = window_mask(mask, positions, positions, is_suffix, self.config.text.sliding_window)
         x = torch.cat((image_tokens, self.decoder.embed_tokens(tokens).to(image_tokens.dtype)), dim=1)
-        return x, valid, positions, (local, mask)
+        return x, valid, is_suffix, positions
+
+    def _masks(self, valid: Tensor, is_suffix: Tensor, positions: Tensor) -> tuple:
+        """[B, S] each -> who reads whom in the local and in the global layers: bool [B, S, S], or what
+        FlexAttention takes."""
+        window = self.config.text.sliding_window
+        if self._is_fused(valid):
+            from model.flex import block_mask  # here, because it brings torch.compile along
+
+            return tuple(block_mask(valid, is_suffix, positions, width) for width in (window, None))
+        mask = self.mask(valid, is_suffix)
+        return window_mask(mask, positions, positions, is_suffix, window), mask
+
+    def _is_fused(self, tokens: Tensor) -> bool:
+        """Whether FlexAttention reads a sequence: a long one, on a GPU, of a model with this project's own
+        attention and mask."""
+        long = self.config.vision.tokens >= FUSED_FROM and tokens.is_cuda
+        return long and is_own(self) and self.mask is prefix_lm_mask
 
     # ---- decoding: a prefill, then token by token ----------------------------------------------------------
 
@@ -116,11 +141,13 @@ class PaliGemma(nn.Module):
         """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache, which forgets what it
         held; returns the hidden state at the end of each prompt [B, D]."""
         lengths = (tokens != self.config.pad).sum(-1)
-        x, valid, positions, masks = self._sequence(image_tokens, tokens, lengths)  # all of it is prefix
+        x, valid, is_suffix, positions = self._sequence(image_tokens, tokens, lengths)  # all of it is prefix
         cache.start(valid, positions)
+        masks = self._masks(valid, is_suffix, positions)
         end = image_tokens.shape[1] + lengths - 1  # [B], in the sequence
-        only = end, at(masks[(self.config.text.layers - 1) % 2], end)  # and its row of the last layer's mask
-        return self.decoder(x, positions, self._fused(masks, image_tokens), cache, only)[:, 0]
+        last = masks[(self.config.text.layers - 1) % 2]
+        only = end, at(last, end) if isinstance(last, Tensor) else valid[:, None]  # its row of the last mask
+        return self.decoder(x, positions, masks, cache, only)[:, 0]
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token [B] to every sequence of the cache; returns its hidden state [B, D]."""
@@ -150,15 +177,6 @@ class PaliGemma(nn.Module):
         if self.mask is prefix_lm_mask:
             return cache.valid[:, None]  # whatever was read before, and the token itself
         return self.mask(cache.valid, cache.is_suffix)[:, cache.slots]
-
-    def _fused(self, masks: tuple[Tensor, Tensor], image_tokens: Tensor) -> tuple:
-        """The masks as FlexAttention takes them, where that is faster: without gradients, on a GPU."""
-        long = image_tokens.shape[1] >= FUSED_FROM and image_tokens.is_cuda
-        if not long or torch.is_grad_enabled() or not is_own(self):
-            return masks
-        from model.flex import block_mask  # here, because it brings torch.compile along
-
-        return tuple(map(block_mask, masks))
 
     # ---- the seam ------------------------------------------------------------------------------------------
 

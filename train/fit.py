@@ -42,7 +42,14 @@ from train.run.options import arguments, as_json
 from train.run.plan import print_dry_run, print_plan, validation_interval
 from train.run.processes import join_processes, own_device, resident_memory, use_gpu
 from train.run.program import run as run_program
-from train.setup import checkpoint_to_resume, leave_out_broken, load_data, load_model, make_loader
+from train.setup import (
+    checkpoint_to_resume,
+    leave_out_broken,
+    load_data,
+    load_model,
+    load_shards,
+    make_loader,
+)
 from train.validate import Validation
 
 # ---- one step ----------------------------------------------------------------------------------------------
@@ -139,8 +146,12 @@ def train(args: argparse.Namespace) -> int:
         branches=language,
         location_smoothing=args.location_smoothing,
     )
-    objective.to(device).train()
+    objective.train()
+    if not args.shard:
+        objective.to(device)
     compute = distribute(objective, args)
+    if args.shard:
+        load_shards(args, model, base, device)
     optimizers = make_optimizers(objective, args)
     trainer = load_trainer_state(found, objective, optimizers) if found else {"step": 0}
 

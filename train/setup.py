@@ -13,15 +13,15 @@ from model import PaliGemma, lora
 from model.decoding.closed_set import ClosedSet
 from model.decoding.masks import MaskCodec
 from model.io.hub import codec_file
-from model.io.weights import DTYPES, load_config
+from model.io.weights import DTYPES, load_config, load_weights
 from model.io.writing import check_writable, read_json
 from train.data.coco import CocoIndex
 from train.data.open import check_length, classes_for, open_data
-from train.data.samples import TEXT_MULTIPLE, StepSampler, closed_set_lengths, collate
+from train.data.samples import StepSampler, closed_set_lengths, collate
 from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import newest
 from train.run.log import STOPPING, logged_lines
-from train.run.options import branches_of, changed_options, noise_of, overrides_of
+from train.run.options import branches_of, changed_options, noise_of, overrides_of, text_multiple
 from train.run.pictures import pictures_to_skip
 from train.run.processes import all_gather
 
@@ -47,7 +47,8 @@ def load_model(
     args: argparse.Namespace, base: Path, adapter: Path | None, index: CocoIndex | None, device: torch.device
 ) -> PaliGemma:
     """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
-    before, to be trained further; index: of --data, if it is a COCO file."""
+    before, to be trained further; index: of --data, if it is a COCO file. With --shard the checkpoint is only
+    looked through: load_shards gives the model its weights, once it is known which process has which."""
     overrides = overrides_of(args)
     closed_set = index is not None or not args.data
     overrides["closed_set_only"] = closed_set and args.tasks == "closed-set"
@@ -60,7 +61,7 @@ def load_model(
     model = PaliGemma.from_pretrained(
         base,
         dtype=DTYPES[args.dtype],
-        device=device,
+        device="meta" if args.shard else device,
         adapter=adapter,
         attention=args.attention,
         attention_in=args.attention_in,
@@ -79,6 +80,18 @@ def load_model(
     elif args.freeze_vision and not args.lora:
         model.vision.requires_grad_(False)
     return model
+
+
+def load_shards(args: argparse.Namespace, model: PaliGemma, base: Path, device: torch.device) -> None:
+    """Give a model that was sharded before it had memory its weights: each process reads its own part.
+
+    So --shard starts wherever a step fits. The 28B has 27.7e9 weights, in float32 111 GB: whole, they are
+    more than a GPU of 80 GB holds, their eighth is 13.8 GB. Eight such GPUs train all of them in 16 bytes
+    each (weight, gradient, two moments), 55 GB a GPU; besides these, the layer that is computed is whole in
+    bfloat16 (1.1 GB, and the next one), as are embedding and head while there is a use for them (2.4 GB, and
+    their gradient in float32 4.7 GB). What is left is for activations (--recompute).
+    """
+    load_weights(model, base, load_config(base).vision.tokens, DTYPES[args.dtype], device)
 
 
 def load_data(
@@ -132,7 +145,7 @@ def make_loader(
     args: argparse.Namespace, data: Dataset, sampler: StepSampler, pad: int, device: torch.device
 ) -> DataLoader:
     """Micro-batches in the order of the run, prepared by worker processes."""
-    multiple = TEXT_MULTIPLE if args.tasks == "all" else 1
+    multiple = text_multiple(args, data.closed_set)
     per_example = args.loss_mean == "example"
     return DataLoader(
         data,

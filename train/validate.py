@@ -26,7 +26,7 @@ from train.data.open import open_data
 from train.data.samples import collate, weight_of
 from train.measures import make_coco, run_cocoeval, to_results
 from train.practice.write import write_coco
-from train.run.options import branches_of, noise_of
+from train.run.options import branches_of, noise_of, text_multiple
 from train.run.pictures import pictures_to_skip
 from train.run.processes import all_gather, rank_and_world
 
@@ -68,7 +68,12 @@ class Validation:
         self.loader = DataLoader(
             Subset(self.data, [(item, item) for item in self.mine]),  # a sample is asked for by two numbers
             BATCH,
-            collate_fn=partial(collate, pad=model.config.pad, per_example=args.loss_mean == "example"),
+            collate_fn=partial(
+                collate,
+                pad=model.config.pad,
+                multiple=text_multiple(args, self.data.closed_set),
+                per_example=args.loss_mean == "example",
+            ),
         )
         self.detector = None
         if self.data.closed_set and args.shard and rank_and_world()[0] == 0:
@@ -96,6 +101,8 @@ class Validation:
             if self.detector:
                 results += self._detect(batch["image"], items)
         self.objective.patch_head = patch_head
+        if self.detector:
+            self.detector.decode.release()  # training needs the room
         if self.world > 1:
             dist.all_reduce(sums)
         figures, warning = {"val_loss": round((sums[0] / sums[1]).item(), 4)}, ""

@@ -240,7 +240,7 @@ class GroupDecoder:
         """
         # The old buffers and graph go first, as there may be no room for both. If memory still runs out, the
         # next call starts afresh instead of with half of the new ones.
-        self.batch_size = self.cache = self.decode_group = None
+        self.release()
         prompt = len(self.language.prompt)
         self.cache = self.model.new_cache(batch_size, prompt + GROUP * self.groups)
         self.hidden = self.model.projector.weight.new_zeros(batch_size, self.model.config.text.width)
@@ -253,6 +253,10 @@ class GroupDecoder:
             replay = capture_graph(self._decode_group, prepare=lambda: self.cache.start(one, one.long()))
             self.decode_group = lambda last: replay()  # the last token is read too: there is a slot for it
         self.batch_size = batch_size
+
+    def release(self) -> None:
+        """Give back the cache and the graph's memory; the next call takes them anew."""
+        self.batch_size = self.cache = self.decode_group = None
 
     def _decode_group(self, last: bool = False) -> tuple[Tensor, ...]:
         """Decode a group: fed [B, 5], best [B, 5], and the score and noise [B] of its class. last: no group

@@ -19,7 +19,9 @@ from model.gemma import Gemma
 from model.io.tokenizer import LOCS
 
 R = tl.constexpr(LOCS)  # rows of locations, the larger of the two sets of allowed ids
-BLOCKS = dict(BLOCK_B=16, BLOCK_R=16, BLOCK_D=128)
+BLOCKS = dict(
+    BLOCK_B=16, BLOCK_R=16, BLOCK_D=128, BLOCK_END=4
+)  # the last: hidden states chosen for at a time
 INTERPRETED = triton.knobs.runtime.interpret  # without a GPU: the kernel runs in numpy
 
 
@@ -31,27 +33,29 @@ def soft_cap(x, cap):
 
 
 @triton.jit
-def nucleus(p, top_p):
-    """Probabilities [R] -> the largest t for which those of at least t reach top_p together.
+def nucleus(p, top_p, N: tl.constexpr):
+    """Probabilities [N, R] -> [N, 1]: the largest t for which those of at least t reach top_p together.
 
     Bisection over bit patterns, instead of a sort: positive floats are ordered as the integers with the same
     bits. Probabilities of at least low always reach top_p together, those of at least high never do. After 31
     halvings of a range below 2^30, high is low + 1. There is no float between them, so t is low exactly.
     """
-    low, high = tl.zeros([], tl.int32), tl.full([], 0x3F800001, tl.int32)  # 0 <= t < next after 1.0
+    low, high = tl.zeros([N, 1], tl.int32), tl.full([N, 1], 0x3F800001, tl.int32)  # 0 <= t < next after 1.0
     for _ in range(31):
         middle = (low + high) // 2
-        enough = tl.sum(tl.where(p >= middle.to(tl.float32, bitcast=True), p, 0.0)) >= top_p
+        reached = tl.where(p >= middle.to(tl.float32, bitcast=True), p, 0.0)
+        enough = tl.sum(reached, axis=1, keep_dims=True) >= top_p
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
     return low.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def draw(p, u, i):
-    """A draw from weights p [R], given u in [0, 1): the first index whose running sum exceeds u * sum."""
-    running = tl.cumsum(p)
-    total = tl.max(running)
-    return tl.min(tl.where((running > u * total) & (p > 0), i, R))
+    """A draw from weights p [N, R], given u [N, 1] in [0, 1): the first of the indices i [1, R] whose running
+    sum exceeds u * sum, [N, 1]."""
+    running = tl.cumsum(p, axis=1)
+    total = tl.max(running, axis=1, keep_dims=True)
+    return tl.min(tl.where((running > u * total) & (p > 0), i, R), axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -59,7 +63,7 @@ def restricted_head(
     hidden, embed, position, uniform, scratch, arrived, fed, best_id, score, noise,
     B, D, loc0, class0, classes, cap, temperature, top_p,
     GROUP: tl.constexpr, NOISE_FEEDBACK: tl.constexpr, SAMPLE: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_END: tl.constexpr,
 ):  # fmt: skip
     """hidden [B, D], embed [vocabulary, D], position [1], uniform [B] -> fed, best_id, score, noise [B].
 
@@ -92,27 +96,33 @@ def restricted_head(
     if tl.atomic_add(arrived + batch, 1) == tl.num_programs(0) - 1:
         tl.debug_barrier()
         tl.store(arrived + batch, 0)  # for the next launch
-        i = tl.arange(0, R)
+        i = tl.arange(0, R)[None, :]
         real = i < tl.where(is_class, classes, R)  # noise counts in p, but is never chosen
-        for row in range(batch * BLOCK_B, min(B, (batch + 1) * BLOCK_B)):
+        # A few hidden states at a time: singly, each would wait for its sums; all need too many registers.
+        for start in range(batch * BLOCK_B, min(B, (batch + 1) * BLOCK_B), BLOCK_END):
+            row = start + tl.arange(0, BLOCK_END)[:, None]
+            there = row < B
             # .cg: from the L2 cache, which all programs share. L1 may hold what an earlier launch left there.
-            x = tl.load(scratch + row * R + i, i < rows, float("-inf"), cache_modifier=".cg")
+            x = tl.load(scratch + row * R + i, there & (i < rows), float("-inf"), cache_modifier=".cg")
+            x = tl.where(there, x, 0.0)
             real_x = tl.where(real, x, float("-inf"))
-            e = tl.exp(x - tl.max(x))
-            p = e / tl.sum(e)
-            p_noise = tl.sum(tl.where(real, 0.0, p))
+            e = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+            p = e / tl.sum(e, axis=1, keep_dims=True)
+            p_noise = tl.sum(tl.where(real, 0.0, p), axis=1, keep_dims=True)
             if SAMPLE:
-                hot = tl.exp((real_x - tl.max(real_x)) / temperature)
-                hot = hot / tl.sum(hot)
-                hot = tl.where(hot >= nucleus(hot, top_p), hot, 0.0)
-                best = draw(hot, tl.load(uniform + row), i)
+                hot = tl.exp((real_x - tl.max(real_x, axis=1, keep_dims=True)) / temperature)
+                hot = hot / tl.sum(hot, axis=1, keep_dims=True)
+                hot = tl.where(hot >= nucleus(hot, top_p, BLOCK_END), hot, 0.0)
+                best = draw(hot, tl.load(uniform + row, there, 0.0), i)
             else:
-                best = tl.argmax(real_x, axis=0)
-            is_noise = NOISE_FEEDBACK & (p_noise > tl.max(tl.where(real, p, 0.0)))
-            tl.store(best_id + row, first + best)
-            tl.store(fed + row, tl.where(is_noise, class0 + classes, first + best))
-            tl.store(score + row, tl.sum(tl.where(i == best, p, 0.0)) + 0 * tl.sum(p))  # NaN if any p is
-            tl.store(noise + row, p_noise)
+                best = tl.argmax(real_x, axis=1, keep_dims=True)
+            p_real = tl.max(tl.where(real, p, 0.0), axis=1, keep_dims=True)
+            p_best = tl.sum(tl.where(i == best, p, 0.0), axis=1, keep_dims=True)
+            is_noise = NOISE_FEEDBACK & (p_noise > p_real)
+            tl.store(best_id + row, first + best, there)
+            tl.store(fed + row, tl.where(is_noise, class0 + classes, first + best), there)
+            tl.store(score + row, p_best + 0 * tl.sum(p, axis=1, keep_dims=True), there)  # NaN if any p is
+            tl.store(noise + row, p_noise, there)
 
 
 class FusedHead:

@@ -107,7 +107,7 @@ class ParallelDecoder:
 
     def _prepare(self, batch_size: int, device: torch.device) -> None:
         """Allocate all that the five steps read and write; on a GPU, capture them in a graph."""
-        self.batch_size = self.cache = self.decode_branches = None  # see GroupDecoder._prepare
+        self.release()  # see GroupDecoder._prepare
         self.cache = self.model.new_cache(batch_size, len(self.language.prompt) + COORDINATES * self.groups)
         self.hidden = self.model.projector.weight.new_zeros(batch_size, self.model.config.text.width)
         self.uniform = torch.zeros(batch_size * self.groups, device=device)  # the head draws nothing with it
@@ -118,6 +118,10 @@ class ParallelDecoder:
                 self._decode_branches, prepare=lambda: self.cache.start(there, there.cumsum(-1))
             )
         self.batch_size = batch_size
+
+    def release(self) -> None:
+        """Give back the cache and the graph's memory; the next call takes them anew."""
+        self.batch_size = self.cache = self.decode_branches = None
 
     def _decode_branches(self) -> tuple[Tensor, ...]:
         """The fields of Answer, after the prefill."""

@@ -101,14 +101,16 @@ def without_memory() -> Iterator[None]:
 def load_weights(
     model: nn.Module, folder: Path, image_tokens: int, dtype: torch.dtype, device: str | torch.device
 ) -> None:
-    """Give a model made without memory the tensors of a folder, or of an .npz file. One error names all that
-    do not fit.
+    """Give a model the tensors of a folder, or of an .npz file, wherever it has no memory: adapters may have
+    theirs already. One error names all that do not fit.
 
     image_tokens: by the folder's own config. The model may be for another image size; then its position
-    embeddings are resampled from the folder's.
+    embeddings are resampled from the folder's. Of a model that FSDP2 has sharded meanwhile, each process
+    reads and converts its own rows only.
     """
     version = model.config.text.version
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    targets = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_meta}
+    shapes = {name: list(tensor.shape) for name, tensor in targets.items()}
     shapes[_POSITIONS][0] = image_tokens
     shards = _open_npz(folder, version) if folder.suffix == ".npz" else _open_shards(folder)
     ours = {short_name(official_name(name, version)): name for name in shapes}  # {short name: ours}
@@ -140,11 +142,29 @@ def load_weights(
         _mark_mapped(tensor)
         if name == _POSITIONS:
             tensor = resample_positions(tensor, model.config.vision.tokens)
-        state[name] = tensor.to(device=device, dtype=dtype)
+        state[name] = own_rows(tensor, targets[name]).to(device=device, dtype=dtype)
         bounds[stored[key]] = bound(state[name])
         release_pages(state[name])
     check_bounds(bounds, {stored[key]: state[name] for key, name in ours.items()}, folder)
-    model.load_state_dict(state, assign=True)  # not copied: the model takes these very tensors
+    state = {name: as_shard(rows, targets[name]) for name, rows in state.items()}
+    model.load_state_dict(model.state_dict() | state, assign=True)  # the model takes these very tensors
+
+
+def own_rows(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The rows of a tensor that this process holds of `like`, if FSDP2 has sharded that; else all of them."""
+    if not hasattr(like, "device_mesh"):
+        return whole
+    mesh = like.device_mesh
+    rows = -(-len(whole) // mesh.size())  # as torch.chunk counts them: the last processes may have fewer
+    return whole[mesh.get_local_rank() * rows :][:rows]
+
+
+def as_shard(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Such rows as this process's part of a tensor that is sharded as `like` is; no process is asked."""
+    if not hasattr(like, "device_mesh"):
+        return rows
+    mesh, placements, whole = like.device_mesh, like.placements, dict(shape=like.shape, stride=like.stride())
+    return type(like).from_local(rows.contiguous(), mesh, placements, run_check=False, **whole)
 
 
 def _open_npz(file: Path, version: int) -> dict[str, NpzTensors]:

@@ -261,6 +261,9 @@ def test_replays_decode_what_the_loop_does(model, taped_graphs):
     answers = [decoder(pictures(model, 2, seed)) for seed in (0, 1, 0)]
     assert all(equal(answer, plain[seed]) for seed, answer in zip((0, 1, 0), answers, strict=True))
     assert len(tapes) == 1 and not torch.equal(plain[0].tokens, plain[1].tokens)
+    graph = weakref.ref(decoder.decode_group)
+    decoder.release()
+    assert graph() is None and equal(decoder(pictures(model, 2, 1)), plain[1]) and len(tapes) == 2
 
 
 def test_trial_runs_draw_from_numbers_in_range(model, monkeypatch):

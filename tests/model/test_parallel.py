@@ -1,6 +1,7 @@
 """Boxes in parallel: a branch is what the plain sequence would be with that box as its first group."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -212,6 +213,9 @@ def test_replays_decode_every_batch(model, taped_graphs):
     assert all(equal(answer, plain[i]) for i, answer in zip(order, answers, strict=True))
     assert not torch.equal(plain[0].tokens, plain[1].tokens)
     assert equal(decoder(batches[2]), plain[2]) and len(tapes) == 2, "another size, another graph"
+    graph = weakref.ref(decoder.decode_branches)
+    decoder.release()
+    assert graph() is None and equal(decoder(batches[0]), plain[0])
 
 
 @pytest.mark.gpu

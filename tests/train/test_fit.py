@@ -261,6 +261,27 @@ def test_not_finite(tiny, scenes, tmp_path, monkeypatch):
     assert all(torch.isfinite(x).all() for x in saved.values())
 
 
+def test_few_lengths_are_compiled(tiny, pairs, tmp_path, monkeypatch):
+    """Lines of text have any lengths; --compile pads them, in training and in validation."""
+    lengths, options = {True: set(), False: set()}, f"{PLAIN} --data {pairs} --val {pairs} --steps 3"
+
+    def compile(function, dynamic):
+        def compiled(*args):
+            if len(args) > 1:  # `read`
+                lengths[torch.is_grad_enabled()].add(args[1].shape[1])
+            return function(*args)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    run(tiny, tmp_path / "compiled", f"{options} --compile --batch-size 1")
+    assert all(found and all(length % 16 == 0 for length in found) for found in lengths.values())
+    run(tiny, tmp_path / "plain", f"{options} --batch-size 1")
+    one, two = (weights(tmp_path / name / "step-0000003") for name in ("compiled", "plain"))
+    assert weights_apart(one, two) < 1e-4
+    assert torch._dynamo.config.recompile_limit >= 2 * max(max(found) for found in lengths.values()) / 16
+
+
 def test_recomputation_is_for_gradients_only(tiny, scenes, monkeypatch):
     """It reads the state of the random generators in every block, which a CUDA graph of validation's decoder
     cannot capture."""

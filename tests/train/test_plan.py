@@ -9,6 +9,7 @@ from test_recipes import argv_of
 from training import PLAIN, parsed, run, run_complaint
 
 from model import PaliGemma, lora
+from model.config import VARIANTS
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
 from train import fit
@@ -127,6 +128,17 @@ def test_recomputation_and_bfloat16_take_less():
         for options in ("--no-amp", "--no-amp --recompute", "--amp")
     )
     assert recomputed < 0.3 * plain and 0.5 < half / plain < 0.7
+
+
+def test_a_gpu_holds_no_scores_of_long_sequences():
+    """At 896 px they would be most of it; another attention than the project's own makes them."""
+    config, found = VARIANTS["paligemma2-3b-896"], {}
+    for device, options in (("cpu", ""), ("cuda", ""), ("cuda", "--attention mine:own")):
+        args = parsed(f"--amp {options}")
+        args.device = device
+        found[device, options] = activation_bytes(args, config, 64)
+    on_cpu, on_gpu, other = found.values()
+    assert on_gpu < 0.5 * on_cpu and on_gpu < other < on_cpu
 
 
 # Without data -----------------------------------------------------------------------------------------------

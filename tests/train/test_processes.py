@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,17 +13,33 @@ import torch
 import torch.distributed as dist
 from helpers import ENVIRONMENT, ROOT, same, torchrun
 from torch.distributed import HashStore
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from training import PLAIN, USUAL, command, launch, metrics, run, run_complaint, weights, weights_apart
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from training import (
+    PLAIN,
+    USUAL,
+    command,
+    launch,
+    metrics,
+    parsed,
+    run,
+    run_complaint,
+    weights,
+    weights_apart,
+)
 
 from model import PaliGemma
 from model.io.tokenizer import Tokenizer
 from train import fit as train
 from train import loss as objective_module
+from train import setup
 from train.data.open import open_data
 from train.data.samples import collate
 from train.loss import Objective
-from train.run import processes
+from train.run import checkpoint, processes
 
 # The device of a process ------------------------------------------------------------------------------------
 
@@ -154,6 +171,67 @@ def sharded(folder, options="") -> Objective:
 def test_sharded_on_the_cpu_of_a_machine_with_gpus(group, tiny, monkeypatch):
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
     assert {p.device_mesh.device_type for p in sharded(tiny).parameters()} == {"cpu"}
+
+
+@pytest.fixture(params=[3, 7])
+def one_of_eight(request):
+    """This process as one of eight. Nothing that it sends arrives, and it receives nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=8)
+    yield request.param
+    dist.destroy_process_group()
+
+
+class Made(TorchDispatchMode):
+    """Bytes of all memory that tensors are given; pages mapped from a file are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for x in tree_leaves(results):
+            if type(x) is torch.Tensor and x.untyped_storage().resizable():  # no mapped pages
+                self.sizes[x.untyped_storage()._cdata] = 0 if x.is_meta else x.nbytes
+        return results
+
+
+def test_a_process_reads_its_own_part(one_of_eight, tiny, tmp_path):
+    """Of every weight its own rows, which are the same as those of a whole model; and while it does so, no
+    weight is whole, so a model may be larger than a GPU."""
+    whole = PaliGemma.from_pretrained(str(tiny))
+    whole.save_pretrained(tmp_path, torch.bfloat16)  # so that weights are converted, not only mapped
+    args = parsed(f"--shard --lora --lora-rank 2 --dtype float32 --model {tmp_path}")
+    with Made() as made:
+        model = setup.load_model(args, tmp_path, None, None, torch.device("cpu"))
+        objective = Objective(model, None)
+        train.distribute(objective, args)
+        setup.load_shards(args, model, tmp_path, torch.device("cpu"))
+    for name, tensor in whole.state_dict().items():
+        own = tensor.float().chunk(8)[one_of_eight : one_of_eight + 1] or [tensor[:0]]
+        assert torch.equal(model.state_dict()[name].to_local(), own[0]), name
+    parameters = dict(model.named_parameters())
+    assert not any(p.is_meta for p in parameters.values())
+    assert {name[-2:] for name, p in parameters.items() if p.requires_grad} == {".A", ".B"}
+    sizes = {name: p.numel() * 4 for name, p in parameters.items()}
+    assert max(made.sizes.values()) < max(sizes.values()) / 6
+    assert sum(made.sizes.values()) < sum(sizes.values()) / 2
+
+
+def test_only_the_first_process_holds_the_whole_state(group, tiny, monkeypatch):
+    """The others help to put each tensor together, and let go of it before the next."""
+    state, made, real = sharded(tiny).model.state_dict(), [], DTensor.full_tensor
+
+    def full_tensor(tensor):
+        assert not any(whole() is not None for whole in made)
+        made.append(weakref.ref(tensor := real(tensor).clone()))
+        return tensor
+
+    unsharded = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
+    assert same(checkpoint.whole(state), unsharded.state_dict())
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(DTensor, "full_tensor", full_tensor)
+    assert checkpoint.whole(state) == {} and len(made) == len(state)
 
 
 def test_sharded_with_amp_rounds_no_totals_and_no_angles(group, tiny, scenes, monkeypatch):

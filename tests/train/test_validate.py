@@ -1,5 +1,6 @@
 """Validation while training: what it computes, on which pictures, and that training does not notice it."""
 
+import gc
 import json
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from training import (
 )
 
 from model import PaliGemma
+from model.cache import KVCache
 from model.io.image import to_network
 from model.io.tokenizer import Tokenizer
 from model.lora import add_lora, lora_layers
@@ -54,6 +56,15 @@ def test_validation_drops_nothing(tiny, scenes):
         torch.manual_seed(len(losses))
         losses.append(validation_of(objective, tiny, scenes).run()[0]["val_loss"])
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_validation_leaves_no_cache(tiny, scenes):
+    """Training goes on with the memory that decoding took, and the next validation takes it again."""
+    objective = Objective(PaliGemma.from_pretrained(str(tiny), dtype=torch.float32), language_of(tiny))
+    validation = validation_of(objective, tiny, scenes)
+    first = validation.run()
+    assert not any(isinstance(x, KVCache) for x in gc.get_objects())
+    assert validation.run() == first and "val_mAP" in first[0]
 
 
 def test_validation_changes_nothing(tiny, scenes, tmp_path):

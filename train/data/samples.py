@@ -28,7 +28,7 @@ from torch import Tensor
 from model.decoding.closed_set import GROUP, ClosedSet
 from train.data.targets import Noise, Target, branch_target, closed_set_target
 
-TEXT_MULTIPLE = 16  # with several tasks, texts are padded to a multiple of it: few shapes to compile for
+TEXT_MULTIPLE = 16  # to which texts of many lengths are padded, where each costs a compilation
 BRANCH_MULTIPLE = 4  # and so are branches
 NOTHING = -1  # the class number of padding among objects
 

@@ -16,22 +16,28 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from model import PaliGemma
 from model.io.adapter import adapter_tensors, save_adapter
 from model.io.hub import COMPANION_FILES
 from model.io.tensors import FINITE, read_tensors
-from model.io.weights import save_weights
+from model.io.weights import as_shard, own_rows, save_weights
 from model.io.writing import named, read_json, save_tensors, write_json
 from model.lora import lora_layers
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together on the CPU (all ranks must call this); any other as it is."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU of the first process, {} on the others. All of them must call it together: sharded
+    tensors are put together one after the other, so a GPU never holds more than one of them."""
+    first, found = int(os.environ.get("RANK", 0)) == 0, {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if first:
+            found[name] = tensor.cpu()
+    return found
 
 
 def _names(optimizer: Optimizer, trained: nn.Module) -> list[str]:
@@ -41,12 +47,12 @@ def _names(optimizer: Optimizer, trained: nn.Module) -> list[str]:
 
 
 def _flat_state(optimizers: list[Optimizer], trained: nn.Module) -> dict[str, Tensor]:
-    """{"parameter name/state name": tensor} of all optimizers."""
+    """{"parameter name/state name": tensor} of all optimizers, sharded as they are."""
     flat = {}
     for optimizer in optimizers:
         names = _names(optimizer, trained)
         for index, state in optimizer.state_dict()["state"].items():
-            flat |= {f"{names[index]}/{key}": whole(torch.as_tensor(value)) for key, value in state.items()}
+            flat |= {f"{names[index]}/{key}": torch.as_tensor(value) for key, value in state.items()}
     return flat
 
 
@@ -71,11 +77,11 @@ def save_model(model: PaliGemma, folder: Path, run: Run, dtype: torch.dtype | No
     them. Every rank calls it; only the first writes."""
     first = int(os.environ.get("RANK", 0)) == 0
     if lora_layers(model):
-        tensors = {name: whole(tensor) for name, tensor in adapter_tensors(model).items()}
+        tensors = whole(adapter_tensors(model))
         if first:
             save_adapter(model, folder, run.base, tensors)
         return
-    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    state = whole(model.state_dict())
     if first:
         save_weights(model, folder, dtype, state=state)
         for name, content in run.companions.items():
@@ -114,10 +120,10 @@ def save_checkpoint(
     """
     first = int(os.environ.get("RANK", 0)) == 0
     own = set(model.parameters())
-    extra = {f"module/{name}": whole(p) for name, p in trained.named_parameters() if p not in own}
-    state = _flat_state(optimizers, trained) | extra
+    extra = {f"module/{name}": p for name, p in trained.named_parameters() if p not in own}
     with replacing(run.out / f"step-{trainer['step']:07d}") as folder:
         save_model(model, folder, run)
+        state = whole(_flat_state(optimizers, trained) | extra)  # once the weights are written, and let go
         if first:
             save_tensors(state, folder / "optimizer.safetensors")
             write_json(trainer, folder / "trainer.json")
@@ -210,5 +216,5 @@ def load_trainer_state(folder: Path, trained: nn.Module, optimizers: list[Optimi
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
     """A whole tensor, sharded as the parameter is; single numbers (step counters) stay as they are."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+        return as_shard(own_rows(value, parameter).to(parameter.device), parameter)
     return value

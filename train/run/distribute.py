@@ -32,6 +32,9 @@ def distribute(objective: nn.Module, args: argparse.Namespace) -> nn.Module:
         for block in blocks:
             block.forward = functools.partial(recomputed, block.forward)
     if args.compile:  # all but the loss, which picks a different number of positions in every batch
+        # A form for each length of text (TEXT_MULTIPLE), twice: training and validation. Beyond the limit of
+        # 8 PyTorch stops compiling and runs the plain code, without a word.
+        torch._dynamo.config.recompile_limit = 64
         model.encode = torch.compile(model.encode, dynamic=False)
         model.read = torch.compile(model.read, dynamic=False)
         model.read_branches = torch.compile(model.read_branches, dynamic=False)
@@ -40,7 +43,7 @@ def distribute(objective: nn.Module, args: argparse.Namespace) -> nn.Module:
         # Weights are cast, inputs are not: the batch's totals and RoPE's angles would be rounded with them.
         policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         # By default the mesh would be of GPUs wherever there are some, even for a model on the CPU.
-        mesh = init_device_mesh(model.projector.weight.device.type, (dist.get_world_size(),))
+        mesh = init_device_mesh(torch.device(args.device).type, (dist.get_world_size(),))
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(objective, mesh=mesh, mp_policy=policy)

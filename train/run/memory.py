@@ -7,6 +7,7 @@ import torch
 from model import PaliGemma, lora
 from model.config import PaliGemmaConfig
 from model.io.weights import DTYPES
+from model.paligemma import FUSED_FROM
 
 GIB = 2**30
 GROWTH = 0.12 * GIB  # what a program on a CPU loads and allocates besides, from its start to the first step
@@ -49,11 +50,15 @@ def activation_bytes(args: argparse.Namespace, config: PaliGemmaConfig, text: in
     # In bfloat16 some tensors stay float32: what norms and softmax compute.
     tokens, size = vision.tokens + text, 2.5 if args.amp or args.dtype == "bfloat16" else 4
 
+    # A GPU holds no scores of patches, nor of long texts that this project's own attention reads.
+    on_gpu, own = torch.device(args.device).type == "cuda", not (args.attention or args.mask)
+    fused = on_gpu and own and vision.tokens >= FUSED_FROM
+
     def block(tokens: int, width: int, mlp: int, heads: int) -> float:
         return size * (tokens * (14 * width + 4 * mlp) + 3 * heads * tokens**2)
 
-    of_vision = block(vision.tokens, vision.width, vision.mlp, vision.heads)
-    of_text = block(tokens, decoder.width, decoder.mlp, decoder.heads)
+    of_vision = block(vision.tokens, vision.width, vision.mlp, 0 if on_gpu else vision.heads)
+    of_text = block(tokens, decoder.width, decoder.mlp, 0 if fused else decoder.heads)
     if not args.recompute:
         return vision.layers * of_vision + decoder.layers * of_text
     inputs = size * (vision.layers * vision.tokens * vision.width + decoder.layers * tokens * decoder.width)

@@ -12,6 +12,7 @@ from model.config import FORMS
 from model.decoding.packing import cpu_has_bfloat16
 from model.io.writing import explain
 from model.lora import TARGETS
+from train.data.samples import TEXT_MULTIPLE
 from train.data.targets import Noise
 from train.run.program import add_seam_arguments, minutes, not_negative, parser, positive
 
@@ -212,6 +213,11 @@ def noise_of(args: argparse.Namespace) -> Noise:
 def branches_of(args: argparse.Namespace) -> int | None:
     """How many objects of a picture are taught in branches; None: they are taught in sequence."""
     return args.branches if args.answers == "parallel" else None
+
+
+def text_multiple(args: argparse.Namespace, closed_set: bool) -> int:
+    """What the lengths of texts are rounded up to. Answers in sequence all have the same length."""
+    return TEXT_MULTIPLE if args.tasks == "all" or args.compile and not closed_set else 1
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, float]:
