@@ -54,9 +54,8 @@ def run_until_killed(monkeypatch, step: int, model, out, options="") -> None:
 def command(model, out, options, launcher=(), program=FIT) -> list[str]:
     """The same program in processes of its own; program: another one with its options."""
     usual = "--device cpu --workers 0 --batch-size 4 --lr 1e-3 --warmup 2 --log-every 1 --no-amp "
-    usual += (
-        "--no-augment --weight-decay 0 --min-lr 1e-6"  # as run(), which takes no defaults of few pictures
-    )
+    # As run(), which takes no defaults of few pictures.
+    usual += "--no-augment --weight-decay 0 --min-lr 1e-6 --location-smoothing 0"
     files = [sys.executable, *launcher, program, "--model", model, "--out", out]
     return [*map(str, files), *f"{usual} {options}".split()]
 

@@ -28,7 +28,6 @@ class Load(Kind):
             size = rng.integers(20, 500, 2).tolist()
             smooth(rng, "RGB", *size).save(within / f"{i:05}{SUFFIXES[k]}", FORMS[k])
         argv = ("--model", tiny_model(self.place), "--image", within, "--json", "out.json", "--groups", 1)
-        argv += ("--score-threshold", 0)  # or it would say that nothing was found
 
         def action():
             held, real = [], detect.save_found
@@ -47,8 +46,11 @@ class Load(Kind):
         held = json.loads((folder / "held.json").read_text())
         first, last = max(held[: count // 2]), max(held[count // 2 :])
         what = f"{count} pictures, first half {first >> 20} MB, second {last >> 20} MB"
-        if ended.code or complaints(ended.err):
-            return what, f"exit code {ended.code}: {complaints(ended.err)[-1:]}"
+        said = [
+            line for line in complaints(ended.err) if "nothing found in" not in line
+        ]  # true, and no fault
+        if ended.code or said:
+            return what, f"exit code {ended.code}: {said[-1:]}"
         if len(json.loads((folder / "out.json").read_text())) != count:
             return what, "not all are in the JSON file"
         return what, "" if last <= (1 + GROWTH) * first else "memory grows"
