@@ -176,7 +176,7 @@ def test_command(command, run):
 
 def test_nano_recipe(run, folder):
     """It ends in a checkpoint."""
-    (command,) = (command for command in COMMANDS if "nano.sh" in command)
+    (command,) = (command for command in COMMANDS if "recipes/nano.sh" in command)
     result = run(command).splitlines()[-1].removeprefix("nano: ")
     assert PaliGemma.from_pretrained(str(folder / result)).config.open_vocabulary is False
 
