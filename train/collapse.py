@@ -16,9 +16,8 @@ REMEDY = (
     "or all weights instead of --lora (train/README.md, What a run says)"
 )
 
-Answer = tuple[
-    np.ndarray, np.ndarray
-]  # boxes [n, 4] in shares of the picture's sides, best first; classes [n]
+# Boxes [n, 4] in shares of the picture's sides, best first; classes [n].
+Answer = tuple[np.ndarray, np.ndarray]
 
 
 def collapse(answers: Sequence[Answer], truth: Sequence[Answer] | None = None) -> str:

@@ -39,6 +39,8 @@ def draw_boxes(image: Image.Image, boxes, captions: list[str], labels, masks=Non
         draw.rectangle(corners, outline=class_colour(int(labels[i])), width=line)
     taken = []  # where captions are
     for box, caption, label in zip(boxes, captions, labels, strict=True):  # last: no line crosses a caption
+        if not caption:
+            continue
         colour = class_colour(int(label))
         left, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
         w, h = right - left + 2 * line, bottom - top + 2 * line

@@ -10,10 +10,9 @@ of their own use these two.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -79,11 +78,12 @@ class ClosedSetDetector:
         return self.select(answer, [image.size for image in images], photographs)
 
     def select(
-        self, answer: Answer, sizes: list[tuple[int, int]], photographs: Iterable[bool] = repeat(False)
+        self, answer: Answer, sizes: list[tuple[int, int]], photographs: list[bool] | None = None
     ) -> list[Detections]:
         """What is kept of the answer to a batch of images, given their widths and heights."""
         columns = answer.locs, answer.scores, answer.labels, answer.tokens, answer.live
-        rows = zip(sizes, photographs, *(column.cpu().numpy() for column in columns))
+        photographs = photographs or [False] * len(sizes)
+        rows = zip(sizes, photographs, *(column.cpu().numpy() for column in columns), strict=True)
         return [
             self.selection(
                 size,

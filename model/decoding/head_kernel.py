@@ -19,9 +19,7 @@ from model.gemma import Gemma
 from model.io.tokenizer import LOCS
 
 R = tl.constexpr(LOCS)  # rows of locations, the larger of the two sets of allowed ids
-BLOCKS = dict(
-    BLOCK_B=16, BLOCK_R=16, BLOCK_D=128, BLOCK_END=4
-)  # the last: hidden states chosen for at a time
+BLOCKS = dict(BLOCK_B=16, BLOCK_R=16, BLOCK_D=128, BLOCK_END=4)  # END: hidden states chosen for at a time
 INTERPRETED = triton.knobs.runtime.interpret  # without a GPU: the kernel runs in numpy
 
 

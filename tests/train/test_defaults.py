@@ -4,10 +4,11 @@ import json
 import math
 
 import pytest
+from helpers import picture
 from training import WIDTH, instances
 
 from train.run import defaults
-from train.run.options import arguments
+from train.run.options import arguments, as_json, changed_options
 
 
 @pytest.fixture
@@ -53,6 +54,33 @@ def test_what_is_given_counts(few):
 def test_of_several_processes(few, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert settled(few(100)).batch_size == 6 and settled(few(100), "--accumulate", "4").batch_size == 12
+
+
+def test_a_run_goes_on_as_it_began(few, tmp_path, monkeypatch):
+    """On another number of processes, with more pictures by now, and whatever these defaults become."""
+    began = settled(few(100), "--val", "x", "--steps", "40")
+    (tmp_path / "run.json").write_text(json.dumps(as_json(began)))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    data, out = few(200), ("--out", str(tmp_path))
+    goes_on = settled(data, *out, "--val", "x")
+    assert (goes_on.batch_size, goes_on.steps, goes_on.val_every) == (8, 40, began.val_every)
+    assert not changed_options(as_json(began), goes_on)
+    assert settled(data, *out).val_every is None
+    assert changed_options(as_json(began), settled(data, *out, "--lr", "1")) == ["--lr 0.0005"]
+
+
+def test_large_sets_are_not_read_twice(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(defaults, "read_coco_index", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(defaults, "LARGE", (100, 2))
+    assert settled(few(100)).steps == 10_000
+    folder = tmp_path / "yolo"
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classes.txt").write_text("cat\n")
+    for i in range(3):
+        picture(folder / "images" / f"{i}.png")
+        (folder / "labels" / f"{i}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    assert settled(folder).steps == 10_000
 
 
 def test_a_wide_model_keeps_its_rate(few, monkeypatch):

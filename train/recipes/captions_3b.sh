@@ -11,8 +11,8 @@
 # (No decay does as well, the file says.)
 # Guessed: no soft caps, as PaliGemma 2's paper has it for stage 3; the file was written for PaliGemma 1, which
 # has none.
-#   MODEL, DATA, IMAGES, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone,
-#   and --pictures N if the data is not here yet.
+#   MODEL, DATA, IMAGES, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone, and
+#   --pictures N if the data is not here yet.
 set -euo pipefail
 ${LAUNCH:-torchrun --standalone --nproc_per_node=8} "$(dirname "$0")/../fit.py" \
     --model "${MODEL:-google/paligemma2-3b-pt-224}" --out "${OUT:-runs/captions}" \

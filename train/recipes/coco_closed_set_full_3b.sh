@@ -12,8 +12,8 @@
 # Guessed: learning rate and batch, which the paper does not give: those of its other transfers. After Pix2seq's
 # code, whose protocol this is: the noise class weighs 1, and half the noise boxes are near real ones. Also that
 # noise is fed as noise, that pictures without objects take part, and --augment.
-#   MODEL, COCO, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone,
-#   and --pictures N if the data is not here yet.
+#   MODEL, COCO, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone, and
+#   --pictures N if the data is not here yet.
 set -euo pipefail
 COCO=${COCO:-coco}
 ${LAUNCH:-torchrun --standalone --nproc_per_node=8} "$(dirname "$0")/../fit.py" \

@@ -20,8 +20,8 @@
 # Different here: no rotation (train/data/augment.py says why) and no blur; noise boxes have sides of 8% to 70% of
 # the picture's, there 16 pixels to half the shorter side; crowds are left out, there they are objects; the loss
 # is the mean over a step's tokens, there over those of two pictures.
-#   MODEL, COCO, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone,
-#   and --pictures N if the data is not here yet.
+#   MODEL, COCO, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone, and
+#   --pictures N if the data is not here yet.
 set -euo pipefail
 COCO=${COCO:-coco}
 ${LAUNCH:-torchrun --standalone --nproc_per_node=4} "$(dirname "$0")/../fit.py" \

@@ -12,8 +12,7 @@
 # that is 1.15 times the sequence's work (3 passes, as activations are recomputed, of 1,122 and one of 1,077
 # tokens, against 3 of 1,285), and 0.90 times at 224 px. Detecting costs 5 steps a picture instead of 255.
 #   MODEL=google/paligemma2-10b-pt-448 trains the 10B. MODEL, COCO, OUT, LAUNCH: other than below. Add --dry-run for
-#   sizes and memory alone,
-#   and --pictures N if the data is not here yet.
+#   sizes and memory alone, and --pictures N if the data is not here yet.
 set -euo pipefail
 COCO=${COCO:-coco}
 ${LAUNCH:-torchrun --standalone --nproc_per_node=4} "$(dirname "$0")/../fit.py" \

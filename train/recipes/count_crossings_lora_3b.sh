@@ -11,8 +11,8 @@
 # Different here: a cosine where the Trainer's rate falls in a straight line; weights in bfloat16 below the
 # adapter; the question's words; and lines that begin, bend and end well apart from each other.
 # Nobody has measured this run on the 3B; nano's is in train/README.md.
-#   MODEL, DATA, STEPS, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone,
-#   and --pictures N if the data is not here yet.
+#   MODEL, DATA, STEPS, OUT, LAUNCH: other than below. Add --dry-run for sizes and memory alone, and
+#   --pictures N if the data is not here yet.
 set -euo pipefail
 ${LAUNCH:-python} "$(dirname "$0")/../fit.py" \
     --model "${MODEL:-google/paligemma2-3b-pt-224}" --out "${OUT:-runs/crossings-3b}" \
