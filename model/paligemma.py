@@ -19,6 +19,7 @@ from model.attention import branch_mask, prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
 from model.gemma import Gemma, at
+from model.inputs import check_images, check_text
 from model.lora import lora_layers
 from model.seam import find_function, is_own, record_attention, replace_attention
 from model.siglip import SigLIP
@@ -52,12 +53,12 @@ class PaliGemma(nn.Module):
 
     def hidden(self, images: Tensor, tokens: Tensor, prefix_len: int | Tensor) -> Tensor:
         """The hidden states [B, T, D] of the text positions, which `forward` turns into logits."""
-        _check_text(tokens, prefix_len, len(images))
+        check_text(tokens, prefix_len, len(images))
         return self.read(self.encode(images), tokens, prefix_len)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] -> image tokens [B, P, D]."""
-        _check_images(images, self.config)
+        check_images(images, self.config)
         features = self.vision(images.to(self.projector.weight.dtype))  # [B, P, width of the vision tower]
         # Not multiplied by sqrt(D), as text embeddings are: the projector was trained to meet their scale.
         return self.projector(features)
@@ -286,35 +287,3 @@ class PaliGemma(nn.Module):
         save_weights(self, folder, dtype, max_shard_bytes)
         if self.folder is not None:
             copy_companions(self.folder, Path(folder))
-
-
-def _check_images(images: Tensor, config: PaliGemmaConfig) -> None:
-    """Refuse images that the vision tower would misread: bytes, or the same number of patches in another
-    shape."""
-    if not images.is_floating_point():
-        raise ValueError(f"images are {_form(images)}, the model takes floats in [-1, 1]: pixels / 127.5 - 1")
-    shape = [config.vision.channels, config.vision.image_size, config.vision.image_size]
-    if list(images.shape[1:]) != shape:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"images have the shape {list(images.shape)}, the model takes [B, {wanted}]")
-
-
-def _check_text(tokens: Tensor, prefix_len: int | Tensor, batch: int) -> None:
-    """Refuse tokens that are not int64 [B, T], and a prefix that is not 1 to T of them."""
-    if tokens.dtype != torch.int64 or tokens.dim() != 2 or len(tokens) != batch:
-        raise ValueError(f"tokens are {_form(tokens)}, the model takes int64 [{batch}, T], one row per image")
-    shortest = longest = prefix_len
-    if not isinstance(prefix_len, int):
-        lengths = torch.as_tensor(prefix_len)
-        if lengths.dtype != torch.int64 or lengths.shape not in ((), (batch,)):
-            raise ValueError(f"prefix_len is {_form(lengths)}, the model takes an int or int64 [{batch}]")
-        # A GPU sync if the lengths are on a GPU. Training and decoding call `read`, which does without.
-        shortest, longest = lengths.min().item(), lengths.max().item()
-    if not 1 <= shortest <= longest <= tokens.shape[1]:
-        wrong = shortest if shortest < 1 else longest
-        raise ValueError(f"prefix_len {wrong} is outside the text: it must be 1 to {tokens.shape[1]} tokens")
-
-
-def _form(tensor: Tensor) -> str:
-    """A tensor's dtype and shape in words: "int64 [2, 6]"."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
