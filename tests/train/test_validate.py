@@ -58,12 +58,17 @@ def test_validation_drops_nothing(tiny, scenes):
     assert losses[0] == losses[1] == losses[2]
 
 
+def caches() -> set[KVCache]:
+    return {x for x in gc.get_objects() if isinstance(x, KVCache)}
+
+
 def test_validation_leaves_no_cache(tiny, scenes):
     """Training goes on with the memory that decoding took, and the next validation takes it again."""
     objective = Objective(PaliGemma.from_pretrained(str(tiny), dtype=torch.float32), language_of(tiny))
     validation = validation_of(objective, tiny, scenes)
+    others = caches()  # of tests before this one
     first = validation.run()
-    assert not any(isinstance(x, KVCache) for x in gc.get_objects())
+    assert caches() == others
     assert validation.run() == first and "val_mAP" in first[0]
 
 
