@@ -102,8 +102,10 @@ def test_all_weights_in_bfloat16_are_refused():
 
 
 @pytest.mark.parametrize("has", [False, True])
-def test_autocast_by_default(has, monkeypatch):
-    """Where the CPU multiplies in bfloat16; on GPUs always; or as asked for."""
+def test_bfloat16_by_default(has, monkeypatch):
+    """In autocast and under adapters, where the CPU multiplies in it; on GPUs always; or as asked for."""
     monkeypatch.setattr("train.run.options.cpu_has_bfloat16", lambda: has)
     assert parsed("").amp is has and parsed("--device cuda").amp is True
     assert parsed("--amp").amp is True and parsed("--no-amp").amp is False
+    assert parsed("--lora").dtype == ("bfloat16" if has else "float32")
+    assert parsed("--lora --device cuda").dtype == "bfloat16" and parsed("").dtype == "float32"

@@ -101,7 +101,7 @@ def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
     add = options.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of the weights; auto: bfloat16 under an adapter, else float32")  # fmt: skip
+        help="of the weights; auto: bfloat16 under an adapter (unless a CPU has no bfloat16), else float32")  # fmt: skip
     add("--amp", action=switch,
         help="bfloat16 autocast over float32 weights (default: unless a CPU has no bfloat16)")  # fmt: skip
     add("--recompute", action=switch, default=False, help="activation checkpointing: less memory, slower")
@@ -140,12 +140,13 @@ def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if not value >= 0:  # a negative --clip would turn the gradient around
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be at least 0")
-    if args.amp is None:  # where a CPU lacks the instructions, a step in bfloat16 takes nine times as long
-        args.amp = args.device != "cpu" or cpu_has_bfloat16()
+    quick = args.device != "cpu" or cpu_has_bfloat16()  # else a step in bfloat16 takes nine times as long
+    if args.amp is None:
+        args.amp = quick
     if args.dtype == "float16":
         raise ValueError("--dtype float16: its range is too small for Gemma's activations; use bfloat16")
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if args.lora else "float32"
+        args.dtype = "bfloat16" if args.lora and quick else "float32"
     if args.dtype == "bfloat16" and not args.lora:
         raise ValueError(
             "--dtype bfloat16 rounds most steps of all weights away: it holds 8 bits of a weight, and a step "
