@@ -17,7 +17,7 @@ from infer.lib.draw import draw_boxes, framed
 from infer.lib.plots import EVALUATION_PLOTS, RUN_PLOTS, Evaluated, new_figure, points, require_matplotlib
 from model.io.image import load_image
 from model.io.names import shown
-from model.io.writing import explain, write_lines
+from model.io.writing import each_line, explain, write_lines
 from train.practice.write import HELD_OUT_SETS
 from train.run.program import parser, positive, run
 
@@ -109,8 +109,8 @@ def report_set(result: Evaluated, prefix: str, out: Path, count: int) -> list[st
 def report_run(folder: Path, out: Path) -> list[str]:
     """The curves of what a training run has logged; their HTML."""
     with explain(f"--run {folder}: its metrics.jsonl cannot be read", OSError, ValueError):
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
+        lines = [line for _, _, line in each_line(folder / "metrics.jsonl")]
+        metrics = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be half written
     parts = ["<h2>training</h2>"]
     for draw, keys in RUN_PLOTS.items():
         if any(points(metrics, key)[0].size for key in keys):

@@ -147,7 +147,7 @@ def masks_to_jsonl(args: argparse.Namespace) -> str:
     codec, sheet, counts = MaskCodec.load(args.codec), Sheet(), Counter()
     found = find(args)
     records = records_of(found) if found.read else None
-    outlines, images = read_outlines(found.path, records), found.images
+    outlines, images = read_outlines(found.path, found.images, records), found.images
 
     def lines():
         parts = segment_lines(outlines, images, codec, args.most, args.skip_bad, counts)

@@ -29,7 +29,7 @@ from model.decoding.open_set import OpenSetDetector
 from model.io.hub import resolve, weight_files
 from model.io.image import check_size, image_folder, read_ahead
 from model.io.names import shown
-from model.io.writing import explain, named, open_regular, read_json, write_json, write_lines
+from model.io.writing import each_line, explain, named, read_json, write_json, write_lines
 from train.collapse import collapse_of_set
 from train.measures import (
     FIGURES,
@@ -231,9 +231,9 @@ def read_predictions(out: Path) -> dict[int, list[dict]]:
     """{image id: its results} of all predictions-*.jsonl in a folder, except for a half-written last line."""
     known = {}
     for file in sorted(out.glob("predictions-*.jsonl")):
-        with open_regular(file) as log:
-            *lines, _ = log.read().split(b"\n")
-        for number, line in enumerate(lines, start=1):
+        for number, _, line in each_line(file):
+            if not line.endswith(b"\n"):
+                break
             fault = f"{file}, line {number}, is not a prediction: remove the file"
             with explain(fault, ValueError, KeyError, TypeError, RecursionError):
                 row = json.loads(line)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from model.io.hub import replacement
 from model.io.names import shown
 
-MAX_JSON_BYTES = 1 << 24  # of configs, indexes and settings: the largest, the index of the 28B, has 0.1 MB
+MAX_JSON_BYTES = 1 << 24  # of a config, an index, a line: the longest, masks of many runs, have some MB
 
 
 @contextlib.contextmanager
@@ -68,6 +68,18 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
     return value
+
+
+def each_line(file: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, byte offset and content of every line that is not blank."""
+    offset = 0
+    with open_regular(file) as handle:
+        for number, line in enumerate(iter(lambda: handle.readline(MAX_JSON_BYTES + 1), b""), 1):
+            if len(line) > MAX_JSON_BYTES:
+                raise ValueError(f"{file}:{number}: a line of more than {MAX_JSON_BYTES:,} bytes")
+            if line.strip():
+                yield number, offset, line
+            offset += len(line)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from training import CAT, LIGHT, instances
 
 from model.io.tokenizer import Tokenizer
+from model.io.writing import each_line
 from train.data.jsonl import JsonlPairs, is_jsonl, read_lines
 from train.data.masks import read_outlines
 from train.data.records import read_records
@@ -84,6 +85,8 @@ BAD_LINES = {
     "'../secret.png' lies outside": CAT | dict(image="../secret.png"),
     "'sub/../../secret.png' lies outside": CAT | dict(image="sub/../../secret.png"),
     "'link.png' lies outside": CAT | dict(image="link.png"),
+    "'prefix' is not text: 'caption \\ud800'": CAT | dict(prefix="caption \ud800"),
+    "'suffix' is not text": CAT | dict(suffix=["a cat", "\udcff"]),
     "lies outside the image folder": CAT | dict(image=str(Path.cwd() / "a.png")),
 }
 
@@ -99,6 +102,19 @@ def test_bad_lines(folder, tokenizer, message):
     if "secret" in message or "link" in message:
         data = JsonlPairs(file, folder / "images", tokenizer, SIZE, allow_outside=True)
         assert (data[0, 1]["image"] == torch.tensor(BLUE)).all()
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "link.png", "/etc/passwd"])
+@pytest.mark.parametrize("key", ["image", "mask"])
+def test_lines_of_masks_open_nothing_outside(key, name, folder):
+    (folder / "secret.png").touch()
+    (folder / "images/link.png").symlink_to(folder / "secret.png")
+    line = dict(image="a.png", label="cat", mask="a.png") | {key: name}
+    file = write_jsonl(folder / "images" / "masks.jsonl", line)
+    with pytest.raises(
+        ValueError, match=re.escape(f"{file}:1: {key} '{name}' lies outside the {key} folder")
+    ):
+        list(read_outlines(file, folder / "images"))
 
 
 def test_no_lines(folder, tokenizer):
@@ -129,7 +145,8 @@ READERS = {
     "is_jsonl": is_jsonl,
     "lines": lambda file: list(read_lines(file, file.parent)),
     "coco": read_records,
-    "masks": lambda file: list(read_outlines(file)),
+    "masks": lambda file: list(read_outlines(file, file.parent)),
+    "log": lambda file: list(each_line(file)),
 }
 
 
@@ -147,7 +164,7 @@ def test_only_regular_files_are_read(reader, kind, tmp_path):
     assert complaint_about(file, READERS[reader]).startswith(f"{file}: ")
 
 
-@pytest.mark.parametrize("reader", ["lines", "coco", "masks"])
+@pytest.mark.parametrize("reader", ["lines", "coco", "masks", "log"])
 def test_a_terabyte_of_zeros(reader, tmp_path):
     """It takes no room on the disk, but would in memory."""
     file = tmp_path / "data.json"

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from model.io.image import load_image, square
 from model.io.tokenizer import Tokenizer
-from model.io.writing import located, open_regular
+from model.io.writing import each_line, explain, located, open_regular
 from train.data.augment import JITTER, jitter
 from train.data.samples import answer_sample
 from train.data.targets import text_target
@@ -27,7 +27,6 @@ from train.data.targets import text_target
 KEYS = ("image", "prefix", "suffix")
 MASK_KEYS = ("image", "label", "mask")  # of lines that name a mask picture (train/data/masks.py)
 FIRST_LINE_BYTES = 1 << 20  # a COCO file may be a single line of gigabytes
-LINE_BYTES = 1 << 26  # of a file of lines: a mask of many runs has some megabytes
 
 
 def is_jsonl(path: Path) -> bool:
@@ -52,29 +51,19 @@ def read_lines(file: Path, images: Path, allow_outside: bool = False) -> Iterato
 
     images: their folder. An image outside it, also through a link, is refused unless allow_outside is set.
     """
-    root = os.path.realpath(images)
     for number, offset, line in each_line(file):
         with located(f"{file}:{number}"):
             record = _parse(line)
-            if not allow_outside and not _inside(root, record["image"]):
-                raise ValueError(f"image {record['image']!r} lies outside the image folder {images}")
+            if not allow_outside:
+                check_inside(record["image"], images, "image")
         yield offset, record
 
 
-def each_line(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number, byte offset and content of every line that is not blank."""
-    offset = 0
-    with open_regular(file) as handle:
-        for number, line in enumerate(iter(lambda: handle.readline(LINE_BYTES + 1), b""), 1):
-            if len(line) > LINE_BYTES:
-                raise ValueError(f"{file}:{number}: a line of more than {LINE_BYTES:,} bytes")
-            if line.strip():
-                yield number, offset, line
-            offset += len(line)
-
-
-def _inside(root: str, name: str) -> bool:
-    return not os.path.isabs(name) and Path(os.path.realpath(os.path.join(root, name))).is_relative_to(root)
+def check_inside(name: str, folder: Path, what: str) -> None:
+    """Refuse a file name that leads out of the folder it belongs in, also through a link."""
+    root = os.path.realpath(folder)
+    if os.path.isabs(name) or not Path(os.path.realpath(os.path.join(root, name))).is_relative_to(root):
+        raise ValueError(f"{what} {name!r} lies outside the {what} folder {folder}")
 
 
 def _parse(line: bytes) -> dict:
@@ -93,6 +82,9 @@ def _parse(line: bytes) -> dict:
         if not texts or not all(isinstance(text, str) for text in texts):
             kind = "text, or a list of texts" if key == "suffix" else "text"
             raise ValueError(f"{key!r} must be {kind}, not {record[key]!r:.60}")
+        if key != "image":  # whose bytes may be anything that a file system allows
+            with explain(f"{key!r} is not text: {record[key]!r:.60}", UnicodeEncodeError):
+                "".join(texts).encode()
     if not record["image"]:
         raise ValueError("'image' is empty")
     return record

@@ -21,8 +21,8 @@ from pycocotools.mask import decode, frPyObjects, merge
 from model.decoding.boxes import box_prompt, boxes_to_locs, check_label, format_answer, locs_to_boxes
 from model.decoding.masks import MaskCodec, crop, from_rle, mask_iou, paste_mask, tight_box, to_rle
 from model.io.image import load_image, open_image
-from model.io.writing import explain, located
-from train.data.jsonl import MASK_KEYS, each_line, is_jsonl
+from model.io.writing import each_line, explain, located
+from train.data.jsonl import MASK_KEYS, check_inside, is_jsonl
 from train.data.records import read_records
 
 # The contact sheet: pixels of a cell's side, pairs of cells in a row, pairs at most.
@@ -41,12 +41,14 @@ class Outline:
     size: tuple[int, int] | None = None  # width and height of the image, if the file says so
 
 
-def read_outlines(file: Path, records: tuple[dict, dict, dict] | None = None) -> Iterator[Outline]:
-    """The objects of a COCO file, except crowds, or of JSON lines, in the order of the file. records: what
-    check_records returned about another form."""
+def read_outlines(
+    file: Path, folder: Path, records: tuple[dict, dict, dict] | None = None
+) -> Iterator[Outline]:
+    """The objects of a COCO file, except crowds, or of JSON lines, in the order of the file. folder: of the
+    images. records: what check_records returned about another form."""
     if records is None and is_jsonl(file):
         for number, _, line in each_line(file):
-            yield _of_line(line, file, f"{file}:{number}")
+            yield _of_line(line, file, folder, f"{file}:{number}")
         return
     categories, images, annotations = records or read_records(file, boxes=False, outlines=True)
     for i, record in annotations.items():
@@ -57,13 +59,16 @@ def read_outlines(file: Path, records: tuple[dict, dict, dict] | None = None) ->
             yield Outline(image["file_name"], label, record.get("segmentation"), where, size)
 
 
-def _of_line(line: bytes, file: Path, where: str) -> Outline:
+def _of_line(line: bytes, file: Path, folder: Path, where: str) -> Outline:
     what = f'{where}: not {{"image": ..., "label": ..., "mask": ...}}'
     with explain(what, ValueError, KeyError, TypeError, RecursionError):
         record = json.loads(line)
         image, label, mask = (record[key] for key in MASK_KEYS)
     if not all(isinstance(text, str) and text for text in (image, label, mask)):
         raise ValueError(f"{where}: image, label and mask must be text, not {record!r:.80}")
+    with located(where):
+        check_inside(image, folder, "image")
+        check_inside(mask, file.parent, "mask")
     return Outline(image, label, file.parent / mask, where)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model.io.writing import explain, named, write_lines
+from model.io.writing import each_line, explain, named, write_lines
 from train.run.processes import peak_memory
 
 STOPPING = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), signal.SIGINT]  # Windows: no SIGHUP
@@ -36,7 +36,7 @@ def logged_lines(file: Path, last_step: int = sys.maxsize) -> list[str]:
     """The lines of a metrics.jsonl up to a step; none if there is no such file. A last line that was not
     written to its end is dropped."""
     kept = []
-    for number, line in enumerate(file.read_bytes().splitlines(keepends=True) if file.exists() else [], 1):
+    for number, _, line in each_line(file) if file.exists() else ():
         fault = f"{file}:{number}: not a line of a run's log; correct it or take it out"
         with explain(fault, ValueError, KeyError, TypeError, RecursionError):
             if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:

@@ -101,9 +101,9 @@ def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
     add = options.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of the weights; auto: bfloat16 under an adapter (unless a CPU has no bfloat16), else float32")  # fmt: skip
+        help="of weights; auto: bfloat16 under adapters unless a CPU has none, else float32")  # fmt: skip
     add("--amp", action=switch,
-        help="bfloat16 autocast over float32 weights (default: unless a CPU has no bfloat16)")  # fmt: skip
+        help="bfloat16 autocast over float32 weights (default: unless a CPU has none)")  # fmt: skip
     add("--recompute", action=switch, default=False, help="activation checkpointing: less memory, slower")
     add("--shard", action=switch, default=False, help="split the weights over the processes (FSDP2)")
     add("--compile", action=switch, default=False, help="torch.compile (needs a C++ compiler)")
