@@ -9,6 +9,7 @@ mAP, stays. The pictures must be none that the model was trained on, where score
 which it will be measured.
 """
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from infer.lib.predictions import predict
 from model.decoding.parallel import ParallelDecoder
 from model.io.adapter import DETECTION
 from model.io.hub import NANO
-from model.io.image import image_folder
 from model.io.names import shown
-from model.io.writing import check_writable, read_json, write_json
+from model.io.writing import check_writable, read_json, write_json, write_lines
+from train.data.forms import Found, find_data, lists_of
 from train.measures import (
     calibration_error,
     category_ids,
@@ -32,13 +33,15 @@ from train.practice.write import write_coco
 from train.run.program import parser, positive, run
 
 
-def calibrate(detector, data: Path, images: Path, batch_size: int | None) -> tuple[float, float, float]:
-    """Fit the calibration of a detector to a COCO file, and set it."""
-    coco = read_coco(data, images)
-    ids = category_ids(coco, detector.classes, data)
+def calibrate(
+    detector, data: Path, images: Path, batch_size: int | None, name: Path | None = None
+) -> tuple[float, float, float]:
+    """Fit the calibration of a detector to a COCO file, and set it. name: of the file in messages."""
+    coco, name = read_coco(data, images), name or data
+    ids = category_ids(coco, detector.classes, name)
 
     def evaluation():
-        results, faults = predict(detector, coco, images, ids, batch_size, data.stem)
+        results, faults = predict(detector, coco, images, ids, batch_size, name.stem)
         if faults:
             raise ValueError(next(iter(faults.values())))
         return run_cocoeval(coco, [result for result in results if result["category_id"] != -1])
@@ -47,7 +50,7 @@ def calibrate(detector, data: Path, images: Path, batch_size: int | None) -> tup
     scores, right, _ = match_boxes(before := evaluation())
     if not 0 < right.sum() < len(right):
         raise ValueError(
-            f"{data}: {right.sum()} of {len(right)} boxes are right, which says nothing of scores"
+            f"{name}: {right.sum()} of {len(right)} boxes are right, which says nothing of scores"
         )
     detector.decode.calibration = fit_calibration(scores, right)
     after = evaluation()  # boxes that find the same object weigh by their odds, so they may move a little
@@ -58,11 +61,21 @@ def calibrate(detector, data: Path, images: Path, batch_size: int | None) -> tup
     return detector.decode.calibration
 
 
+def as_coco(found: Found, folder: Path) -> tuple[Path, Path]:
+    """A COCO file of a set of any form, in that folder if it is of another one; and its images."""
+    if found.form == "COCO":
+        return found.path, found.images
+    file = folder / f"{found.name}.json"
+    write_lines([json.dumps(lists_of(found))], file)
+    return file, found.images
+
+
 def main() -> None:
     options = parser(__doc__)
     add = options.add_argument
-    add("--data", type=Path, help="a COCO instances file; without it, practice scenes are drawn")
-    add("--images", type=Path, help="the folder of its images (default: images/ beside the file)")
+    note = "any form of train/data/forms.py (of one in parts, val); without it, practice scenes are drawn"
+    add("--data", type=Path, help=f"a file or a folder of {note}")
+    add("--images", type=Path, help="the folder of its images (default: images/ beside the file, or its own)")
     add("--count", type=positive, default=1000, help="practice scenes")
     add_detection_arguments(options)
     options.set_defaults(score_threshold=0.0)
@@ -80,13 +93,14 @@ def main() -> None:
         raise ValueError(
             f"{shown(source)} answers in sequence: give --decode parallel to calibrate it for that"
         )
-    with tempfile.TemporaryDirectory() as scenes:
-        data, images = args.data, args.data and image_folder(args.data, args.images)
-        if not data:
-            data, images = Path(scenes, "scenes", "instances.json"), Path(scenes, "scenes", "images")
-            size = detector.model.config.vision.image_size
-            write_coco(data.parent, args.count, "development", size)
-        found = [round(x, 4) for x in calibrate(detector, data, images, args.batch_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data:
+            data, images = as_coco(find_data(args.data, args.images, ["val", "test"]), Path(folder))
+        else:
+            scenes = Path(folder, "scenes")
+            write_coco(scenes, args.count, "development", detector.model.config.vision.image_size)
+            data, images = scenes / "instances.json", scenes / "images"
+        found = [round(x, 4) for x in calibrate(detector, data, images, args.batch_size, args.data)]
     raw = read_json(file)
     (raw if args.adapter else raw.setdefault("detection", {}))["calibration"] = found
     write_json(raw, file)

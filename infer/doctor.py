@@ -25,6 +25,7 @@ from model import PaliGemma
 from model.io.image import image_folder
 from model.io.names import shown
 from train.data.coco import CocoIndex
+from train.data.forms import PART_NAMES, find_data
 from train.data.jsonl import is_jsonl
 from train.practice.write import write_coco
 from train.run.program import parser, positive, run
@@ -42,6 +43,13 @@ def main() -> int:
     add("--ask", choices=["words", "all"], help="for boxes by the names of classes, or in the closed-set "
         "language (default: in words if the model knows any)")  # fmt: skip
     args = options.parse_args()
+    if args.data and args.data.is_dir():
+        found = find_data(args.data, args.images, PART_NAMES)
+        if found.form not in ("COCO", "JSONL"):
+            raise ValueError(
+                f"{found}: make a COCO file of it with train/convert.py to-coco, which checks it too"
+            )
+        args.data, args.images = found.path, found.images
     findings = list(examine(load_model(args), args))
     print_table([table_row(finding) for finding in findings], left=("where",))
     broken = sum(finding.passed is False for finding in findings)

@@ -92,7 +92,7 @@ def early_stop(args: argparse.Namespace) -> None:
         for patience, points in curves.items():
             label = "no early stop" if patience == "-" else f"stop after {patience} in a row"
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-        axes.set(xlabel="images a second, one at a time", ylabel="mAP, held-out scenes")
+        axes.set(xlabel="images a second, one at a time", ylabel="mAP, held-out scenes", title="Early stop")
         axes.legend()
 
 
@@ -141,7 +141,8 @@ def growth(args: argparse.Namespace) -> None:
                 print(f"{y} against {x}, {form}: {shown}", flush=True)
                 label = form if x == "boxes" else f"{forms[form][1]} boxes {form}"
                 axes.plot(list(points), values, "o-", label=label)
-            axes.set(xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
+            title = f"{y} against {x}".replace("milli", "Milli")
+            axes.set(xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None), title=title)
             axes.legend()
 
 

@@ -13,7 +13,9 @@ from infer import calibrate
 from model import PaliGemma
 from model.decoding.parallel import calibrated
 from model.io.hub import NANO
+from train import convert
 from train.measures import fit_calibration
+from train.practice.write import write_coco
 
 
 def test_fit():
@@ -45,6 +47,22 @@ def test_program(here, monkeypatch, capsys):
         assert PaliGemma.from_pretrained("mine").config.calibration == tuple(found)
     assert printed[0] == printed[1]
     assert re.search(r"calibration error \d.\d+ -> \d.\d+   mAP \d.\d+ -> \d.\d+", printed[0])
+
+
+def test_other_forms_of_data(here, monkeypatch, capsys):
+    """The same scenes as COCO and as YOLO: the same numbers; what is wrong is said of the folder."""
+    write_coco(here / "scenes", 12)
+    convert.main(["to-yolo", "--data", str(here / "scenes/instances.json"), "--out", str(here / "yolo")])
+    capsys.readouterr()
+    printed = []
+    for data in ("scenes/instances.json", "yolo"):
+        shutil.copytree(NANO, here / "mine", dirs_exist_ok=True)
+        printed.append(call(monkeypatch, capsys, calibrate, "--model", "mine", "--data", data)[1])
+    assert printed[0] == printed[1] and "calibration error" in printed[0]
+    names = (here / "yolo/data.yaml").read_text().replace("person", "somebody")
+    (here / "yolo/data.yaml").write_text(names)
+    code, _, err = call(monkeypatch, capsys, calibrate, "--model", "mine", "--data", "yolo")
+    assert code == 1 and err.startswith("calibrate.py: yolo has categories")
 
 
 @pytest.mark.parametrize(
