@@ -186,12 +186,13 @@ def draw(measured: dict[str, dict[str, float]], file: Path) -> None:
         axes = figure.subplots()
         colours = [RIGHT] + [WRONG] * (len(names) - 1)
         bars = axes.barh(range(len(names)), values, color=colours, height=0.7)
-        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
-        axes.axvline(values[0], color=RIGHT, linewidth=1, linestyle=":")
+        axes.axvline(values[0], color=RIGHT, linewidth=1, linestyle=":", zorder=0)
+        for label in axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=9):
+            label.set_bbox(dict(facecolor="white", edgecolor="none", pad=1))
         axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set(xlabel="mAP on held-out scenes", title="One thing changed at a time, nothing trained again")
+        axes.set(xlabel="mAP on held-out scenes", xlim=(0, 1.1 * max(*values, 0.01)), ylim=(len(names), -1))
         axes.grid(axis="y", visible=False)
+        figure.suptitle("One thing changed at a time, nothing trained again")
 
 
 def main() -> None:
