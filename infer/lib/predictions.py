@@ -180,7 +180,7 @@ def predict(
 def check_record(record: dict, picture: Image.Image, file: Path) -> None:
     """Refuse a picture of another size than its record in the file says. COCO's own evaluation needs none."""
     if "width" in record and "height" in record:
-        check_size(picture, file, record["width"], record["height"])
+        check_size(picture.size, file, record["width"], record["height"])
 
 
 def usable_pictures(

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from model.io import image as image_module
@@ -105,6 +105,23 @@ def test_orientation(orientation, suffix, tmp_path):
     lossless = {"jpg": dict(quality=100, subsampling=0), "webp": dict(lossless=True)}.get(suffix, {})
     image = load_image(write(sensor, tmp_path / f"a.{suffix}", exif=exif, **lossless))
     assert unlike(image, upright) <= 4
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "turned.jpg", "a.png", "palette.png", "grey.png", "alpha.png"])
+def test_reduced(name, tmp_path):
+    """To no fewer pixels a side than are enough, and to what resizing the whole picture gives, about."""
+    image = photo(1000, 700).filter(ImageFilter.GaussianBlur(9))
+    kinds = dict(palette=image.quantize(250), grey=image.convert("L"), alpha=image.convert("RGBA"))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6 if name.startswith("turned") else 1
+    file = write(kinds.get(name.partition(".")[0], image), tmp_path / name, exif=exif)
+    whole = load_image(file)
+    for enough, factor in ((351, 1), (350, 2), (160, 4)):
+        reduced = load_image(file, enough)
+        assert reduced.size == tuple(-(-side // factor) for side in whole.size)
+        apart = np.abs(square(reduced, 64).astype(int) - square(whole, 64))
+        assert apart.mean() < 1.5 and apart.max() <= 12
+    assert load_image(file, 9999).tobytes() == whole.tobytes()
 
 
 def test_grey_and_palette(tmp_path):

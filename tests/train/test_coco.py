@@ -190,6 +190,32 @@ def test_samples_depend_on_the_key_alone(folder):
     assert not torch.equal(data[0, 0]["text"], detections(folder, augment=True, seed=1)[0, 0]["text"])
 
 
+def test_large_pictures_are_reduced_to_augment(folder, monkeypatch):
+    """Boxes and noise follow, and the file's size is still compared; as they are without augmentation."""
+    data = instances()
+    for image in data["images"]:
+        file, side = folder / "images" / image["file_name"], 8 * SIZE
+        image["width"], image["height"] = 12 * SIZE, side
+        Image.open(file).resize((12 * SIZE, side)).save(file)
+    (folder / "instances.json").write_text(json.dumps(data))
+    given = []
+
+    def unchanged(rng, image, boxes, flip_vertical):
+        given.append((image.size, boxes))
+        return image, boxes, np.arange(len(boxes))
+
+    monkeypatch.setattr("train.data.coco.augment", unchanged)
+    plain, reduced = detections(folder), detections(folder, augment=True)
+    sample, other = plain[0, 0], reduced[0, 0]
+    (size, boxes), whole = given[0], plain.objects(0)[0]
+    assert size == (6 * SIZE, 4 * SIZE) and np.allclose(boxes, whole / 2)
+    assert (sample["image"].int() - other["image"].int()).abs().max() < 40
+    data["images"][0]["height"] += 1
+    (folder / "instances.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="has 384x256 pixels .upright., its annotations are for 384x257"):
+        detections(folder, augment=True)[0, 0]
+
+
 def test_detections_refuse(folder):
     """Class tables that do not fit, images that are missing or of another size than annotated."""
     index = CocoIndex.read(folder / "instances.json")

@@ -19,6 +19,7 @@ SHIFT = 0.1  # how far the crop may stray from where it fits, in the image's sid
 MIN_KEPT = 0.3  # share of a box's area: an object with less of it in the crop is dropped
 FILL = (127, 127, 127)  # around the image: 0 for the network
 BRIGHTNESS, CONTRAST, SATURATION = 0.2, 0.2, 0.3  # x: a factor between 1 - x and 1 + x
+ENOUGH = 4  # times the network's pixels a side: what a picture is read with, for a crop that zooms in
 HUE = 5  # at most, in steps of 1/256 of the colour circle
 
 

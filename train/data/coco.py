@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from model.config import MAX_CLASSES
 from model.decoding.closed_set import ClosedSet
-from model.io.image import check_size, load_image, square
-from train.data.augment import augment
+from model.io.image import check_size, load_image, square, upright_size
+from train.data.augment import ENOUGH, augment
 from train.data.records import read_records
 from train.data.samples import closed_set_lengths, closed_set_sample
 from train.data.targets import NANO_NOISE, Noise
@@ -150,11 +150,12 @@ class CocoDetections(Dataset):
         """Width and height, as given in the file."""
         return tuple(self.index.sizes[self.rows[item]].tolist())
 
-    def picture(self, item: int) -> Image.Image:
-        """The upright picture, of the size that the file gives."""
+    def picture(self, item: int, enough: int | None = None) -> Image.Image:
+        """The upright picture, of the size that the file gives; with `enough`, as load_image makes it."""
         file = self.images / self.name(item)
-        image = load_image(file)
-        check_size(image, file, *self.picture_size(item))
+        image = load_image(file, enough)
+        size = image.size if enough is None else upright_size(file)
+        check_size(size, file, *self.picture_size(item))
         return image
 
     def keep(self, items: Sequence[int]) -> None:
@@ -169,13 +170,15 @@ class CocoDetections(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
-        image = self.picture(item)
+        image = self.picture(item, ENOUGH * self.size if self.augment else None)
         boxes, labels = self.objects(item)
+        smaller = np.tile(np.divide(image.size, self.picture_size(item)), 2)
+        boxes, grid = boxes * smaller, self.grid if (smaller == 1).all() else 0
         if self.augment:
             changed, moved, kept = augment(rng, image, boxes, self.flip_vertical)
             if len(kept) or not self.noise.skip_empty:  # else no object is left: take the image unchanged
                 image, boxes, labels = changed, moved, labels[kept]
         pixels = square(image, self.size)
         return closed_set_sample(
-            rng, pixels, boxes, labels, image.size, self.language, self.branches, self.grid, self.noise
+            rng, pixels, boxes, labels, image.size, self.language, self.branches, grid, self.noise
         )

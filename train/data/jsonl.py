@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from model.io.image import load_image, square
 from model.io.tokenizer import Tokenizer
 from model.io.writing import each_line, explain, located, open_regular
-from train.data.augment import JITTER, jitter
+from train.data.augment import ENOUGH, JITTER, jitter
 from train.data.samples import answer_sample
 from train.data.targets import text_target
 
@@ -139,8 +139,9 @@ class JsonlPairs(Dataset):
     def name(self, item: int) -> str:
         return self._record(item)["image"]
 
-    def picture(self, item: int) -> Image.Image:
-        return load_image(self.images / self.name(item))
+    def picture(self, item: int, enough: int | None = None) -> Image.Image:
+        """enough: as load_image has it."""
+        return load_image(self.images / self.name(item), enough)
 
     def _record(self, item: int) -> dict:
         with open(self.file, "rb") as file:  # every time: workers would share the position of an open file
@@ -151,7 +152,7 @@ class JsonlPairs(Dataset):
         draw, item = key
         rng = np.random.default_rng([self.seed, draw])
         record = self._record(item)
-        image = self.picture(item)
+        image = self.picture(item, ENOUGH * self.size if self.augment else None)
         if self.augment and rng.random() < JITTER:
             image = jitter(rng, image)
         prompt, answers = self.tokenizer.encode_prompt(record["prefix"]), right_answers(record)
