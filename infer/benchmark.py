@@ -31,7 +31,7 @@ from model.config import VARIANTS
 from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
 from model.decoding.detector import head_for
 from model.decoding.packing import load_for_decoding
-from model.decoding.parallel import BRANCHES, ParallelDecoder
+from model.decoding.parallel import ParallelDecoder
 from model.io.hub import NANO
 from model.io.tokenizer import LOCS, Tokenizer
 from model.io.weights import DTYPES, load_config
@@ -267,7 +267,11 @@ def main() -> None:
     add("--int8", action=switch, default=False, help="ours with 8-bit decoder matrices, too")
     add("--compile", action=switch, default=False, help="ours with torch.compile, too")
     add("--parallel", action=switch, default=True, help="ours with all boxes in five steps, too")
-    add("--branches", type=positive, default=BRANCHES, help="boxes in parallel; 51 is an official answer")
+    add(
+        "--branches",
+        type=positive,
+        help="boxes in parallel (default: the model's); 51 is an official answer",
+    )
     add("--peer", action=switch, default=installed("transformers"), help="transformers, too")
     add("--memory", action=switch, default=True, help="peak memory of each side, in a process of its own")
     add("--folder", type=Path, help="a random checkpoint is built there, or found and used")

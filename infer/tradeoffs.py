@@ -32,7 +32,7 @@ from model.decoding.closed_set import GROUP, ClosedSet, EarlyStop, GroupDecoder,
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
-from model.decoding.parallel import BRANCHES, ParallelDecoder
+from model.decoding.parallel import ParallelDecoder
 from model.io.image import load_image
 from model.io.tokenizer import LOCS
 from model.io.weights import DTYPES
@@ -104,7 +104,7 @@ def growth(args: argparse.Namespace) -> None:
     call against boxes, images and image tokens, each varied alone."""
     require_matplotlib()
     model, language = load_nano()
-    forms = {"in sequence": (GroupDecoder, 12), "in parallel": (ParallelDecoder, BRANCHES)}
+    forms = {"in sequence": (GroupDecoder, 12), "in parallel": (ParallelDecoder, model.config.branches)}
 
     def decoder_of(form: str, model: PaliGemma, boxes: int | None) -> GroupDecoder | ParallelDecoder:
         make, usual = forms[form]

@@ -122,6 +122,7 @@ class TextConfig:
         _check(self.head_dim % 2 == 0, self, "head_dim", "RoPE rotates pairs, so it must be even")
 
 
+BRANCHES = 32  # boxes decoded in parallel where nothing else is known
 FORMS = "sequence", "parallel"  # of closed-set answers: one box after the other, or each in its own branch
 
 
@@ -136,6 +137,7 @@ class PaliGemmaConfig:
     pad: int = 0
     groups: int = 51  # boxes in a closed-set answer
     answers: str = "sequence"  # which of FORMS closed-set answers were taught in
+    branches: int = BRANCHES  # boxes decoded in parallel, unless others are asked for
     # (a, b, c): of parallel boxes of score s, sigmoid(a ln s - b ln(1 - s) + c) are right. None: s itself
     calibration: tuple[float, float, float] | None = None
     classes: tuple[str, ...] = field(default=COCO_CLASSES, repr=False)
@@ -154,7 +156,7 @@ class PaliGemmaConfig:
         _check(not twice, self, "classes", f"named more than once: {', '.join(twice)}")
         for name in ("open_vocabulary", "closed_set_only"):
             _check(isinstance(getattr(self, name), bool), self, name, "must be true or false")
-        _check_positive(self, "groups", most=MAX_GROUPS)
+        _check_positive(self, "groups", "branches", most=MAX_GROUPS)
         _check(self.answers in FORMS, self, "answers", f"must be {' or '.join(FORMS)}")
         if self.calibration is not None:
             good = isinstance(self.calibration, tuple) and len(self.calibration) == 3

@@ -16,7 +16,7 @@ from model.io.hub import codec_file
 from model.io.weights import DTYPES, load_config, load_weights
 from model.io.writing import check_writable, read_json
 from train.data.coco import CocoIndex
-from train.data.open import check_length, classes_for, open_data
+from train.data.open import branches_for, check_length, classes_for, open_data
 from train.data.samples import StepSampler, closed_set_lengths, collate
 from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import newest
@@ -54,6 +54,8 @@ def load_model(
     overrides["closed_set_only"] = closed_set and args.tasks == "closed-set"
     if closed_set:
         overrides["answers"] = args.answers
+        if index is not None:
+            overrides["branches"] = branches_for(index)
     if args.data:
         overrides["classes"] = classes_for(index, load_config(base).classes)
         if index is None:  # lines of text: any class can be asked for

@@ -20,7 +20,6 @@ from model.decoding.generate import Prompter, Sampling
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
-from model.decoding.parallel import BRANCHES
 from model.io.hub import OFFICIAL_CODEC, codec_file, resolve
 from model.io.names import shown
 from model.io.npz import variant_of
@@ -94,7 +93,7 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
     add("--classes-per-call", type=positive, help=f"asked for in one prompt (default: {CLASSES_PER_PROMPT})")
     add("--decode", choices=FORMS,
         help="one box after the other, or all in five steps (default: as it was taught)")  # fmt: skip
-    add("--branches", type=positive, help=f"boxes decoded in parallel for an image (default: {BRANCHES})")
+    add("--branches", type=positive, help="boxes decoded in parallel (default: as the checkpoint says)")
     add("--groups", type=positive, help="boxes decoded for an image instead of the checkpoint's number")
     feedback = dict(action=argparse.BooleanOptionalAction, default=False)
     add("--noise-feedback", **feedback, help="feed the noise token back where it is likeliest")

@@ -26,7 +26,7 @@ from model.decoding.generate import Prompter
 from model.decoding.masks import MaskCodec
 from model.decoding.open_set import CLASSES_PER_PROMPT, MAX_ANSWER_TOKENS, OpenSetDetector, class_names
 from model.decoding.packing import load_for_decoding
-from model.decoding.parallel import BRANCHES, ParallelDecoder
+from model.decoding.parallel import ParallelDecoder
 from model.decoding.photographs import are_photographs, photograph_warning
 from model.io.hub import codec_file
 from model.io.image import load_image
@@ -48,7 +48,7 @@ def closed_set_decoder(
     """The decoder of the model's closed-set language: of one box after the other ("sequence"), or of all in
     five steps ("parallel"); None: as the checkpoint was taught.
 
-    branches: how many boxes in parallel, BRANCHES if None. options: further ones of that form's decoder.
+    branches: boxes in parallel; None: as the config says. options: further ones of that form's decoder.
     """
     decode = decode or model.config.answers
     if decode not in FORMS:
@@ -60,7 +60,7 @@ def closed_set_decoder(
             raise ValueError(f"{name}={count}: must be at least 1, at most {MAX_GROUPS:,}")
     language, head = ClosedSet.of(model.config, model.tokenizer), head_for(model)
     if decode == "parallel":
-        return ParallelDecoder(model, language, branches or BRANCHES, head=head, **options)
+        return ParallelDecoder(model, language, branches, head=head, **options)
     return GroupDecoder(model, language, head=head, **options)
 
 

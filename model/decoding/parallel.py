@@ -28,7 +28,6 @@ from model.io.tokenizer import LOCS
 from model.paligemma import PaliGemma
 
 COORDINATES = GROUP - 1  # tokens of a branch that are fed back: y0, x0, y1, x1
-BRANCHES = 32
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,12 @@ class ParallelDecoder:
         self,
         model: PaliGemma,
         language: ClosedSet,
-        branches: int = BRANCHES,
+        branches: int | None = None,
         reading: Reading | None = None,
         head: type = Head,
     ):
-        """head: chooses the classes; see GroupDecoder."""
-        self.model, self.language, self.groups = model, language, branches
+        """branches: K; None: as the config says. head: chooses the classes; see GroupDecoder."""
+        self.model, self.language, self.groups = model, language, branches or model.config.branches
         self.reading = reading or Reading()
         self.calibration = model.config.calibration
         allowed = [language.allowed(slot) for slot in range(GROUP)]

@@ -40,7 +40,9 @@ _GEMMA2_KEYS = {
     "sliding_window": "sliding_window",
 }
 # A section of our own: keys are our fields.
-DETECTION_FIELDS = ("groups", "classes", "open_vocabulary", "closed_set_only", "answers", "calibration")
+DETECTION_FIELDS = (
+    "groups", "classes", "open_vocabulary", "closed_set_only", "answers", "branches", "calibration"
+)  # fmt: skip
 
 # What a key missing from a published config.json means: the default of the transformers class that wrote it.
 _VISION_DEFAULTS = dict(

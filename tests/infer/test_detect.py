@@ -20,10 +20,9 @@ from infer import detect
 from infer.lib import options
 from infer.lib.draw import class_colour, draw_boxes
 from model import PaliGemma
-from model.config import COCO_CLASSES
+from model.config import BRANCHES, COCO_CLASSES
 from model.decoding.boxes import areas, locs_to_boxes
 from model.decoding.detector import Detector
-from model.decoding.parallel import BRANCHES
 from model.io.tokenizer import Tokenizer
 from train.data.forms import find_data, lists_of
 from train.data.save import FORMS

@@ -14,11 +14,11 @@ from PIL import Image
 
 from infer import detect
 from model import Detector
-from model.config import COCO_CLASSES
+from model.config import BRANCHES, COCO_CLASSES
 from model.decoding import detector as module
 from model.decoding.detections import Detections, Selection
 from model.decoding.masks import tight_box
-from model.decoding.parallel import BRANCHES, ParallelDecoder
+from model.decoding.parallel import ParallelDecoder
 
 EXAMPLE = ROOT / "media" / "example.png"
 SEEN = ["wine glass", "kite", "person", "tennis racket", "car", "remote"]  # in it, by nano

@@ -259,6 +259,7 @@ WRONG = [None, True, -1, 2**70, 1.5, "x", [], {}, [1], {"a": 1}, math.nan, math.
         ),
         ("detection", "groups", [*WRONG]),
         ("detection", "answers", [*WRONG]),
+        ("detection", "branches", [*WRONG, 0, 1001, True, 2.5]),
     ],
 )
 def test_values_of_config_json(section, key, values, checkpoint):

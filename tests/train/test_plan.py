@@ -1,19 +1,22 @@
 """The table before the first step, its warnings, its estimate of memory, and dry runs without data."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT
+from PIL import Image
 from test_recipes import argv_of
 from training import PLAIN, parsed, run, run_complaint
 
 from model import PaliGemma, lora
 from model.config import VARIANTS
+from model.decoding.detector import closed_set_decoder
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
 from train import fit
-from train.data.open import open_data
+from train.data.open import branches_for, open_data
 from train.run.memory import activation_bytes
 from train.run.plan import validation_interval, warnings_of
 
@@ -50,6 +53,33 @@ def test_lines_of_text(tiny, pairs, tmp_path, capsys):
 
 
 # Warnings ---------------------------------------------------------------------------------------------------
+
+
+def test_branches_for_the_data():
+    """Half as many again as a full picture has objects, in sixteens; one picture in 200 may have more."""
+    counts = torch.full((200,), 30)
+    counts[0] = 500
+    assert branches_for(SimpleNamespace(offsets=torch.cat((torch.zeros(1), counts.cumsum(0))))) == 48
+    assert branches_for(SimpleNamespace(offsets=torch.arange(0, 201 * 5, 5))) == 32
+
+
+@pytest.mark.parametrize("options", ["--answers parallel", "--lora"])
+def test_branches_are_kept(options, tiny, tmp_path, capsys):
+    """In a checkpoint and in an adapter, whatever form of answers it was taught."""
+    boxes = [dict(id=i + 1, image_id=1, category_id=1, bbox=[i, i, 90, 90]) for i in range(30)]
+    record = dict(id=1, file_name="a.png", width=400, height=400)
+    data = dict(images=[record], annotations=boxes, categories=[dict(id=1, name="cell")])
+    Image.new("RGB", (400, 400)).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    options = f"{PLAIN} --data {tmp_path / 'a.json'} --steps 1 --save-every 1 --batch-size 1 {options}"
+    run(tiny, tmp_path / "run", options)
+    final = tmp_path / "run" / "final"
+    if "parallel" in options:
+        assert "and 48 when detecting" in capsys.readouterr().out
+        model = PaliGemma.from_pretrained(final)
+    else:
+        model = PaliGemma.from_pretrained(str(tiny), adapter=final)
+    assert model.config.branches == closed_set_decoder(model, "parallel").groups == 48
 
 
 @pytest.fixture

@@ -11,11 +11,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from model.config import VARIANTS, PaliGemmaConfig
-from model.decoding.parallel import BRANCHES
 from model.io.hub import folder_of, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
-from train.data.open import check_length, classes_for, open_data, read_coco_index
+from train.data.open import branches_for, check_length, classes_for, open_data, read_coco_index
 from train.data.samples import closed_set_lengths
 from train.run.memory import GIB, memory_of, skeleton
 from train.run.options import branches_of, noise_of, overrides_of
@@ -39,7 +38,10 @@ def print_dry_run(args: argparse.Namespace, world: int, program: int) -> int:
         source = resolve(args.model, weights=False)
         folder, config = folder_of(source), load_config(source)
     index = read_coco_index(args.data, args.images) if there else None
-    config = config.override(classes=classes_for(index, config.classes), **overrides_of(args))
+    branches = config.branches if index is None else branches_for(index)
+    config = config.override(
+        classes=classes_for(index, config.classes), branches=branches, **overrides_of(args)
+    )
     model, data = skeleton(args, config)[0], None
     if there and (folder / "tokenizer.model").exists():
         data = open_data(
@@ -126,7 +128,9 @@ def data_rows(
     left_out = {"crowds": data.index.skipped_crowd, "boxes without an area": data.index.skipped_degenerate}
     less = "".join(f"; left out: {what} {count:,}" for what, count in left_out.items() if count)
     objects = f"{counts.mean():.1f} a picture, at most {counts.max()}; an answer has"
-    form = f"a branch for each of {args.branches}" if args.answers == "parallel" else f"{config.groups} boxes"
+    form = f"{config.groups} boxes"
+    if args.answers == "parallel":
+        form = f"a branch for each of {args.branches}, and {config.branches} when detecting"
     return [("data", f"{args.data}: {found}{less}"), ("objects", f"{objects} {form}")]
 
 
@@ -191,8 +195,8 @@ def full_pictures(args: argparse.Namespace, config: PaliGemmaConfig, counts: np.
     if most > taught:
         remedy = f"--branches {most}" if parallel else f"--answers parallel --branches {most}"
         return [f"{above(taught)}, the boxes of an answer; {remedy} teaches all of them"]
-    if parallel and most > BRANCHES:
-        return [f"{above(BRANCHES)}: detect and evaluate with --branches {most} or more"]
+    if parallel and most > config.branches:
+        return [f"{above(config.branches)}: detect and evaluate with --branches {most} or more"]
     return []
 
 
