@@ -88,7 +88,7 @@ def where_it_looks(
         locs = torch.from_numpy(boxes_to_locs(scene.boxes, size, size)).to(prompt.device)
         cover = patch_cover(scene.boxes / size, math.isqrt(tokens))  # [n, P]
         own = np.stack([cover.max(0)[None].repeat(len(cover), 0)] + [cover] * 4, axis=1)  # [n, 5, P]
-        image = to_network(torch.from_numpy(scene.image)[None]).to(prompt.device)
+        image = to_network(torch.tensor(scene.image)[None]).to(prompt.device)
         with model.record_attention() as maps:
             model.read_branches(model.encode(image), prompt, (locs + language.loc0)[None])
         seen = [looks(w.float(), tokens, tokens + len(prompt), len(locs)) for w in maps.values()]
