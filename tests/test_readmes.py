@@ -30,6 +30,8 @@ QUICK = {
     "train/practice/drawings.py": "--train 4 --test 2",
     "infer/evaluate.py": "--count 2",
     "infer/doctor.py": "--count 2",
+    "infer/ablate.py": '--count 2 --only "causal prefix"',
+    "infer/heads.py": "--count 2",
     "infer/evaluate_answers.py": "--count 2",
     # nano, which is found in --folder, in place of random weights of an official size; and no transformers,
     # slow to start: test_benchmarks.py runs that side.
