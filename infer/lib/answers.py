@@ -13,22 +13,26 @@ from train.data.jsonl import right_answers
 from train.measures import first_mask, is_right
 
 SIDE, GAP, PER_ROW = 240, 10, 4  # pixels of a picture and around it; pictures in a row
-FONT, LINE, LETTERS = 13, 17, 36  # of the text: pixels, pixels a line, letters a line
+FONT, LINE, LETTERS, MOST = 13, 17, 36, 4  # of the text: pixels, pixels a line, letters a line, lines a text
 
 
 def answer_sheet(lines: list[dict], images: Path, codec: MaskCodec | None, bins: int) -> Image.Image:
     """Lines of JSONL with the model's "answer". Of masks, what lies outside of the answer's is darkened."""
     tiles = [answer_tile(line, load_image(images / line["image"]), codec, bins) for line in lines]
-    texts = [[row for part in text for row in textwrap.wrap(part, LETTERS)] for _, text in tiles]
+    texts = [
+        [row for part in text for row in textwrap.wrap(part, LETTERS, max_lines=MOST, placeholder=" ...")]
+        for _, text in tiles
+    ]
     width, height = SIDE + GAP, SIDE + GAP + LINE * max(map(len, texts))
-    rows = -(-len(tiles) // PER_ROW)
+    rows, font = -(-len(tiles) // PER_ROW), ImageFont.load_default(FONT)
     sheet = Image.new("RGB", (width * min(PER_ROW, len(tiles)) + GAP, height * rows + GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
     for k, ((picture, _), text) in enumerate(zip(tiles, texts, strict=True)):
-        x, y = k % PER_ROW * width + GAP, k // PER_ROW * height + GAP
-        sheet.paste(picture, (x, y))
-        for row, words in enumerate(text):
-            pen.text((x, y + SIDE + 2 + row * LINE), words, fill="black", font=font)
+        tile = Image.new("RGB", (SIDE, height), "white")  # its text stays on it
+        tile.paste(picture)
+        ImageDraw.Draw(tile).text(
+            (0, SIDE + 2), "\n".join(text), fill="black", font=font, spacing=LINE - FONT
+        )
+        sheet.paste(tile, (k % PER_ROW * width + GAP, k // PER_ROW * height + GAP))
     return sheet
 
 

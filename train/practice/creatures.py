@@ -23,8 +23,8 @@ FINER = 4  # the picture is drawn so many times larger, which makes its edges so
 
 
 def caption_of(colour: str, legs: int, eyes: int, horns: bool) -> str:
-    seen = f"{NUMBERS[eyes]} eye{'s' * (eyes > 1)}"
-    return f"a {colour} {LABEL} with {NUMBERS[legs]} legs, {seen} and {'' if horns else 'no '}horns"
+    seen, article = f"{NUMBERS[eyes]} eye{'s' * (eyes > 1)}", "an" if colour == "orange" else "a"
+    return f"{article} {colour} {LABEL} with {NUMBERS[legs]} legs, {seen} and {'' if horns else 'no '}horns"
 
 
 def make_creature(rng: np.random.Generator, size: int) -> tuple[Image.Image, dict]:

@@ -10,9 +10,9 @@ set -euo pipefail
 here=$(dirname "$0")/..
 task=${1:-}
 case $task in
-    crossings) kind=crossings lines= ;;
-    captions) kind=creatures lines= ;;
-    masks) kind=creatures lines=-codes ;;
+    crossings) kind=crossings lines= rate="--lora --dtype float32 --lr 3e-3" ;;
+    captions) kind=creatures lines= rate="--lr 5e-4" ;;  # all weights: an adapter teaches no new words
+    masks) kind=creatures lines=-codes rate="--lora --dtype float32 --lr 3e-3" ;;
     *) echo "drawings_nano.sh ${task:-without a task}: must be crossings, captions or masks" >&2; exit 1 ;;
 esac
 shift
@@ -29,6 +29,6 @@ if [ $task = masks ]; then
 fi
 answers before --model nano
 python "$here/fit.py" --model nano --data "$data/train$lines.jsonl" --out "$OUT/run" --batch-size 16 --steps 300 \
-    --lora --dtype float32 --lr 3e-3 --min-lr 1e-5 --warmup 20 "$@"
+    $rate --min-lr 1e-5 --warmup 20 "$@"
 if [ -f "$OUT/run/final/adapter_config.json" ]; then answers after --adapter "$OUT/run/final"
 else answers after --model "$OUT/run/final"; fi
