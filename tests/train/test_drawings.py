@@ -66,7 +66,7 @@ def test_creatures():
             "pale outside, black lines inside"
         )
         colour, legs, eyes, horns = re.fullmatch(
-            r"a (\w+) creature with (\w+) legs, (\w+) eyes? and (no )?horns", line["suffix"]
+            r"an? (\w+) creature with (\w+) legs, (\w+) eyes? and (no )?horns", line["suffix"]
         ).groups()
         body = [int(COLOURS[colour][i : i + 2], 16) for i in (1, 3, 5)]
         assert np.abs(np.median(pixels[mask > 0], 0) - body).max() < 6
