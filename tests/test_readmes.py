@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import ENVIRONMENT, ROOT
+from helpers import ENVIRONMENT, ROOT, save_tiny_model
 from PIL import Image
 from zygote import stand_in
 
@@ -33,11 +33,11 @@ QUICK = {
     "infer/ablate.py": '--count 2 --only "causal prefix"',
     "infer/heads.py": "--count 2",
     "infer/evaluate_answers.py": "--count 2",
-    # nano, which is found in --folder, in place of random weights of an official size; and no transformers,
+    # a tiny model, found in --folder, in place of random weights of an official size; and no transformers,
     # slow to start: test_benchmarks.py runs that side.
     "infer/benchmark.py": "--groups 1 --batch-size 1 --rounds 1 --no-memory --no-peer --device cpu "
-    f"--folder {NANO}",
-    "infer/benchmark_step.py": f"--steps 1 --no-peer --device cpu --folder {NANO}",
+    "--folder tiny",
+    "infer/benchmark_step.py": "--steps 1 --no-peer --device cpu --folder tiny",
     "infer/tradeoffs.py early-stop": "--count 2 --repeats 1 --noise 0.5 --patience 1",
     "infer/tradeoffs.py growth": "--count 2 --repeats 1 --groups 1 2 --batch-size 1 2 --sides 32 64",
     "infer/tradeoffs.py seam": "--repeats 2",
@@ -113,6 +113,7 @@ def folder(tmp_path_factory) -> Path:
     for name in ("instances.json", "coco/annotations/instances_train2017.json"):
         (folder / name).symlink_to(folder / "practice" / "scenes" / "instances.json")
     (folder / "mine.py").write_text(blocks("model/README.md", "python")[-1])  # an attention of one's own
+    save_tiny_model(folder / "tiny", NANO / "tokenizer.model")
     (folder / "raccoon").mkdir()
     for name, file in (
         ("images", "images"),
