@@ -217,3 +217,15 @@ def test_faults(tmp_path, monkeypatch, capsys, options, words):
     code, _, error = call(monkeypatch, capsys, write, "--out", tmp_path, "--count", 1, *options)
     assert code == 1 and error.startswith("write.py: ") and words in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_workers_change_nothing(tmp_path, monkeypatch):
+    """Scenes that several processes draw: the same files, byte for byte."""
+    codec = MaskCodec.load(NANO / CODEC)
+    for name, workers_from in (("alone", 100), ("workers", 1)):
+        monkeypatch.setattr(write, "WORKERS_FROM", workers_from)
+        write.write_coco(tmp_path / name, 5, "crowded", codec=codec)
+    files = [sorted(file for file in (tmp_path / name).rglob("*.*")) for name in ("alone", "workers")]
+    assert len(files[0]) == 7
+    for one, other in zip(*files, strict=True):
+        assert one.name == other.name and one.read_bytes() == other.read_bytes()

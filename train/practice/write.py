@@ -8,12 +8,14 @@ OUT/answers.jsonl, whose lines train/fit.py and infer/evaluate_answers.py read.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from model.config import COCO_CLASSES
@@ -29,6 +31,7 @@ from train.run.program import not_negative, parser, positive, run
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 HELD_OUT_SETS = {"same": "same drawings", "vendor": "unseen vendor", "crowded": "crowded scenes"}
 MIN_SIZE = 32  # pixels a side
+WORKERS_FROM = 200  # scenes: fewer are drawn before worker processes have started
 
 
 def object_records(scene: Scene) -> Iterator[dict]:
@@ -61,6 +64,27 @@ def answer_lines(rng: np.random.Generator, scene: Scene, codec: MaskCodec) -> It
         yield dict(kind="segment", prefix=prefix, suffix=suffix, mask=to_rle(scene.owner == k))
 
 
+class Drawn(Dataset):
+    """Scenes, each drawn and written where it is asked for, in worker processes too: the name of its picture,
+    its objects' records and, with a codec, its lines."""
+
+    def __init__(self, folder: Path, count: int, split: str, size: int, seed: int, codec: MaskCodec | None):
+        self.folder, self.count, self.split, self.size = folder, count, split, size
+        self.seed, self.codec = seed, codec
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[str, list[dict], list[dict]]:
+        scene, name = make_scene(self.seed + i, self.size, self.split), f"{i:06d}.png"
+        Image.fromarray(scene.image).save(self.folder / name)
+        lines = []
+        if self.codec:
+            rng = np.random.default_rng([self.seed + i, 2])  # not the stream that drew the scene
+            lines = [dict(image=name) | line for line in answer_lines(rng, scene, self.codec)]
+        return name, list(object_records(scene)), lines
+
+
 def write_coco(
     out: Path,
     count: int,
@@ -80,15 +104,17 @@ def write_coco(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
         work = Path(partial) / "set"
         (work / "images").mkdir(parents=True)
-        for i in tqdm(range(count), desc=split, unit="scene"):
-            scene, name = make_scene(seed + i, size, split), f"{i:06d}.png"
-            Image.fromarray(scene.image).save(work / "images" / name)
+        drawn = DataLoader(
+            Drawn(work / "images", count, split, size, seed, codec),
+            batch_size=None,
+            collate_fn=lambda scene: scene,
+            num_workers=min(os.cpu_count() or 1, 8) if count >= WORKERS_FROM else 0,
+        )
+        for i, (name, records, answers) in enumerate(tqdm(drawn, desc=split, unit="scene")):
             images.append(dict(id=i, file_name=name, width=size, height=size))
-            for record in object_records(scene):  # ids from 1: pycocotools takes 0 for "no match"
+            for record in records:  # ids from 1: pycocotools takes 0 for "no match"
                 annotations.append(dict(id=len(annotations) + 1, image_id=i) | record)
-            if codec:
-                rng = np.random.default_rng([seed + i, 2])  # not the stream that drew the scene
-                lines += [dict(image=name) | line for line in answer_lines(rng, scene, codec)]
+            lines += answers
         info = dict(description="PaliGemma practice scenes", split=split, size=size, seed=seed)
         categories = [dict(id=i, name=name) for i, name in zip(COCO_IDS, COCO_CLASSES, strict=True)]
         data = dict(info=info, images=images, annotations=annotations, categories=categories)
