@@ -9,7 +9,8 @@ from torch import Tensor
 from model.io.image import square, to_network
 from model.paligemma import PaliGemma
 
-MAX_BATCH_CPU, MAX_BATCH_GPU = 16, 64  # more images at a time gain nothing
+MAX_BATCH = 64  # more images at a time gain nothing
+MAX_ROWS_CPU = 1024  # tokens of a decoding step: more fall out of a CPU's caches
 UNKNOWN_MEMORY = 2 << 30  # bytes assumed to be free where the system does not say
 
 
@@ -19,10 +20,10 @@ def network_images(model: PaliGemma, images: list[Image.Image]) -> Tensor:
     return torch.stack([to_network(square(image, size)) for image in images]).to(device)
 
 
-def fitting_batch(model: PaliGemma, prompt: int, answer: int) -> int:
+def fitting_batch(model: PaliGemma, prompt: int, answer: int, rows: int = 1) -> int:
     """How many images to decode together, so that they fill at most half of the free memory.
 
-    prompt, answer: their lengths in tokens.
+    prompt, answer: their lengths in tokens. rows: tokens of an image that a step decodes.
     """
     weight, text, vision = model.projector.weight, model.config.text, model.config.vision
     T = vision.tokens + prompt
@@ -33,7 +34,7 @@ def fitting_batch(model: PaliGemma, prompt: int, answer: int) -> int:
     mlp = 3 * max(text.mlp * T, vision.mlp * vision.tokens)
     pixels = 3 * vision.image_size**2  # in float32
     image_bytes = weight.element_size() * (cache + max(scores, mlp)) + 4 * pixels
-    most = MAX_BATCH_GPU if weight.is_cuda else MAX_BATCH_CPU
+    most = MAX_BATCH if weight.is_cuda else min(MAX_BATCH, MAX_ROWS_CPU // rows)
     return max(1, min(most, _free_memory(weight.device) // (2 * image_bytes)))
 
 

@@ -99,7 +99,9 @@ class ClosedSetDetector:
 
     def fitting_batch(self) -> int:
         """How many images to detect in at a time."""
-        return fitting_batch(self.model, len(self.decode.language.prompt), GROUP * self.decode.groups)
+        boxes = self.decode.groups
+        rows = boxes if isinstance(self.decode, ParallelDecoder) else 1
+        return fitting_batch(self.model, len(self.decode.language.prompt), GROUP * boxes, rows)
 
 
 class Detector:

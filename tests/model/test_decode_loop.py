@@ -13,10 +13,11 @@ from helpers import equal
 from reference import LANGUAGE, noisy
 
 from model import PaliGemma
-from model.decoding.batches import MAX_BATCH_CPU
+from model.decoding.batches import MAX_BATCH
 from model.decoding.closed_set import GROUP, EarlyStop, GroupDecoder, capture_graph
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import Sampling
+from model.decoding.parallel import ParallelDecoder
 from train import fit
 
 
@@ -52,12 +53,14 @@ def test_alone_and_in_a_batch(model):
 
 
 def test_fitting_batch(model, monkeypatch):
-    """As many images as half of the free memory holds, at least one, at most MAX_BATCH_CPU."""
+    """As many images as half of the free memory holds, at least one, at most MAX_BATCH."""
     sizes = []
     for free in (0, 1 << 22, 1 << 24, 1 << 40):
         monkeypatch.setattr(os, "sysconf", lambda name, free=free: free if "PAGES" in name else 1)
         sizes.append(ClosedSetDetector(GroupDecoder(model, LANGUAGE)).fitting_batch())
-    assert sizes == sorted(sizes) and sizes[0] == 1 < sizes[2] and sizes[3] == MAX_BATCH_CPU
+    assert sizes == sorted(sizes) and sizes[0] == 1 < sizes[2] and sizes[3] == MAX_BATCH
+    in_parallel = ClosedSetDetector(ParallelDecoder(model, LANGUAGE, 100))
+    assert in_parallel.fitting_batch() == 10  # of 100 branches, 1,024 tokens a step
     config = model.config.text  # half of the memory holds at least their caches and images
     cache = 8 * config.layers * config.kv_heads * config.head_dim * 5 * LANGUAGE.groups
     assert sizes[2] * cache < 1 << 23
@@ -71,9 +74,9 @@ def test_systems_that_do_not_say_how_much_memory_is_free(model, monkeypatch):
 
     detector = ClosedSetDetector(GroupDecoder(model, LANGUAGE))
     monkeypatch.setattr(os, "sysconf", unknown)
-    assert detector.fitting_batch() == MAX_BATCH_CPU
+    assert detector.fitting_batch() == MAX_BATCH
     monkeypatch.delattr(os, "sysconf")
-    assert detector.fitting_batch() == MAX_BATCH_CPU
+    assert detector.fitting_batch() == MAX_BATCH
 
 
 def test_nan_does_not_outlive_its_batch(model):
