@@ -189,7 +189,7 @@ def test_nano_recipe(run, folder):
 
 def test_all_other_blocks_are_below():
     others = ["".join(language[:1] for language, _ in BLOCK.findall(text)) for text in TEXTS.values()]
-    assert others == ["tpt", "ppp", "", "t"], "p(ython) or t(ext) of each README"
+    assert others == ["tpt", "ppp", "t", "t"], "p(ython) or t(ext) of each README"
 
 
 def test_what_you_should_see(folder):

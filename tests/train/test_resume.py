@@ -231,7 +231,7 @@ def test_resuming_with_another_value_is_refused(tiny, scenes, tmp_path):
         ("--lr 2e-3", "--lr"), ("--min-lr 1e-4", "--min-lr"), ("--muon-lr 1e-2", "--muon-lr"),
         ("--steps 9", "--steps"), ("--warmup 3", "--warmup"), ("--weight-decay 0.1", "--weight-decay"),
         ("--clip 2", "--clip"), ("--loss vocabulary", "--loss"), ("--augment", "--augment"),
-        ("--amp", "--amp"), ("--freeze-vision", "--freeze-vision"), ("--lora", "--dtype"),
+        ("--amp", "--amp"), ("--freeze-vision", "--freeze-vision"), ("--lora", "--lora"),
         ("--patch-steps 1 --patch-weight 1", "--patch-steps"), ("--seed 1", "--seed"),
     ],
     ids=lambda value: value.split()[0],
