@@ -45,11 +45,19 @@ def load_image(source: str | Path | Image.Image, enough: int | None = None) -> I
         return upright(source)
     if not isinstance(source, str | Path):
         raise ValueError(f"an image is a file or a PIL image, not of type {type(source).__name__}")
-    with open_image(source) as image:
+    return load_with_size(source, enough)[0]
+
+
+def load_with_size(file: str | Path, enough: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """load_image of a file; and the width and height of the upright picture, whatever it was reduced to."""
+    with open_image(file) as image:
+        size = turned_size(image)
         if enough:
             image.draft(image.mode, (enough, enough))
         image = upright(image)
-    return image.reduce(min(image.size) // enough) if enough and min(image.size) >= 2 * enough else image
+    if enough and min(image.size) >= 2 * enough:
+        image = image.reduce(min(image.size) // enough)
+    return image, size
 
 
 @contextlib.contextmanager
@@ -112,8 +120,13 @@ def upright(image: Image.Image) -> Image.Image:
 def upright_size(file: str | Path) -> tuple[int, int]:
     """Width and height of the picture that load_image would return, by its header."""
     with open_image(file) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (image.height, image.width) if turned else image.size
+        return turned_size(image)
+
+
+def turned_size(image: Image.Image) -> tuple[int, int]:
+    """The size of an opened image after `upright`."""
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # others mean nothing
+    return (image.height, image.width) if turned else image.size
 
 
 def image_folder(file: Path, images: Path | None) -> Path:

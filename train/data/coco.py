@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from model.config import MAX_CLASSES
 from model.decoding.closed_set import ClosedSet
-from model.io.image import check_size, load_image, square, upright_size
+from model.io.image import check_size, load_with_size, square
 from train.data.augment import ENOUGH, augment
 from train.data.records import read_records
 from train.data.samples import closed_set_lengths, closed_set_sample
@@ -153,8 +153,7 @@ class CocoDetections(Dataset):
     def picture(self, item: int, enough: int | None = None) -> Image.Image:
         """The upright picture, of the size that the file gives; with `enough`, as load_image makes it."""
         file = self.images / self.name(item)
-        image = load_image(file, enough)
-        size = image.size if enough is None else upright_size(file)
+        image, size = load_with_size(file, enough)
         check_size(size, file, *self.picture_size(item))
         return image
 

@@ -107,7 +107,6 @@ def write_coco(
         drawn = DataLoader(
             Drawn(work / "images", count, split, size, seed, codec),
             batch_size=None,
-            collate_fn=lambda scene: scene,
             num_workers=min(os.cpu_count() or 1, 8) if count >= WORKERS_FROM else 0,
         )
         for i, (name, records, answers) in enumerate(tqdm(drawn, desc=split, unit="scene")):
