@@ -6,6 +6,8 @@ the same sequence of operations on the same memory, however full the cache is, a
 Axes: L layers, B batch, T new tokens, S slots, K kv heads, H head dim.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,12 @@ class KVCache:
         # reads from memory at every replay.
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.slots: Tensor | None = None  # of the newest tokens; None after the prefill
-        self.seen = self.used = self.prefix = 0  # slots that the queries read, in use, of the prefix
+        self.used = self.prefix = 0  # slots in use, and of the prefix
 
     def start(self, valid: Tensor, positions: Tensor) -> None:
         """Forget everything, and take the first T slots for tokens with valid and positions [B, T]."""
         T = valid.shape[1]
-        self.seen = self.used = self.prefix = self._room_for(T)
+        self.used = self.prefix = self._room_for(T)
         self.slots = None
         self.valid.zero_()[:, :T] = valid
         # A slot that is not valid has weight 0, but 0 times a NaN that an earlier batch left there is NaN.
@@ -49,7 +51,6 @@ class KVCache:
         Several tokens belong to branches, not to one text: all of them have the next position.
         """
         self.used = self._room_for(self.used + count)
-        self.seen = self.valid.shape[1]
         self.slots = self.slot + torch.arange(1, count + 1, device=self.slot.device)
         self.slot += count
         self.last += 1
@@ -69,13 +70,31 @@ class KVCache:
             raise ValueError(f"the cache has {self.valid.shape[1]} slots, {slots} are needed")
         return slots
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def of_layers(self) -> list["LayerCache"]:
+        """What each layer writes and reads, as of now."""
+        layers = range(len(self.keys))  # indexed, as autograd lets nobody write to what iteration yields
+        return [LayerCache(self.keys[i], self.values[i], self.slots, self.used) for i in layers]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """A layer's part of a KVCache. Nothing in it says which layer: compiled for one, a block serves all.
+
+    keys, values [B, K, S, H]; slots int64 [T]: of the newest tokens, None in the prefill; used: slots in use.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor | None
+    used: int
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, K, T, H] into the slots just taken; returns what the queries read, [B, K, S, H]."""
-        keys, values = self.keys[layer], self.values[layer]
         if self.slots is not None:  # a step, which a graph may replay: the slots are read on the device
-            keys.index_copy_(2, self.slots, k)
-            values.index_copy_(2, self.slots, v)
-        else:
-            keys[:, :, : self.used] = k
-            values[:, :, : self.used] = v
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
+            self.keys.index_copy_(2, self.slots, k)
+            self.values.index_copy_(2, self.slots, v)
+            return self.keys, self.values
+        keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        keys.copy_(k)
+        values.copy_(v)
+        return keys, values

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import attend, rope_angles, rotate
-from model.cache import KVCache
+from model.cache import KVCache, LayerCache
 from model.config import TextConfig
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, of model/attention.py
@@ -25,9 +25,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
         self.eps = eps
+        self.scale: Tensor | None = None  # 1 + weight, once model/decoding/joined.py has fixed it
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+        scale = 1 + self.weight.float() if self.scale is None else self.scale
+        return F.rms_norm(x.float(), self.weight.shape, scale, self.eps).to(x.dtype)
+
+    def _apply(self, *args, **kwargs):  # PyTorch's, of .to() and its like: the weight moves, or is rounded
+        self.scale = None
+        return super()._apply(*args, **kwargs)
 
 
 def at(x: Tensor, only: Tensor) -> Tensor:
@@ -36,28 +42,39 @@ def at(x: Tensor, only: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config: TextConfig):
         super().__init__()
         self.attend, self.rotate = attend, rotate  # or what is put in their place, see model/seam.py
-        self.layer, self.head_dim = layer, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.scale, self.cap = config.query_scale, config.attn_cap
         self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+        self.qkv_proj: nn.Module | None = None  # these three in one, see model/decoding/joined.py
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor, cache: KVCache | None, only: Tensor | None
+        self, x: Tensor, rope: Rope, mask: Tensor, cache: LayerCache | None, only: Tensor | None
     ) -> Tensor:
-        heads = (-1, self.head_dim)
-        readers, q_rope = (x, rope) if only is None else (at(x, only), (at(rope[0], only), at(rope[1], only)))
-        q = self.rotate(self.q_proj(readers).unflatten(-1, heads), q_rope)  # [B, T, N, H]
-        k = self.rotate(self.k_proj(x).unflatten(-1, heads), rope).transpose(1, 2)  # [B, K, T, H]
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, H]
+        q, k, v = self._projected(x, rope, only)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, K, T, H]
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # [B, K, S, H]: those of the past too, already rotated
+            k, v = cache.update(k, v)  # [B, K, S, H]: those of the past too, already rotated
         out = self.attend(q, k, v, mask, self.scale, self.cap)  # [B, T, N, H]
         return self.o_proj(out.flatten(-2))  # [B, T, D]
+
+    def _projected(self, x: Tensor, rope: Rope, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]; q and k rotated."""
+        heads = (-1, self.head_dim)
+        if self.qkv_proj is not None:
+            split = (self.heads + self.kv_heads, self.kv_heads)
+            qk, v = self.qkv_proj(x).unflatten(-1, heads).split(split, dim=2)
+            q, k = self.rotate(qk, rope).split((self.heads, self.kv_heads), dim=2)
+            return q if only is None else at(q, only), k, v
+        readers, q_rope = (x, rope) if only is None else (at(x, only), (at(rope[0], only), at(rope[1], only)))
+        q = self.rotate(self.q_proj(readers).unflatten(-1, heads), q_rope)
+        k = self.rotate(self.k_proj(x).unflatten(-1, heads), rope)
+        return q, k, self.v_proj(x).unflatten(-1, heads)
 
 
 class MLP(nn.Module):
@@ -68,9 +85,14 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.width, config.mlp, bias=False)
         self.up_proj = nn.Linear(config.width, config.mlp, bias=False)
         self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
+        self.gate_up_proj: nn.Module | None = None  # gate and up in one, see model/decoding/joined.py
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
 
 
 class Block(nn.Module):
@@ -80,7 +102,7 @@ class Block(nn.Module):
     Gemma 1, and post_attn_norm in Gemma 2.
     """
 
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config: TextConfig):
         super().__init__()
 
         def norm(used: bool = True) -> nn.Module:
@@ -88,14 +110,14 @@ class Block(nn.Module):
 
         post_norms = config.version == 2
         self.pre_attn_norm = norm()
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.post_attn_norm = norm(post_norms)
         self.pre_mlp_norm = norm()
         self.mlp = MLP(config)
         self.post_mlp_norm = norm(post_norms)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor, cache: KVCache | None, only: Tensor | None = None
+        self, x: Tensor, rope: Rope, mask: Tensor, cache: LayerCache | None, only: Tensor | None = None
     ) -> Tensor:
         read = self.attn(self.pre_attn_norm(x), rope, mask, cache, only)
         x = (x if only is None else at(x, only)) + self.post_attn_norm(read)
@@ -107,7 +129,7 @@ class Gemma(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)  # the output head too: see `logits`
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
@@ -132,11 +154,12 @@ class Gemma(nn.Module):
         block after it needs them: T becomes 1.
         """
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)  # once for all layers
+        caches = [None] * len(self.layers) if cache is None else cache.of_layers()
         *blocks, last = self.layers
         for i, block in enumerate(blocks):
-            x = block(x, rope, masks[i % 2], cache)
+            x = block(x, rope, masks[i % 2], caches[i])
         position, mask = (None, masks[len(blocks) % 2]) if only is None else only
-        return self.norm(last(x, rope, mask, cache, position))
+        return self.norm(last(x, rope, mask, caches[-1], position))
 
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Hidden [..., D] -> float32 logits of the ids first to last - 1, by default of all.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.decoding.joined import fix_norms, join
 from model.decoding.photographs import add_photograph_test
 from model.io.hub import resolve, weight_files
 from model.io.weights import release_pages
@@ -48,8 +49,13 @@ def load_for_decoding(
     model = PaliGemma.from_pretrained(folder, dtype=dtype, device=device, adapter=adapter, **config_overrides)
     if adapter is None and config_overrides.get("image_size") is None:  # else it has been taught other things
         add_photograph_test(model)
+    fix_norms(model)
     if int8:
-        quantize(fold(model))
+        fold(model)
+    if model.projector.weight.device.type != "cpu":  # where it gains nothing: joined.py
+        join(model)
+    if int8:
+        quantize(model)
     elif can_pack(model) and not compiled:
         pack(model)
     if compiled:

@@ -13,7 +13,7 @@ from infer.checkup.answers import check_answers, coco_cases, jsonl_cases
 from infer.checkup.data import check_data, check_locations
 from infer.checkup.network import check_network, patient_for, special_tokens
 from model import attention, paligemma
-from model.cache import KVCache
+from model.cache import KVCache, LayerCache
 from model.gemma import Gemma
 from model.io.hub import NANO
 from model.io.tokenizer import Tokenizer
@@ -111,13 +111,13 @@ def cache_is_one_position_off(model, patch):
 
 
 def cache_forgets_the_newest(model, patch):
-    update = KVCache.update
+    update = LayerCache.update
 
-    def late(cache, layer, k, v):
-        keys, values = update(cache, layer, k, v)
+    def late(cache, k, v):
+        keys, values = update(cache, k, v)
         return (keys, values) if cache.slots is None else (keys.roll(1, 2), values.roll(1, 2))
 
-    patch.setattr(KVCache, "update", late)
+    patch.setattr(LayerCache, "update", late)
 
 
 def branches_follow_each_other(model, patch):
