@@ -131,6 +131,7 @@ class Gemma(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)  # the output head too: see `logits`
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
+        self.run_step = Block.__call__  # in decoding steps: model/decoding/compiled.py compiles it
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Ids [B, T] -> [B, T, D] * sqrt(D)."""
@@ -155,11 +156,12 @@ class Gemma(nn.Module):
         """
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)  # once for all layers
         caches = [None] * len(self.layers) if cache is None else cache.of_layers()
+        run = Block.__call__ if cache is None or cache.slots is None else self.run_step
         *blocks, last = self.layers
         for i, block in enumerate(blocks):
-            x = block(x, rope, masks[i % 2], caches[i])
+            x = run(block, x, rope, masks[i % 2], caches[i])
         position, mask = (None, masks[len(blocks) % 2]) if only is None else only
-        return self.norm(last(x, rope, mask, caches[-1], position))
+        return self.norm(run(last, x, rope, mask, caches[-1], position))
 
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Hidden [..., D] -> float32 logits of the ids first to last - 1, by default of all.

@@ -51,7 +51,7 @@ def add_model_arguments(options: argparse.ArgumentParser) -> None:
     add("--final-cap", type=float, help="soft cap of the logits instead of the checkpoint's; 0: off")
     add_seam_arguments(add)
     add("--int8", action="store_true", help="the decoder's matrices in 8 bits: half the memory")
-    add("--compile", action="store_true", help="torch.compile the decoder: slow to start, meant for a GPU")
+    add("--compile", action="store_true", help="torch.compile decoding steps: slow to start, meant for a GPU")
     add("--seed", type=int, default=0, help="of torch's random numbers; greedy decoding draws none")
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.decoding.compiled import compile_steps
 from model.decoding.joined import fix_norms, join
 from model.decoding.photographs import add_photograph_test
 from model.io.hub import resolve, weight_files
@@ -39,7 +40,7 @@ def load_for_decoding(
     """PaliGemma.from_pretrained, and then its matrices in the layout that decodes fastest.
 
     dtype: None for float32 if the model is small and runs on a CPU, else bfloat16. int8: quantize the decoder
-    (an adapter is folded in before). compiled: torch.compile the decoder, whose Linears are then not packed.
+    (an adapter is folded in before). compiled: torch.compile the steps, whose Linears are then not packed.
     """
     folder = resolve(source)
     if dtype is None:
@@ -59,7 +60,7 @@ def load_for_decoding(
     elif can_pack(model) and not compiled:
         pack(model)
     if compiled:
-        model.decoder.compile()
+        compile_steps(model)
     return model
 
 

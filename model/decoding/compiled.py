@@ -1,0 +1,51 @@
+"""The blocks of decoding steps compiled by torch.compile: norms, rotations and softmax become a few kernels.
+
+    compile_steps(model)
+
+One block is compiled and serves all layers, so that it takes seconds and not minutes. That happens at the
+first steps, which is before a CUDA graph is captured: the graph then holds the fused kernels. A second size
+of batch or cache compiles once more, for all sizes. The prefill stays as it is, and so does the head, which
+has a kernel of its own.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from model.cache import LayerCache
+from model.gemma import Block, Rope
+from model.paligemma import PaliGemma
+
+
+def _run(block: Block, x: Tensor, rope: Rope, mask: Tensor, cache: LayerCache, only: None = None) -> Tensor:
+    return block(x, rope, mask, cache)  # for the last layer, too, which alone is given an `only`, None here
+
+
+class CompiledBlock:
+    """Gemma.run_step compiled; where that fails, as on a machine without a compiler, it says so once and
+    computes the same uncompiled."""
+
+    def __init__(self, backend: str = "inductor"):
+        # Whole: a break of the graph would be slow, and nobody would know. Without the CUDA graphs that
+        # TorchInductor can make itself: a capture is going on already.
+        options = {"triton.cudagraphs": False} if backend == "inductor" else None
+        self.compiled = torch.compile(_run, fullgraph=True, backend=backend, options=options)
+
+    def __call__(self, block: Block, *args) -> Tensor:
+        if self.compiled is not None:
+            try:
+                return self.compiled(block, *args)
+            except (
+                Exception
+            ) as error:  # of any of three compilers; what is no fault of theirs is raised below
+                why = " ".join(f"{type(error).__name__}: {error}".split())
+                logging.getLogger(__name__).warning("torch.compile failed, steps run uncompiled: %.300s", why)
+                self.compiled = None
+        return _run(block, *args)  # a step that began writes to the same slots again
+
+
+def compile_steps(model: PaliGemma) -> None:
+    """Compile the steps of one token and of K branches. What is put into the model's attention must be there
+    by then; hooks are not seen."""
+    model.decoder.run_step = CompiledBlock()
