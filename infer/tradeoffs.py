@@ -8,7 +8,7 @@
 growth uses random weights of nano's form where images are of another size than nano's. The three ways of
 head, on random hidden states: "full", the logits of the whole vocabulary with those not allowed masked;
 "slice", the allowed rows alone, in plain PyTorch (model/decoding/closed_set.py); "kernel", the same fused in
-one launch, on a GPU only (model/decoding/head_kernel.py). On a GPU each is timed inside a CUDA graph, as in
+two launches, on a GPU only (model/decoding/head_kernel.py). On a GPU each is timed inside a CUDA graph, as in
 the decode loop.
 """
 

@@ -1,9 +1,11 @@
-"""The restricted head as one Triton kernel: what `choose` of closed_set.py does, in a single launch.
+"""The restricted head in two Triton kernels: what `choose` of closed_set.py does, in two launches.
 
-A program takes BLOCK_R allowed rows of the tied embedding and BLOCK_B hidden states, and leaves their logits
-in a scratch buffer. Programs count themselves when this is done. The last one for its hidden states finds all
-logits there and does the rest: softmax, choice, score. So nothing waits, and no second launch is needed.
-Which rows are allowed follows from the position, read on the device: one CUDA graph serves all steps.
+`restricted_logits` multiplies hidden states by the allowed rows of the tied embedding, a tile of each in
+every program. `choose_one` has a program for each hidden state: softmax, choice, score. Which rows are
+allowed follows from the position, read on the device: one CUDA graph serves all steps.
+
+One launch could do both, if the last program to multiply went on for all others. But for 16 states it would
+do 16 softmaxes in series, while 131 SMs have nothing to do; a second launch inside a graph costs about 1 us.
 
 Axes: B batch, D width, R allowed rows (1,024 coordinates, or classes and noise).
 """
@@ -19,8 +21,27 @@ from model.gemma import Gemma
 from model.io.tokenizer import LOCS
 
 R = tl.constexpr(LOCS)  # rows of locations, the larger of the two sets of allowed ids
-BLOCKS = dict(BLOCK_B=16, BLOCK_R=16, BLOCK_D=128, BLOCK_END=4)  # END: hidden states chosen for at a time
-INTERPRETED = triton.knobs.runtime.interpret  # without a GPU: the kernel runs in numpy
+INTERPRETED = triton.knobs.runtime.interpret  # without a GPU: the kernels run in numpy
+
+# Hidden states and rows of a tile, and how much of the width a program reads at a time. The largest tile is
+# taken of which there are PROGRAMS: an H100 has 132 SMs, an A100 108. For 1,024 rows there are 128 each time:
+#     16 states or fewer   16 x 8         64   32 x 16        256   64 x 32
+#     32                   16 x 16       128   32 x 32        512   64 x 64, and more programs from there
+# Large tiles read less: of the 3B, 512 states in tiles of 16 x 16 would read 2,048 programs * 32 rows
+# * 4.6 KB = 302 MB from the L2 cache, in tiles of 64 x 64 a quarter of that.
+TILES = (64, 64, 64), (64, 32, 64), (32, 32, 128), (32, 16, 128), (16, 16, 256), (16, 8, 256)
+PROGRAMS = 128
+# Four parts of the width are on their way while another is multiplied. With 16 x 8 these are 16 KB of the
+# embedding; to read 3.35 TB/s, with 0.7 us or so until memory answers, each of 132 SMs must have 18 KB on the
+# way. They take at most 80 KB of shared memory, of the 99 KB that small GPUs have, too.
+STAGES = 5
+
+
+def tile_for(states: int, rows: int, bytes_each: int) -> dict[str, int]:
+    """The tile for so many hidden states and rows of numbers of 2 or 4 bytes."""
+    wanted = (tile for tile in TILES if triton.cdiv(states, tile[0]) * triton.cdiv(rows, tile[1]) >= PROGRAMS)
+    block_b, block_r, block_d = next(wanted, TILES[-1])
+    return dict(BLOCK_B=block_b, BLOCK_R=block_r, BLOCK_D=block_d * 2 // bytes_each)
 
 
 @triton.jit
@@ -31,130 +52,128 @@ def soft_cap(x, cap):
 
 
 @triton.jit
-def nucleus(p, top_p, N: tl.constexpr):
-    """Probabilities [N, R] -> [N, 1]: the largest t for which those of at least t reach top_p together.
+def nucleus(p, top_p):
+    """Probabilities [R] -> the largest t for which those of at least t reach top_p together.
 
     Bisection over bit patterns, instead of a sort: positive floats are ordered as the integers with the same
     bits. Probabilities of at least low always reach top_p together, those of at least high never do. After 31
     halvings of a range below 2^30, high is low + 1. There is no float between them, so t is low exactly.
     """
-    low, high = tl.zeros([N, 1], tl.int32), tl.full([N, 1], 0x3F800001, tl.int32)  # 0 <= t < next after 1.0
+    low, high = tl.full([], 0, tl.int32), tl.full([], 0x3F800001, tl.int32)  # 0 <= t < next after 1.0
     for _ in range(31):
         middle = (low + high) // 2
         reached = tl.where(p >= middle.to(tl.float32, bitcast=True), p, 0.0)
-        enough = tl.sum(reached, axis=1, keep_dims=True) >= top_p
+        enough = tl.sum(reached) >= top_p
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
     return low.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def draw(p, u, i):
-    """A draw from weights p [N, R], given u [N, 1] in [0, 1): the first of the indices i [1, R] whose running
-    sum exceeds u * sum, [N, 1]."""
-    running = tl.cumsum(p, axis=1)
-    total = tl.max(running, axis=1, keep_dims=True)
-    return tl.min(tl.where((running > u * total) & (p > 0), i, R), axis=1, keep_dims=True)
+    """A draw from weights p [R], given u in [0, 1): the first of the indices i [R] whose running sum exceeds
+    u * sum."""
+    running = tl.cumsum(p)
+    return tl.min(tl.where((running > u * tl.max(running)) & (p > 0), i, R))
 
 
 @triton.jit
-def restricted_head(
-    hidden, embed, position, uniform, scratch, arrived, fed, best_id, score, noise,
-    B, D, loc0, class0, classes, cap, temperature, top_p,
-    GROUP: tl.constexpr, NOISE_FEEDBACK: tl.constexpr, SAMPLE: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_END: tl.constexpr,
-):  # fmt: skip
-    """hidden [B, D], embed [vocabulary, D], position [1], uniform [B] -> fed, best_id, score, noise [B].
-
-    scratch float32 [B, R]: room for logits; arrived int32 [B / BLOCK_B]: counters at 0. WIDEN: multiply in
-    float32, as Triton's interpreter computes in numpy, which would take the bits of bfloat16 for integers.
-    """
+def allowed(position, loc0, class0, classes, GROUP: tl.constexpr):
+    """Whether a class stands at the position, the first id that may, and how many may."""
     is_class = tl.load(position) % GROUP == GROUP - 1
-    first = tl.where(is_class, class0, loc0)
-    rows = tl.where(is_class, classes + 1, R)
-    tile, batch = tl.program_id(0), tl.program_id(1)
-    if tile * BLOCK_R < rows:  # there are programs for R rows; most have nothing to do if these are classes
-        r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        b = batch * BLOCK_B + tl.arange(0, BLOCK_B)
+    return is_class, tl.where(is_class, class0, loc0), tl.where(is_class, classes + 1, R)
+
+
+@triton.jit(do_not_specialize_on_alignment=["position"])
+def restricted_logits(
+    hidden, embed, position, logits, B, D, loc0, class0, classes, cap,
+    GROUP: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """hidden [B, D], embed [vocabulary, D], position [1] -> logits float32 [B, R], capped.
+
+    WIDEN: multiply in float32, as Triton's interpreter computes in numpy, which would take the bits of
+    bfloat16 for integers.
+    """
+    is_class, first, rows = allowed(position, loc0, class0, classes, GROUP)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    if tl.program_id(0) * BLOCK_R < rows:  # else a position on the device is one of classes
         h = hidden + b[:, None] * D
         w = embed + (first + r).to(tl.int64)[None, :] * D
-        logits = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+        sums = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             h_tile = tl.load(h + d[None, :], (b[:, None] < B) & (d[None, :] < D), 0.0)
             w_tile = tl.load(w + d[:, None], (r[None, :] < rows) & (d[:, None] < D), 0.0)
             if WIDEN:
                 h_tile, w_tile = h_tile.to(tl.float32), w_tile.to(tl.float32)
-            logits = tl.dot(h_tile, w_tile, logits, input_precision="ieee")
-        tl.store(scratch + b[:, None] * R + r[None, :], soft_cap(logits, cap), b[:, None] < B)
+            sums = tl.dot(h_tile, w_tile, sums, input_precision="ieee")
+        tl.store(logits + b[:, None] * R + r[None, :], soft_cap(sums, cap), b[:, None] < B)
 
-    # atomic_add is ordered both ways (release and acquire, across the GPU): what a program stored before it
-    # is visible to every program that counts later. The first barrier extends this to the stores of all its
-    # threads, the second to their loads. So the last program to count sees all logits.
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + batch, 1) == tl.num_programs(0) - 1:
-        tl.debug_barrier()
-        tl.store(arrived + batch, 0)  # for the next launch
-        i = tl.arange(0, R)[None, :]
-        real = i < tl.where(is_class, classes, R)  # noise counts in p, but is never chosen
-        # A few hidden states at a time: singly, each would wait for its sums; all need too many registers.
-        for start in range(batch * BLOCK_B, min(B, (batch + 1) * BLOCK_B), BLOCK_END):
-            row = start + tl.arange(0, BLOCK_END)[:, None]
-            there = row < B
-            # .cg: from the L2 cache, which all programs share. L1 may hold what an earlier launch left there.
-            x = tl.load(scratch + row * R + i, there & (i < rows), float("-inf"), cache_modifier=".cg")
-            x = tl.where(there, x, 0.0)
-            real_x = tl.where(real, x, float("-inf"))
-            e = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
-            p = e / tl.sum(e, axis=1, keep_dims=True)
-            p_noise = tl.sum(tl.where(real, 0.0, p), axis=1, keep_dims=True)
-            if SAMPLE:
-                hot = tl.exp((real_x - tl.max(real_x, axis=1, keep_dims=True)) / temperature)
-                hot = hot / tl.sum(hot, axis=1, keep_dims=True)
-                hot = tl.where(hot >= nucleus(hot, top_p, BLOCK_END), hot, 0.0)
-                best = draw(hot, tl.load(uniform + row, there, 0.0), i)
-            else:
-                best = tl.argmax(real_x, axis=1, keep_dims=True)
-            p_real = tl.max(tl.where(real, p, 0.0), axis=1, keep_dims=True)
-            p_best = tl.sum(tl.where(i == best, p, 0.0), axis=1, keep_dims=True)
-            is_noise = NOISE_FEEDBACK & (p_noise > p_real)
-            tl.store(best_id + row, first + best, there)
-            tl.store(fed + row, tl.where(is_noise, class0 + classes, first + best), there)
-            tl.store(score + row, p_best + 0 * tl.sum(p, axis=1, keep_dims=True), there)  # NaN if any p is
-            tl.store(noise + row, p_noise, there)
+
+@triton.jit(do_not_specialize_on_alignment=["position"])
+def choose_one(
+    logits, position, uniform, fed, best_id, score, noise, loc0, class0, classes, temperature, top_p,
+    GROUP: tl.constexpr, NOISE_FEEDBACK: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """logits [B, R], position [1], uniform [B] -> fed, best_id, score, noise [B]; a program for one of B."""
+    is_class, first, rows = allowed(position, loc0, class0, classes, GROUP)
+    b, i = tl.program_id(0), tl.arange(0, R)
+    real = i < tl.where(is_class, classes, R)  # noise counts in p, but is never chosen
+    x = tl.load(logits + b * R + i, i < rows, float("-inf"))
+    real_x = tl.where(real, x, float("-inf"))
+    e = tl.exp(x - tl.max(x))
+    p = e / tl.sum(e)
+    p_noise = tl.sum(tl.where(real, 0.0, p))
+    if SAMPLE:
+        hot = tl.exp((real_x - tl.max(real_x)) / temperature)
+        hot = hot / tl.sum(hot)
+        hot = tl.where(hot >= nucleus(hot, top_p), hot, 0.0)
+        best = draw(hot, tl.load(uniform + b), i)
+    else:
+        best = tl.argmax(real_x, axis=0)
+    p_best = tl.sum(tl.where(i == best, p, 0.0))
+    is_noise = NOISE_FEEDBACK & (p_noise > tl.max(tl.where(real, p, 0.0)))
+    tl.store(best_id + b, first + best)
+    tl.store(fed + b, tl.where(is_noise, class0 + classes, first + best))
+    tl.store(score + b, p_best + 0 * tl.sum(p))  # NaN if any p is
+    tl.store(noise + b, p_noise)
 
 
 class FusedHead:
-    """Head in one launch. Its buffers grow with the batch, and are otherwise reused."""
+    """Head in two launches."""
 
     def __init__(
         self, decoder: Gemma, allowed: list[tuple[int, int]], noise_feedback: bool, sampling: Sampling
     ):
         weight = decoder.embed.weight
-        (self.loc0, _), (self.class0, last) = allowed[0], allowed[-1]
-        self.classes = last - self.class0 - 1  # without noise
+        (loc0, _), (class0, last) = allowed[0], allowed[-1]
+        self.ids = loc0, class0, last - class0 - 1  # the classes without noise
+        self.rows = [last - first for first, last in allowed]
         self.embed, self.group, self.sampling = weight, len(allowed), sampling
         self.cap = decoder.config.final_cap or float("inf")
         self.noise_feedback = noise_feedback
         self.slots = torch.arange(self.group, device=weight.device)
-        self.scratch = torch.empty(0, R.value, device=weight.device)
-        self.arrived = torch.zeros(0, dtype=torch.int32, device=weight.device)
 
     def __call__(self, hidden: Tensor, slot: int | Tensor, uniform: Tensor) -> Choice:
         """Hidden [B, D], slot of the group, uniform [B] -> Choice. slot may also be a position of the answer,
         int64 [1] on the device."""
         B, D = hidden.shape
-        if len(self.scratch) < B:
-            self.scratch = hidden.new_empty(B, R.value, dtype=torch.float32)
-            self.arrived = self.slots.new_zeros(triton.cdiv(B, BLOCKS["BLOCK_B"]), dtype=torch.int32)
+        on_device = isinstance(slot, Tensor)
+        position, rows = (slot, R.value) if on_device else (self.slots[slot:], self.rows[slot])
+        tile = tile_for(B, rows, self.embed.element_size())
+        logits = hidden.new_empty(B, R.value, dtype=torch.float32)
         best, fed = self.slots.new_empty(2, B)
-        score, noise = self.scratch.new_empty(2, B)
-        position = slot if isinstance(slot, Tensor) else self.slots[slot:]
-        grid = triton.cdiv(R.value, BLOCKS["BLOCK_R"]), triton.cdiv(B, BLOCKS["BLOCK_B"])
+        score, noise = logits.new_empty(2, B)
+        grid = triton.cdiv(rows, tile["BLOCK_R"]), triton.cdiv(B, tile["BLOCK_B"])
         with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
-            restricted_head[grid](
-                hidden.contiguous(), self.embed, position, uniform, self.scratch, self.arrived,
-                fed, best, score, noise, B, D, self.loc0, self.class0, self.classes, self.cap,
-                self.sampling.temperature, self.sampling.top_p, GROUP=self.group, WIDEN=INTERPRETED,
-                NOISE_FEEDBACK=self.noise_feedback, SAMPLE=self.sampling.temperature > 0, **BLOCKS,
+            restricted_logits[grid](
+                hidden.contiguous(), self.embed, position, logits, B, D, *self.ids, self.cap,
+                GROUP=self.group, WIDEN=INTERPRETED, num_stages=STAGES, **tile,
+            )  # fmt: skip
+            choose_one[(B,)](
+                logits, position, uniform, fed, best, score, noise, *self.ids,
+                self.sampling.temperature, self.sampling.top_p, GROUP=self.group,
+                NOISE_FEEDBACK=self.noise_feedback, SAMPLE=self.sampling.temperature > 0,
             )  # fmt: skip
         return Choice(best=best, fed=fed, score=score, noise=noise)

@@ -7,9 +7,10 @@ import torch
 from helpers import python
 
 from model.config import TextConfig
+from model.decoding import head_kernel
 from model.decoding.closed_set import Head
 from model.decoding.generate import GREEDY, Sampling
-from model.decoding.head_kernel import FusedHead
+from model.decoding.head_kernel import PROGRAMS, TILES, FusedHead, tile_for
 from model.gemma import Gemma
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py asks for the interpreter on a CPU
@@ -19,6 +20,13 @@ VOCAB, LOC0, CLASS0 = 1400, 150, 7
 
 
 NEAR = dict(rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The largest tiles, as the interpreter takes a while for each program."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(head_kernel, "PROGRAMS", 1)
 
 
 def heads(width, classes=80, dtype=torch.float32, cap=30.0, noise_feedback=True, sampling=GREEDY, seed=0):
@@ -68,14 +76,32 @@ def test_kernel_without_numbers(slot, sampling):
         assert head(hidden, slot, uniform).score.isnan().all()
 
 
-def test_kernel_many_rows():
-    """The branches of 11 images, 24 each; then fewer rows, in the same buffers. Of classes only, which is all
-    that parallel decoding chooses here; 1,024 coordinates for this many rows take the interpreter half a
-    minute."""
-    plain, fused = heads(33, noise_feedback=False)
-    for count in (264, 20):
-        hidden, uniform = inputs(count, 33, seed=count)
-        check(plain(hidden, 4, uniform), fused(hidden, 4, uniform))
+@pytest.mark.parametrize("tile", TILES)
+def test_kernel_of_every_tile(tile, monkeypatch):
+    """More states than a tile has, so that the last tile of states and of classes is not full; a width that
+    is not a multiple of its part."""
+    dtype = (torch.float32, torch.bfloat16)[TILES.index(tile) % 2]
+    monkeypatch.setattr(head_kernel, "TILES", (tile,))
+    exact, fused = heads(140, classes=70, dtype=dtype)
+    exact.decoder.embed.weight = torch.nn.Parameter(exact.decoder.embed.weight.float(), requires_grad=False)
+    hidden, uniform = inputs(tile[0] + 3, 140, dtype)
+    check(exact(hidden.float(), 4, uniform), fused(hidden, 4, uniform))
+
+
+@pytest.mark.parametrize("bytes_each", [2, 4])
+@pytest.mark.parametrize("states", [1, 16, 24, 32, 51, 64, 128, 256, 512, 2048])
+def test_tiles(states, bytes_each, monkeypatch):
+    """As many programs as a GPU has SMs, where there is work for them, and few more, unless the tiles are the
+    largest; and a tile's part of the width has one size in bytes."""
+    monkeypatch.setattr(head_kernel, "PROGRAMS", PROGRAMS)
+    for rows in (1024, 81, 2):
+        tile = tile_for(states, rows, bytes_each)
+        block_b, block_r, block_d = tile.values()
+        programs = -(-states // block_b) * -(-rows // block_r)
+        assert programs >= PROGRAMS or (block_b, block_r) == TILES[-1][:2]
+        assert programs < 4 * PROGRAMS or (block_b, block_r) == TILES[0][:2]
+        assert 12 << 10 <= (block_b + block_r) * block_d * bytes_each <= 16 << 10
+    assert tile_for(16, 1024, 2)["BLOCK_R"] == 8 and tile_for(512, 1024, 2)["BLOCK_R"] == 64
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.3), (1.0, 1e-6)])
@@ -135,48 +161,60 @@ def test_all_noise(noise_feedback):
 # For GPUs that are not here ---------------------------------------------------------------------------------
 
 
-def test_the_kernel_is_launched_on_the_gpu_of_its_tensors(current, monkeypatch):
+def test_the_kernels_are_launched_on_the_gpu_of_their_tensors(current, monkeypatch):
     """Also for who calls FusedHead by itself."""
-    pytest.importorskip("triton")
-    from model.decoding import head_kernel
-
-    launches = []
+    launches, hidden = [], torch.zeros(2, 16, device=DEVICE)
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda hidden, *args, **kwargs: launches.append(current[-1] is hidden if current else None)
+            return lambda *args, **kwargs: launches.append(bool(current) and current[-1] is hidden)
 
-    monkeypatch.setattr(head_kernel, "restricted_head", Kernel())
+    for name in ("restricted_logits", "choose_one"):
+        monkeypatch.setattr(head_kernel, name, Kernel())
     plain, _ = heads(16, classes=3)
     head = head_kernel.FusedHead(plain.decoder, plain.allowed, noise_feedback=False, sampling=GREEDY)
-    head(torch.zeros(2, 16, device=DEVICE), 0, torch.zeros(2, device=DEVICE))
-    assert launches == [True] and not current
+    head(hidden, 0, torch.zeros(2, device=DEVICE))
+    assert launches == [True, True] and not current
 
 
 COMPILE = """
-from itertools import product
-
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.decoding.head_kernel import BLOCKS, restricted_head
-numbers = dict.fromkeys(["B", "D", "loc0", "class0", "classes"], "i32")
-numbers |= dict.fromkeys(["cap", "temperature", "top_p"], "fp32")
-# In sequence, sampled, and the classes of parallel branches: nothing is fed back, and numbers and addresses
-# are known to be multiples of 16, as 384 rows are.
-variants = [("*bf16", False, True, False), ("*fp32", True, True, False), ("*bf16", False, False, True)]
-for (weight, sample, feedback, aligned), target in product(variants, [80, 90]):
-    print(weight, sample, feedback, aligned, target)
-    pointers = dict(hidden=weight, embed=weight, position="*i64", uniform="*fp32", scratch="*fp32")
-    pointers |= dict(arrived="*i32", fed="*i64", best_id="*i64", score="*fp32", noise="*fp32")
-    constants = dict(GROUP=5, NOISE_FEEDBACK=feedback, SAMPLE=sample, WIDEN=False) | BLOCKS
-    signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
-    arguments = [i for i, name in enumerate(signature) if name in pointers or name in ("B", "D", "classes")]
+
+import triton
+from model.decoding.head_kernel import STAGES, TILES, choose_one, restricted_logits
+
+POINTERS = dict(position="*i64", logits="*fp32", uniform="*fp32", fed="*i64", best_id="*i64", score="*fp32")
+POINTERS |= dict(noise="*fp32", hidden="*bf16", embed="*bf16")
+NUMBERS = dict.fromkeys(["B", "D", "loc0", "class0", "classes"], "i32")
+NUMBERS |= dict.fromkeys(["cap", "temperature", "top_p"], "fp32")
+
+
+def compiled(kernel, target, aligned, constants, types=(), **options):
+    # aligned: numbers and addresses are known to be multiples of 16, as D and the rows of a cache are
+    types = POINTERS | NUMBERS | dict(types) | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    arguments = [i for i, name in enumerate(signature) if name in ("B", "D", "hidden", "embed", "logits")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in arguments if aligned}
-    source = ASTSource(restricted_head, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
-    assert len(compiled.asm["cubin"]) > 1000
-    assert ("mma" in compiled.asm["ptx"]) == (weight == "*bf16")
+    source = ASTSource(kernel, signature, constants, attributes)
+    found = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    assert len(found.asm["cubin"]) > 1000
+    assert found.metadata.shared <= 99 << 10  # bytes that a program may have on any GPU from sm_80 on
+    return found.asm["ptx"]
+
+
+for target in (80, 90):
+    for weight, aligned, tiles in (("*bf16", True, TILES[::5]), ("*fp32", False, TILES[:1])):
+        for b, r, d in tiles:
+            print(target, weight, b, r)
+            block = dict(BLOCK_B=b, BLOCK_R=r, BLOCK_D=d if weight == "*bf16" else d // 2)
+            types = dict(hidden=weight, embed=weight)
+            constants = dict(GROUP=5, WIDEN=False) | block
+            ptx = compiled(restricted_logits, target, aligned, constants, types, num_stages=STAGES)
+            assert ("mma" in ptx) == (weight == "*bf16")
+            assert ("cp.async" in ptx) or not aligned
+    for sample in (False, True):
+        compiled(choose_one, target, True, dict(GROUP=5, NOISE_FEEDBACK=not sample, SAMPLE=sample))
 """
 
 
