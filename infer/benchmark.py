@@ -87,8 +87,8 @@ class Parallel(Ours):
 
     in_sequence = False
 
-    def __init__(self, folder: Path, args: argparse.Namespace):
-        super().__init__(folder, args)
+    def __init__(self, folder: Path, args: argparse.Namespace, compiled=False):
+        super().__init__(folder, args, compiled=compiled)
         self.decoder = ParallelDecoder(self.model, self.language, args.branches, head=self.head)
 
     def decode(self, images: Tensor, groups: int) -> Tensor:
@@ -151,6 +151,7 @@ SIDES = {
     "ours, compiled": partial(Ours, compiled=True),
     "ours, plain head": partial(Ours, fused_head=False),
     "ours, parallel": Parallel,
+    "ours, parallel, compiled": partial(Parallel, compiled=True),
     "transformers": Peer,
 }
 
@@ -222,6 +223,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     on_gpu = args.device.startswith("cuda")
     asked = {"ours, int8": args.int8, "ours, compiled": args.compile, "transformers": args.peer}
     asked |= {"ours": True, "ours, plain head": on_gpu, "ours, parallel": args.parallel}
+    asked |= {"ours, parallel, compiled": args.parallel and args.compile}
     names = [name for name in SIDES if asked[name]]
     size, bandwidth = weight_bytes(folder, args), copy_bandwidth(args.device)
     floor = size / bandwidth

@@ -14,6 +14,7 @@ from model.decoding.head_kernel import PROGRAMS, TILES, FusedHead, tile_for
 from model.gemma import Gemma
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py asks for the interpreter on a CPU
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # there, -m gpu runs all of these
 
 
 VOCAB, LOC0, CLASS0 = 1400, 150, 7
