@@ -3,29 +3,37 @@
     join(model)         # q, k and v of a layer in one matrix, gate and up in another
     fix_norms(model)    # 1 + weight computed once; the same bits
 
-A step on a GPU is a row of small kernels. Join comes before pack and quantize of packing.py: these lay out
-plain Linears, of which there are then fewer.
+A step on a GPU is a row of small kernels. On a CPU, joining gains where x is prepared for every product anew,
+as in int8: packing.quantize joins, too.
 """
 
 import torch
 from torch import nn
 
-from model.gemma import RMSNorm
+from model.gemma import Block, RMSNorm
 from model.io.weights import release_pages
 from model.paligemma import PaliGemma
 
 
 def join(model: PaliGemma) -> None:
-    """Join the decoder's matrices, one layer after the other, each old one freed at once: memory never holds
-    two copies of the model. Those with an adapter stay, and the others that read the same input with them."""
+    """Join the decoder's matrices, one after the other, each old one freed at once: memory never holds two
+    copies of the model."""
     for block in model.decoder.layers:
-        _join(block.attn, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
-        _join(block.mlp, "gate_up_proj", ("gate_proj", "up_proj"))
+        join_block(block)
+    # What was freed in pieces is too small for PyTorch to use again, and the size of a batch is decided by
+    # what the GPU says is free.
+    torch.cuda.empty_cache()
+
+
+def join_block(block: Block) -> None:
+    """Join the matrices of a block; those with an adapter stay, and so do the others of the same input."""
+    _join(block.attn, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+    _join(block.mlp, "gate_up_proj", ("gate_proj", "up_proj"))
 
 
 def _join(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
     """Put the Linears `parts` of a module in one of that name, their rows one below the other."""
-    linears = [module.get_submodule(part) for part in parts]
+    linears = [getattr(module, part) for part in parts]  # None where they were joined before
     if any(type(linear) is not nn.Linear for linear in linears):
         return
     weight = torch.cat([linear.weight.detach() for linear in linears])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.decoding.compiled import compile_steps
-from model.decoding.joined import fix_norms, join
+from model.decoding.joined import fix_norms, join, join_block
 from model.decoding.layouts import (
     HalfLinear,
     Int8Linear,
@@ -59,11 +59,9 @@ def load_for_decoding(
         add_photograph_test(model)
     fix_norms(model)
     if int8:
-        fold(model)
-    if model.projector.weight.device.type != "cpu":  # where it gains nothing: joined.py
+        quantize(fold(model))
+    elif model.projector.weight.device.type != "cpu":  # there it gains nothing
         join(model)
-    if int8:
-        quantize(model)
     if can_pack(model) and not compiled:
         pack(model)
     if compiled:
@@ -106,14 +104,17 @@ def in_float32(attention: Callable) -> Callable:
 
 
 def quantize(model: PaliGemma) -> None:
-    """Round the decoder's matrices to int8. Adapters must have been folded into them before."""
+    """Round the decoder's matrices to int8, joined (joined.py). Adapters must have been folded into them
+    before."""
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("int8 needs plain matrices, the model has an adapter: lora.fold(model) merges it")
     on_cpu = model.projector.weight.device.type == "cpu"
-    _replace(model.decoder.layers, PlanesLinear if on_cpu and has_fbgemm() else Int8Linear)
+    for block in model.decoder.layers:  # joined one by one: wide matrices of all would be a second copy
+        join_block(block)
+        _replace(block, PlanesLinear if on_cpu and has_fbgemm() else Int8Linear)
 
 
-def _replace(layers: nn.ModuleList, make: Callable[[nn.Linear], nn.Module]) -> None:
+def _replace(layers: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Put make(linear) in the place of every plain Linear."""
     for path in [path for path, module in layers.named_modules() if type(module) is nn.Linear]:
         linear = layers.get_submodule(path)

@@ -11,9 +11,11 @@ from torch import nn
 
 from infer.lib.knock_out import without_head, without_layer
 from model import PaliGemma
+from model.decoding import packing
 from model.decoding.detector import closed_set_decoder
 from model.decoding.joined import fix_norms, join
-from model.decoding.packing import Int8Linear, load_for_decoding, quantize
+from model.decoding.layouts import Int8Linear, PlanesLinear
+from model.decoding.packing import load_for_decoding, quantize
 from model.gemma import RMSNorm
 from model.lora import add_lora, lora_layers
 from model.seam import replace_attention
@@ -47,7 +49,7 @@ def without_softmax(q, k, v, mask, scale, cap=None):
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("change", ["", "attention", "rotation", "adapter", "int8"])
-def test_joined_equals_separate(version, change, tmp_path):
+def test_joined_equals_separate(version, change, tmp_path, monkeypatch):
     """Both versions of Gemma; with another attention and another rotation; next to an adapter; in 8 bits."""
     hf = tiny_paligemma(family="gemma" if version == 1 else "gemma2")
     model = PaliGemma.from_pretrained(str(save(hf, tmp_path)), dtype=torch.float32)
@@ -63,14 +65,16 @@ def test_joined_equals_separate(version, change, tmp_path):
             layer.B.data.normal_()
     other = joined(model)
     if change == "int8":
-        quantize(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "join_block", lambda block: None)
+            quantize(model)
         quantize(other)
     attn, mlp = other.decoder.layers[1].attn, other.decoder.layers[1].mlp
     if change == "adapter":
         assert attn.qkv_proj is None and mlp.gate_up_proj is None and len(lora_layers(other)) > 1
     else:
         assert attn.q_proj is None and mlp.up_proj is None
-        assert isinstance(attn.qkv_proj, Int8Linear if change == "int8" else nn.Linear)
+        assert isinstance(attn.qkv_proj, (Int8Linear, PlanesLinear) if change == "int8" else nn.Linear)
     images, tokens = random_inputs(hf, batch=2, length=7)
     for ours, theirs in zip(hidden_states(other, images, tokens), hidden_states(model, images, tokens)):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -129,8 +133,9 @@ def test_norms_keep_their_bits():
 
 
 def test_joined_where_it_gains(model):
-    """On a CPU matrices stay as they are."""
+    """On a CPU matrices stay as they are, but in int8."""
     assert load_for_decoding(model).decoder.layers[0].attn.qkv_proj is None
+    assert load_for_decoding(model, int8=True).decoder.layers[0].attn.q_proj is None
     on_gpu = load_for_decoding(model, device="meta").decoder.layers[0]
     assert on_gpu.attn.q_proj is None and on_gpu.mlp.gate_up_proj.weight.is_meta
     assert all(m.scale is not None for m in on_gpu.modules() if isinstance(m, RMSNorm))

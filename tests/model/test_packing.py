@@ -120,7 +120,7 @@ def test_model(tmp_path):
     exact = PaliGemma.from_pretrained(str(save(tiny_paligemma(0), tmp_path)), dtype=torch.float32)
     small = copy.deepcopy(exact)
     quantize(small)
-    layer = small.decoder.layers[0].mlp.up_proj
+    layer = small.decoder.layers[0].mlp.down_proj
     assert type(layer) is (PlanesLinear if has_fbgemm() else Int8Linear) and not list(layer.parameters())
     images, tokens = random_inputs(tiny_paligemma(0), batch=1, length=6)
     p, q = (model(images, tokens, 6).log_softmax(-1) for model in (exact, small))
@@ -167,7 +167,7 @@ def test_layouts_to_load(tmp_path, monkeypatch):
     save_adapter(model, tmp_path / "adapter")
     small = load_for_decoding(folder, adapter=tmp_path / "adapter", int8=True)
     assert packed == [model, small] and not lora_layers(small), "its vision tower"
-    assert type(small.decoder.layers[0].mlp.up_proj) is (PlanesLinear if has_fbgemm() else Int8Linear)
+    assert type(small.decoder.layers[0].mlp.down_proj) is (PlanesLinear if has_fbgemm() else Int8Linear)
 
 
 packs = pytest.mark.skipif(

@@ -196,7 +196,7 @@ def test_packed(layout, tmp_path, monkeypatch):
         quantize(model)
     else:
         pack(model.bfloat16())
-    assert isinstance(model.decoder.layers[0].mlp.up_proj, layout)
+    assert isinstance(model.decoder.layers[0].mlp.down_proj, layout)
     images = pictures(model, 1)
     answer, steps = ParallelDecoder(model, LANGUAGE, K)(images), PlainSteps(model, LANGUAGE, images)
     limit = 1e-3 if layout is PlanesLinear else 0.02
