@@ -62,7 +62,7 @@ def test_every_rank_of_torchrun_takes_its_gpu(asked, gpus, monkeypatch):
     for name, value in dict(WORLD_SIZE="4", RANK="3", LOCAL_RANK="1").items():
         monkeypatch.setitem(os.environ, name, value)
     monkeypatch.setattr(evaluate, "join_processes", lambda *args, **kwargs: None)
-    stub = SimpleNamespace(folder=None)
+    stub = SimpleNamespace(folder=None, decoder=torch.nn.Module(), projector=torch.nn.Linear(1, 1))
     monkeypatch.setattr(
         PaliGemma, "from_pretrained", lambda *a, device, **k: gpus.append(("load", device)) or stub
     )
