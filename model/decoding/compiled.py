@@ -30,15 +30,15 @@ class CompiledBlock:
         # Whole: a break of the graph would be slow, and nobody would know. Without the CUDA graphs that
         # TorchInductor can make itself: a capture is going on already.
         options = {"triton.cudagraphs": False} if backend == "inductor" else None
-        self.compiled = torch.compile(_run, fullgraph=True, backend=backend, options=options)
+        own = dict(recompile_limit=32, isolate_recompiles=True)  # whatever other models were compiled for
+        self.compiled = torch.compile(_run, fullgraph=True, backend=backend, options=options, **own)
 
     def __call__(self, block: Block, *args) -> Tensor:
         if self.compiled is not None:
             try:
                 return self.compiled(block, *args)
-            except (
-                Exception
-            ) as error:  # of any of three compilers; what is no fault of theirs is raised below
+            # Of any of three compilers. What is no fault of theirs is raised again below.
+            except Exception as error:
                 why = " ".join(f"{type(error).__name__}: {error}".split())
                 logging.getLogger(__name__).warning("torch.compile failed, steps run uncompiled: %.300s", why)
                 self.compiled = None
