@@ -59,7 +59,7 @@ def load_for_decoding(
         add_photograph_test(model)
     fix_norms(model)
     if int8:
-        quantize(fold(model))
+        quantize(fold(model), traced=compiled)
     elif model.projector.weight.device.type != "cpu":  # there it gains nothing
         join(model)
     if can_pack(model) and not compiled:
@@ -103,15 +103,18 @@ def in_float32(attention: Callable) -> Callable:
     return widened
 
 
-def quantize(model: PaliGemma) -> None:
+def quantize(model: PaliGemma, traced: bool = False) -> None:
     """Round the decoder's matrices to int8, joined (joined.py). Adapters must have been folded into them
-    before."""
+    before.
+
+    traced: in the form that torch.compile can look into.
+    """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("int8 needs plain matrices, the model has an adapter: lora.fold(model) merges it")
-    on_cpu = model.projector.weight.device.type == "cpu"
+    planes = model.projector.weight.device.type == "cpu" and has_fbgemm() and not traced
     for block in model.decoder.layers:  # joined one by one: wide matrices of all would be a second copy
         join_block(block)
-        _replace(block, PlanesLinear if on_cpu and has_fbgemm() else Int8Linear)
+        _replace(block, PlanesLinear if planes else Int8Linear)
 
 
 def _replace(layers: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
