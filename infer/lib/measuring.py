@@ -1,4 +1,4 @@
-"""What the benchmark programs share: random checkpoints, a clock, processes of their own, tables."""
+"""What the benchmark programs share: random checkpoints, a clock, the machine's limits, processes, tables."""
 
 import contextlib
 import json
@@ -6,15 +6,27 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from model import PaliGemma
-from model.config import VARIANTS
-from model.io.weights import save_weights
+from model.config import VARIANTS, PaliGemmaConfig
+from model.decoding.closed_set import ClosedSet
+from model.io.tokenizer import Tokenizer
+from model.io.weights import load_config, save_weights
+
+# "<bos>detect all classes\n" and the rest of the grammar in the official vocabulary: random checkpoints have
+# no tokenizer.
+OFFICIAL_IDS = dict(prompt=(2, 8557, 832, 7695, 108), loc0=256_000, class0=7, eos=1)
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -51,27 +63,120 @@ def build_checkpoint(variant: str, folder: Path) -> None:
     save_weights(model, folder, torch.bfloat16, state=state)
 
 
+def language_of(folder: Path) -> ClosedSet:
+    config = load_config(folder)
+    if (folder / "tokenizer.model").exists():
+        return ClosedSet.of(config, Tokenizer(folder))
+    return ClosedSet(**OFFICIAL_IDS, classes=config.classes, groups=config.groups)
+
+
+def weights_read(config: PaliGemmaConfig) -> tuple[int, int]:
+    """What a token reads: the numbers of weights of the decoder's layers, and of the whole tied head."""
+    with torch.device("meta"):
+        decoder = PaliGemma(config).decoder
+    return sum(p.numel() for p in decoder.layers.parameters()), decoder.embed.weight.numel()
+
+
+def prefill_flops(config: PaliGemmaConfig, prompt: int, vision: bool = True) -> int:
+    """Floating-point operations that reading an image and `prompt` tokens needs: 2 per weight and token. Of
+    the last layer only keys and values count, as one position is read; attention scores are left out."""
+    with torch.device("meta"):
+        model = PaliGemma(config)
+    *layers, last = ([p.numel() for p in layer.parameters()] for layer in model.decoder.layers)
+    attention = model.decoder.layers[-1].attn
+    read = sum(map(sum, layers)) + attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
+    seen = sum(p.numel() for p in model.vision.parameters()) if vision else 0
+    return 2 * (read * (config.vision.tokens + prompt) + seen * config.vision.tokens)
+
+
+# ---- the clock and the machine -----------------------------------------------------------------------------
+
+
+def now(device: str) -> float:
+    """The clock's seconds. A call that uses a GPU returns when its work is queued, so wait for that."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def seconds(function: Callable[[], object], device: str) -> float:
     """How long a call takes."""
-    # A call that uses a GPU returns when its work is queued: wait for what was queued before, and for this.
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     function()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return now(device) - start
 
 
-def run_child(program: str, *options) -> dict:
-    """What a program prints as JSON on its last line, run in a process of its own.
+def read_bandwidth(device: str) -> float:
+    """Bytes a second, read as a token reads its matrices: a vector times a float32 matrix too large for any
+    cache, of which nothing but 32 KB is written. The best of seven."""
+    rows = 1 << (15 if device.startswith("cuda") else 13)
+    matrix, vector = torch.ones(rows, 1 << 13, device=device), torch.ones(1 << 13, device=device)
+    return 4 * matrix.numel() / min(seconds(lambda: matrix @ vector, device) for _ in range(7))
 
-    Peak memory needs this, as it is the highest of a process so far, whatever it did before.
+
+def gemm_rates(device: str, longest: float) -> dict[str, float]:
+    """The best rates of products of square matrices, in operations a second, by dtype. longest: sizes grow
+    until a product takes so many seconds.
+
+    What is asked is what the machine can do with such matrices, so the product may be computed in a wider
+    dtype: without instructions for bfloat16, PyTorch multiplies far faster in float32.
     """
-    done = subprocess.run([sys.executable, program, *map(str, options)], stdout=subprocess.PIPE)
-    if done.returncode:
-        raise ChildProcessError(f"{options[-1]}: exit code {done.returncode} (-9: killed, out of memory)")
-    return json.loads(done.stdout.splitlines()[-1])
+    best_rate = partial(_best_rate, device, longest)
+    rates = {"float32": best_rate(torch.float32, F.linear)}
+    rates["bfloat16"] = max(rates["float32"], best_rate(torch.bfloat16, F.linear))
+    rates["int8"] = max(rates["bfloat16"], best_rate(torch.int8, torch._int_mm, Tensor.t))
+    if device == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
+        linear_dynamic = torch.ops.quantized.linear_dynamic  # rounds the float32 rows to 8 bits, too
+        rates["int8"] = max(rates["int8"], best_rate(torch.float32, linear_dynamic, _fbgemm_weight))
+    return rates
+
+
+def _fbgemm_weight(weight: Tensor) -> object:
+    with (
+        warnings.catch_warnings()
+    ):  # PyTorch's quantized tensors are deprecated, in favour of another package
+        warnings.simplefilter("ignore")
+        return torch.ops.quantized.linear_prepack(
+            torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), None
+        )
+
+
+def _best_rate(
+    device: str,
+    longest: float,
+    dtype: torch.dtype,
+    product: Callable,
+    prepare: Callable = lambda weight: weight,
+) -> float:
+    rates, took, size = [], 0.0, 256
+    while not rates or (took < longest and size <= 1 << 13):
+        x, weight = (torch.ones(size, size, device=device).to(dtype) for _ in range(2))
+        call = partial(product, x, prepare(weight))
+        call()
+        took = min(seconds(call, device) for _ in range(2))
+        rates.append(2 * size**3 / took)
+        size *= 2
+    return max(rates)
+
+
+# ---- processes and tables ----------------------------------------------------------------------------------
+
+
+def run_child(program: str, *options, limit: float | None = None) -> list[dict]:
+    """The lines of JSON that a program prints, run in a process of its own.
+
+    Peak memory needs this, as it is the highest of a process so far, whatever it did before. limit: after so
+    many seconds the process is killed, and what it printed by then is all.
+    """
+    try:
+        command = [sys.executable, program, *map(str, options)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=limit)
+        status, out = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as killed:
+        status, out = 0, killed.stdout or b""
+    if status:
+        raise ChildProcessError(f"{options[-1]}: exit code {status} (-9: killed, out of memory)")
+    return [json.loads(line) for line in out.splitlines(keepends=True) if line[:1] + line[-2:] == b"{}\n"]
 
 
 def installed(package: str) -> bool:
