@@ -58,10 +58,10 @@ def child(args: argparse.Namespace) -> None:
         print(json.dumps(row), flush=True)
 
 
-def take_turns(names: list[str], folder: Path, args: argparse.Namespace) -> list[dict]:
-    """The rows of all turns that --minutes allow."""
+def take_turns(names: list[str], end: float, folder: Path, args: argparse.Namespace) -> list[dict]:
+    """The rows of all turns that are possible until `end`, in seconds of time.monotonic."""
     own = ["--folder", folder, "--scratch", args.scratch, "--device", args.device, "--dtype", args.dtype]
-    end, took, rows = time.monotonic() + 60 * args.minutes, dict.fromkeys(names, 0.0), []
+    took, rows = dict.fromkeys(names, 0.0), []
     for number in range(args.rounds):
         # The sides take turns because the machine's speed drifts; the order changes because each finds caches
         # as the side before it left them.
@@ -145,14 +145,14 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     names = [name for name in SIDES if asked[name]]
     where = torch.cuda.get_device_name(args.device) if on_gpu else f"{os.cpu_count()} cores"
     print(f"{args.model}, {args.dtype}, {args.device} ({where}), torch {torch.__version__}")
-    machine = limits(args)
-    for threads, found in machine.items():
-        rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in found["gemm"].items())
-        print(f"threads {threads}: reads {found['read'] / 1e9:.1f} GB/s; GEMM, 10^9 operations/s: {rates}")
     for name in names:
         if name.startswith("llama.cpp") and not (file := gguf_file(name, args)).exists():
             write_gguf(folder, file, "int8" if "int8" in name else args.dtype)
-    rows = summary(take_turns(names, folder, args), machine, folder, args)
+    end, machine = time.monotonic() + 60 * args.minutes, limits(args)
+    for threads, found in machine.items():
+        rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in found["gemm"].items())
+        print(f"threads {threads}: reads {found['read'] / 1e9:.1f} GB/s; GEMM, 10^9 operations/s: {rates}")
+    rows = summary(take_turns(names, end, folder, args), machine, folder, args)
     if not rows:
         raise ValueError("no side has ended a turn")
     print_table([as_text(row) for row in rows], left=("side",))
@@ -196,7 +196,7 @@ def main() -> None:
     add("--groups", type=positive, default=3, help="decoded in a timing; answers are of the model's number")
     add("--rounds", type=positive, default=3, help="turns of each side; medians are shown")
     add("--seconds", type=float, default=2, help="passes are repeated in a turn until then")
-    add("--minutes", type=minutes, default=10, help="for all turns; a turn that would not fit is left out")
+    add("--minutes", type=minutes, default=10, help="of measuring; a turn that would not fit is left out")
     add("--int8", action=switch, default=True, help="8-bit matrices, too")
     add("--compile", action=switch, default=False, help="ours with torch.compile, too")
     add("--parallel", action=switch, default=True, help="ours with all boxes in five steps, too")

@@ -107,7 +107,8 @@ class LlamaCpp:
         self.prefix = config.vision.tokens + prompt
         self.vocab_size = config.text.vocab_size
         slots = self.prefix + GROUP * groups
-        self.model = llama_cpp.Llama(str(file), n_ctx=slots, n_batch=self.prefix, verbose=False)
+        options = dict(n_ctx=slots, n_batch=self.prefix, swa_full=False)
+        self.model = llama_cpp.Llama(str(file), verbose=False, **options)
         self._set_threads = llama_cpp.llama_set_n_threads
 
     def set_threads(self, threads: int) -> None:

@@ -18,6 +18,7 @@ from reference import save, tiny_paligemma
 from infer import benchmark, benchmark_step, tradeoffs
 from infer.lib import measuring, peers, turns
 from model.config import VARIANTS
+from model.io.hub import NANO
 from train.run.processes import peak_memory
 
 
@@ -145,8 +146,8 @@ def test_turns_that_do_not_fit(monkeypatch, model):
 
     monkeypatch.setattr(benchmark, "run_child", run_child)
     monkeypatch.setattr(benchmark.time, "monotonic", lambda: clock[0])
-    args = argparse.Namespace(scratch=model, device="cpu", dtype="float32", minutes=1.25, rounds=3)
-    benchmark.take_turns(["ours", "transformers"], model, args)
+    args = argparse.Namespace(scratch=model, device="cpu", dtype="float32", rounds=3)
+    benchmark.take_turns(["ours", "transformers"], 75, model, args)
     assert order == [("ours", 75), ("transformers", 65), ("ours", 25), ("ours", 15)]
 
 
@@ -198,20 +199,21 @@ def test_q8_0_is_gguf_s(tiny):
     assert (ours != theirs).mean() < 0.01
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("float32", 1e-3), ("bfloat16", 0.1), ("int8", 0.1)])
-def test_llama_cpp_computes_the_same(here, model, kind, limit):
-    """Its logits after a text are those of our decoder, so the file says what the checkpoint does."""
+@pytest.mark.parametrize(("kind", "limit"), [("float32", 0.01), ("bfloat16", 0.1), ("int8", 0.3)])
+def test_llama_cpp_computes_the_same(here, kind, limit):
+    """Its logits of a text are those of our decoder, so the file says what the checkpoint does."""
     llama_cpp, _ = pytest.importorskip("llama_cpp"), pytest.importorskip("gguf")
-    peers.write_gguf(model, here / "f.gguf", kind)
-    llama = llama_cpp.Llama(str(here / "f.gguf"), n_ctx=64, logits_all=True, verbose=False)
-    ours, tokens = load(model), torch.arange(20, 40)
+    peers.write_gguf(NANO, here / "f.gguf", kind)
+    # verbose: it is silent by moving pytest's own files out of the way, and then finds no model.
+    llama = llama_cpp.Llama(str(here / "f.gguf"), n_ctx=64, logits_all=True, verbose=True)
+    ours, tokens = load(NANO), torch.arange(20, 40)
     llama.eval(tokens.tolist())
     mask = torch.ones(1, 20, 20, dtype=torch.bool).tril()
     with torch.inference_mode():
         x = ours.decoder.embed_tokens(tokens[None])
         logits = ours.decoder.logits(ours.decoder(x, torch.arange(20)[None], (mask, mask)))[0]
-    theirs = torch.from_numpy(llama.scores[:20])
-    assert (theirs - logits).abs().max() < limit * logits.abs().max()
+    error = torch.from_numpy(llama.scores[:20]) - logits
+    assert error.norm() < limit * logits.norm()
 
 
 # ---- benchmark_step.py -------------------------------------------------------------------------------------
