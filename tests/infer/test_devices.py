@@ -116,7 +116,9 @@ def test_benchmarks_ask_their_gpu(gpus, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(benchmark, "limits", begin)
-    options = dict(model="nano", device="cuda:1", dtype="float32", int8=False, compile=False, peers=[], minutes=1)
+    options = dict(
+        model="nano", device="cuda:1", dtype="float32", int8=False, compile=False, peers=[], minutes=1
+    )
     with pytest.raises(Stop):
         benchmark.measure(NANO, argparse.Namespace(**options))
     asked = [device for name, device in gpus if name != "current"]
