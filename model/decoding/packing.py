@@ -1,27 +1,34 @@
 """Matrices laid out for decoding, whose time is that of reading every matrix once per token.
 
     model = load_for_decoding("nano")    # dtype and layout that suit the machine
-    pack(model)        # CPU, bfloat16: oneDNN's own layout; the same products, up to twice as fast
+    pack(model)        # CPU, bfloat16: the layout of the library that is fastest there
     quantize(model)    # int8: one byte per weight
 
 pack and quantize replace Linears one after the other and free each old matrix at once: memory never holds two
-copies of the model.
+copies of the model. The layouts themselves are in layouts.py.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.decoding.layouts import (
+    HalfLinear,
+    Int8Linear,
+    PackedLinear,
+    PlanesLinear,
+    cpu_has_bfloat16,
+    has_fbgemm,
+)
 from model.decoding.photographs import add_photograph_test
 from model.io.hub import resolve, weight_files
 from model.io.weights import release_pages
 from model.lora import LoRALinear, fold
 from model.paligemma import PaliGemma
+from model.seam import attention_layers
 
-INT8_MATMUL_ROWS = 4  # rows of x up to which PyTorch's int8 matmul is the faster one
 SMALL_MODEL = 1 << 30  # bytes of weights up to which float32 is the faster dtype on a CPU
 
 
@@ -50,79 +57,59 @@ def load_for_decoding(
         add_photograph_test(model)
     if int8:
         quantize(fold(model))
-    elif can_pack(model) and not compiled:
+    if can_pack(model) and not compiled:
         pack(model)
     if compiled:
         model.decoder.compile()
     return model
 
 
-class PackedLinear(nn.Module):
-    """A Linear with its weight in oneDNN's layout, which a plain Linear makes anew at every call."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]"""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-class Int8Linear(nn.Module):
-    """A Linear without bias, its weight int8 [out, in] with a scale for each row: x W^T = (x W8^T) * scale.
-
-    A row of W becomes round(row / scale) with scale = max |row| / 127. A decoding step has few rows of x and
-    goes through PyTorch's int8 matmul. The prefill would be slower there: it multiplies by the matrix widened
-    to the dtype of x.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(-1).clamp(min=1e-12) / 127).to(linear.weight.dtype)
-        rounded = (weight / scale[:, None].float()).round_().clamp_(-127, 127)
-        self.register_buffer("weight", rounded.to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]"""
-        rows = x.flatten(0, -2)
-        if len(rows) <= INT8_MATMUL_ROWS:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
-        return y.unflatten(0, x.shape[:-1])
-
-
 def can_pack(model: PaliGemma) -> bool:
     """Whether these weights have a packed layout on this machine."""
     weight = model.projector.weight
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu_has_bfloat16()
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether oneDNN multiplies matrices in bfloat16 on this CPU."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return on_cpu and (cpu_has_bfloat16() or has_fbgemm())
 
 
 def pack(model: PaliGemma) -> None:
-    """Pack the Linears of the decoder and the vision tower, except those with an adapter."""
+    """Pack the Linears of the decoder and the vision tower, except those with an adapter.
+
+    Where products in bfloat16 are slow, those of the decoder's attention are in float32, too.
+    """
+
+    def packed(linear: nn.Linear) -> nn.Module:
+        if cpu_has_bfloat16():
+            return PackedLinear(linear)
+        return HalfLinear(linear) if HalfLinear.fits(linear) else linear
+
     for layers in (model.decoder.layers, model.vision.layers):
-        _replace(layers, PackedLinear)
+        _replace(layers, packed)
+    if not cpu_has_bfloat16():
+        for layer in attention_layers(model):
+            layer.attend = in_float32(layer.attend)
+
+
+def in_float32(attention: Callable) -> Callable:
+    """An attention function (model/seam.py) that computes in float32 whatever it is given."""
+
+    def widened(q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
+        return attention(q.float(), k.float(), v.float(), *others).to(q.dtype)
+
+    return widened
 
 
 def quantize(model: PaliGemma) -> None:
     """Round the decoder's matrices to int8. Adapters must have been folded into them before."""
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("int8 needs plain matrices, the model has an adapter: lora.fold(model) merges it")
-    _replace(model.decoder.layers, Int8Linear)
+    on_cpu = model.projector.weight.device.type == "cpu"
+    _replace(model.decoder.layers, PlanesLinear if on_cpu and has_fbgemm() else Int8Linear)
 
 
 def _replace(layers: nn.ModuleList, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Put make(linear) in the place of every plain Linear."""
     for path in [path for path, module in layers.named_modules() if type(module) is nn.Linear]:
         linear = layers.get_submodule(path)
-        layers.set_submodule(path, make(linear))
-        release_pages(linear.weight)
+        layers.set_submodule(path, made := make(linear))
+        if made is not linear:
+            release_pages(linear.weight)

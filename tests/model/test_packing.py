@@ -13,44 +13,106 @@ from torch import nn
 
 from model import PaliGemma
 from model.decoding import packing
-from model.decoding.packing import (
+from model.decoding.layouts import (
     INT8_MATMUL_ROWS,
+    HalfLinear,
     Int8Linear,
     PackedLinear,
-    _replace,
-    can_pack,
-    load_for_decoding,
-    pack,
-    quantize,
+    PlanesLinear,
+    has_fbgemm,
+    multiply_int8,
+    pack_int8,
 )
+from model.decoding.packing import _replace, can_pack, load_for_decoding, pack, quantize
 from model.io.adapter import save_adapter
 from model.io.weights import is_mapped, release_pages
 from model.lora import TARGETS, add_lora, lora_layers
 
+fbgemm = pytest.mark.skipif(not has_fbgemm(), reason="this CPU has no FBGEMM")
+INT8 = [Int8Linear, pytest.param(PlanesLinear, marks=fbgemm)]
 
+
+@pytest.mark.parametrize("layout", INT8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, INT8_MATMUL_ROWS, INT8_MATMUL_ROWS + 1, 40])
-def test_linear(rows, dtype):
+def test_linear(rows, dtype, layout):
     """Within the rounding of a weight to 1/254 of its row's largest, whatever the number of rows."""
     linear = nn.Linear(96, 160, bias=False).to(dtype)
     shape = (2, rows, 96) if rows > INT8_MATMUL_ROWS else (rows, 96)
     x = torch.randn(shape).to(dtype)
-    exact, found = x.float() @ linear.weight.float().T, Int8Linear(linear)(x).float()
+    exact, found = x.float() @ linear.weight.float().T, layout(linear)(x).float()
     step = linear.weight.float().abs().amax(-1) / 127
     bound = x.float().abs().sum(-1, keepdim=True) * step * 0.5
+    if layout is PlanesLinear:  # and half a step of x
+        bound += x.float().abs().amax(-1, keepdim=True) / 8064 / 2 * linear.weight.float().abs().sum(-1)
     slack = 1e-5 if dtype == torch.float32 else 0.02 * exact.abs().max() + bound  # of bfloat16 itself
     assert found.shape == exact.shape and ((found - exact).abs() <= bound + slack).all()
     assert (found - exact).abs().max() > 0
 
 
-def test_weights_that_fit_are_exact():
+@pytest.mark.parametrize("layout", INT8)
+def test_weights_that_fit_are_exact(layout):
     """Multiples of the scale come back as they were; a row of zeros too."""
     linear = nn.Linear(64, 32, bias=False)
     whole = torch.randint(-127, 128, (32, 64)).float()
     whole[:, 0], whole[5] = 127, 0
     linear.weight = nn.Parameter(whole * 0.25)
-    x = torch.randn(3, 64)
-    assert torch.allclose(Int8Linear(linear)(x), linear(x), atol=1e-4)
+    x = torch.randint(-8064, 8065, (3, 64)) / 256  # and what 14 bits of x hold
+    x[:, 0], x[2] = 8064 / 256, 0
+    assert torch.allclose(layout(linear)(x), linear(x), atol=1e-4)
+
+
+@fbgemm
+def test_products_of_integers_are_exact():
+    """At both ends of what is allowed, where a sum of two products just fits into 16 bits."""
+    weight = torch.randint(-127, 128, (40, 300), dtype=torch.int8)
+    weight[0], weight[1] = 127, -127
+    x = torch.randint(-64, 65, (9, 300)).float()
+    x[0], x[1] = 64, -64
+    exact = (x.double() @ weight.double().T).float()
+    assert torch.equal(multiply_int8(x, 64, pack_int8(weight)), exact)
+
+
+@fbgemm
+def test_channels_that_stand_out():
+    """Four channels of x that are 50 times the others, as in large models: the error stays"""
+    linear = nn.Linear(512, 256, bias=False)
+    x = torch.randn(20, 512)
+    x[:, [3, 77, 200, 411]] *= 50
+    exact = linear(x)
+    errors = [(layout(linear)(x) - exact).norm() / exact.norm() for layout in (Int8Linear, PlanesLinear)]
+    assert errors[1] < 1.1 * errors[0] < 0.01
+
+
+@fbgemm
+def test_what_is_not_finite_shows():
+    layer = PlanesLinear(nn.Linear(64, 32, bias=False))
+    x = torch.ones(3, 64)
+    x[0, 5], x[1, 5] = torch.nan, torch.inf
+    assert [bool(row.isfinite().any()) for row in layer(x)] == [False, False, True]
+
+
+@fbgemm
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 96), (2, 1, 96), (3, 50, 96)])
+def test_half_linear(shape, bias):
+    """Nothing is lost of weights that come in bfloat16, whatever the shape; sums are in float32."""
+    linear, x = nn.Linear(96, 160, bias=bias).bfloat16(), torch.randn(shape).bfloat16()
+    exact = copy.deepcopy(linear).double()(x.double())
+    found = HalfLinear(linear)(x)
+    assert found.dtype == torch.bfloat16 and found.shape == exact.shape
+    assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@fbgemm
+def test_weights_beyond_float16(tmp_path, monkeypatch):
+    """Such a matrix stays as it was."""
+    monkeypatch.setattr(packing, "cpu_has_bfloat16", lambda: False)
+    model = PaliGemma.from_pretrained(str(save(tiny_paligemma(0), tmp_path)))
+    mlp = model.decoder.layers[0].mlp
+    mlp.up_proj.weight.data[0, 0] = 1e5
+    pack(model)
+    assert type(mlp.up_proj) is nn.Linear and type(mlp.gate_proj) is HalfLinear
 
 
 def test_model(tmp_path):
@@ -59,7 +121,7 @@ def test_model(tmp_path):
     small = copy.deepcopy(exact)
     quantize(small)
     layer = small.decoder.layers[0].mlp.up_proj
-    assert layer.weight.dtype == torch.int8 and not list(layer.parameters())
+    assert type(layer) is (PlanesLinear if has_fbgemm() else Int8Linear) and not list(layer.parameters())
     images, tokens = random_inputs(tiny_paligemma(0), batch=1, length=6)
     p, q = (model(images, tokens, 6).log_softmax(-1) for model in (exact, small))
     kl = (p.exp() * (p - q)).sum(-1)
@@ -105,7 +167,7 @@ def test_layouts_to_load(tmp_path, monkeypatch):
     save_adapter(model, tmp_path / "adapter")
     small = load_for_decoding(folder, adapter=tmp_path / "adapter", int8=True)
     assert packed == [model] and not lora_layers(small)
-    assert isinstance(small.decoder.layers[0].mlp.up_proj, Int8Linear)
+    assert type(small.decoder.layers[0].mlp.up_proj) is (PlanesLinear if has_fbgemm() else Int8Linear)
 
 
 packs = pytest.mark.skipif(
@@ -123,9 +185,12 @@ def test_packed_linear(shape, bias):
         assert torch.allclose(PackedLinear(linear)(x), linear(x), atol=1e-2, rtol=1e-2)
 
 
-@packs
-def test_packed_model(tmp_path):
+@pytest.mark.parametrize(
+    "layout", [pytest.param(PackedLinear, marks=packs), pytest.param(HalfLinear, marks=fbgemm)]
+)
+def test_packed_model(layout, tmp_path, monkeypatch):
     """The logits stay; matrices with an adapter are left alone."""
+    monkeypatch.setattr(packing, "cpu_has_bfloat16", lambda: layout is PackedLinear)
     folder = str(save(tiny_paligemma(0), tmp_path))
     plain, packed = (PaliGemma.from_pretrained(folder) for _ in range(2))
     assert can_pack(packed) and not can_pack(packed.float())
@@ -137,6 +202,7 @@ def test_packed_model(tmp_path):
         p, q = (model(images, tokens, 6).log_softmax(-1) for model in (plain, packed))
     assert (p.exp() * (p - q)).sum(-1).max() < 1e-3
     assert not [module for module in packed.decoder.layers.modules() if type(module) is nn.Linear]
+    assert type(packed.vision.layers[0].mlp.fc1) is layout
     assert len(lora_layers(packed)) == 1
 
 
@@ -170,7 +236,7 @@ def test_mapped_weights_are_given_back(change, tmp_path):
     """All pages of a mapped matrix that hold nothing else: they are the file's again."""
     model = wide_model(tmp_path)
     if change is pack and not can_pack(model):
-        pytest.skip("this CPU has no bfloat16 in oneDNN")
+        pytest.skip("this CPU has neither bfloat16 in oneDNN nor FBGEMM")
     weight = model.decoder.layers[0].mlp.up_proj.weight.data.flatten()
     stored = weight.clone()
     assert is_mapped(weight) and len(stored[inner_pages(weight)]) * 2 >= 2 * mmap.PAGESIZE

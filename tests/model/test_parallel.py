@@ -9,9 +9,10 @@ from helpers import PlainSteps, equal
 from reference import ARCHITECTURES, LANGUAGE, noisy
 
 from model.attention import branch_mask
-from model.decoding import parallel
+from model.decoding import packing, parallel
 from model.decoding.closed_set import GROUP, Head
-from model.decoding.packing import PackedLinear, pack, quantize
+from model.decoding.layouts import HalfLinear, PackedLinear, PlanesLinear, cpu_has_bfloat16, has_fbgemm
+from model.decoding.packing import pack, quantize
 from model.decoding.parallel import COORDINATES, ParallelDecoder, Reading, peaks
 from model.io.tokenizer import LOCS
 from model.lora import TARGETS, add_lora, lora_layers
@@ -23,8 +24,12 @@ K = 6
 def model(request, tmp_path_factory):
     """Gemma 1 and 2, with and without windows and soft caps; and other matrices."""
     model = noisy(tmp_path_factory.mktemp("noisy"), **ARCHITECTURES.get(request.param, {}))[1]
-    if request.param == "int8":
-        quantize(model)
+    if (
+        request.param == "int8"
+    ):  # of which other machines have the other form, whose x is rounded: test_packed
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packing, "has_fbgemm", lambda: False)
+            quantize(model)
     if request.param == "an adapter":
         add_lora(model, TARGETS["published"], rank=4)
         for layer in lora_layers(model).values():  # at first, B is zero
@@ -179,17 +184,24 @@ def test_many_image_tokens(tmp_path):
     assert answer.noise[0, 0] == pytest.approx(p[-1].item(), abs=1e-5)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here")
+@pytest.mark.parametrize("layout", [PackedLinear, HalfLinear, PlanesLinear])
 @torch.inference_mode()
-def test_packed(tmp_path):
-    """Matrices in oneDNN's layout, in bfloat16: a branch's class is its text's, up to rounding."""
-    model = noisy(tmp_path)[1].bfloat16()
-    pack(model)
-    assert isinstance(model.decoder.layers[0].mlp.up_proj, PackedLinear)
+def test_packed(layout, tmp_path, monkeypatch):
+    """Matrices in other layouts, which round: a branch's class is its text's, up to that."""
+    if not (cpu_has_bfloat16() if layout is PackedLinear else has_fbgemm()):
+        pytest.skip("this CPU has no such layout")
+    monkeypatch.setattr(packing, "cpu_has_bfloat16", lambda: layout is PackedLinear)
+    model = noisy(tmp_path)[1]
+    if layout is PlanesLinear:
+        quantize(model)
+    else:
+        pack(model.bfloat16())
+    assert isinstance(model.decoder.layers[0].mlp.up_proj, layout)
     images = pictures(model, 1)
     answer, steps = ParallelDecoder(model, LANGUAGE, K)(images), PlainSteps(model, LANGUAGE, images)
+    limit = 1e-3 if layout is PlanesLinear else 0.02
     for locs, noise in zip(answer.locs[0].tolist(), answer.noise[0].tolist(), strict=True):
-        assert noise == pytest.approx(steps.probabilities(*locs)[0, -1].item(), abs=0.02)
+        assert noise == pytest.approx(steps.probabilities(*locs)[0, -1].item(), abs=limit)
 
 
 # On a GPU ---------------------------------------------------------------------------------------------------

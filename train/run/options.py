@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from model.config import FORMS
-from model.decoding.packing import cpu_has_bfloat16
+from model.decoding.layouts import cpu_has_bfloat16
 from model.io.writing import explain
 from model.lora import TARGETS
 from train.data.samples import TEXT_MULTIPLE
