@@ -180,15 +180,20 @@ def write_gguf(folder: Path, file: Path, kind: str) -> None:
 
 
 def as_stored(matrix: Tensor, kind: str) -> Tensor:
-    """A matrix as a GGUF file holds it. (gguf has Q8_0 as well, but takes minutes for a 3B.)"""
+    """A matrix as a GGUF file holds it."""
     if kind == "float32":
         return matrix
     if kind == "bfloat16":
         return matrix.view(torch.int16)  # NumPy has no bfloat16
-    blocks = matrix.reshape(-1, 32).float()
+    return torch.cat([q8_0(rows.float().view(-1, 32)) for rows in matrix.split(1 << 12)])
+
+
+def q8_0(blocks: Tensor) -> Tensor:
+    """Blocks of weights [N, 32] -> the bytes of each, [N, 34]: a scale in float16 and 32 whole numbers. gguf
+    has this as well, but would take minutes for a 3B."""
     scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
     rounded = (blocks / scale).round_().to(torch.int8)
-    return torch.cat((scale.half().view(torch.int8), rounded), dim=-1)  # 34 bytes a block
+    return torch.cat((scale.half().view(torch.int8), rounded), dim=-1)
 
 
 def describe(text: TextConfig, writer) -> None:

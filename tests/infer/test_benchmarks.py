@@ -151,6 +151,23 @@ def test_turns_that_do_not_fit(monkeypatch, model):
     assert order == [("ours", 75), ("transformers", 65), ("ours", 25), ("ours", 15)]
 
 
+def test_what_is_not_measured_is_said(run, here, monkeypatch):
+    """And what is, is kept."""
+    row = dict(side="ours", batch=1, threads=1, tokens=[], prefill=1.0, whole=5.0, peak=10**9)
+    answers = [[row], ChildProcessError("ours, int8: exit code -9")]
+
+    def run_child(*options, limit):
+        if isinstance(answer := answers.pop(0), list):
+            return answer
+        raise answer
+
+    monkeypatch.setattr(benchmark, "run_child", run_child)
+    out = run(benchmark, *QUICK, "--peers", "--threads", 1)
+    assert out.endswith("not measured: ours, int8\n") and not answers
+    (row,) = json.loads((here / "f.json").read_text())["rows"]
+    assert (row["token"], row["answer"]) == (1, 1 + 59)  # four of five tokens are read
+
+
 def test_peers_that_are_not_installed(monkeypatch, capsys, here):
     """One line that says how to install them; without --peers, those that are there."""
     monkeypatch.setattr(peers, "installed", lambda package: package in ("transformers", "gguf"))
