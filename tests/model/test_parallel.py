@@ -26,7 +26,7 @@ def model(request, tmp_path_factory):
     model = noisy(tmp_path_factory.mktemp("noisy"), **ARCHITECTURES.get(request.param, {}))[1]
     if (
         request.param == "int8"
-    ):  # of which other machines have the other form, whose x is rounded: test_packed
+    ):  # the form that leaves x as it is; the other one: test_packed
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(packing, "has_fbgemm", lambda: False)
             quantize(model)
