@@ -6,9 +6,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from model import PaliGemma
 from model.config import VARIANTS, PaliGemmaConfig
 from model.decoding.closed_set import ClosedSet
+from model.decoding.layouts import has_fbgemm, multiply_int8, pack_int8
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config, save_weights
 
@@ -115,45 +116,33 @@ def read_bandwidth(device: str) -> float:
 
 
 def gemm_rates(device: str, longest: float) -> dict[str, float]:
-    """The best rates of products of square matrices, in operations a second, by dtype. longest: sizes grow
-    until a product takes so many seconds.
+    """The best rates of products of square matrices, in operations a second, by the weights' dtype. longest:
+    sizes grow until a product takes so many seconds.
 
-    What is asked is what the machine can do with such matrices, so the product may be computed in a wider
-    dtype: without instructions for bfloat16, PyTorch multiplies far faster in float32.
+    What is asked is what the machine can do with such weights, so the product may be computed in a wider
+    dtype: without instructions for bfloat16, a CPU multiplies far faster in float32.
     """
-    best_rate = partial(_best_rate, device, longest)
-    rates = {"float32": best_rate(torch.float32, F.linear)}
-    rates["bfloat16"] = max(rates["float32"], best_rate(torch.bfloat16, F.linear))
-    rates["int8"] = max(rates["bfloat16"], best_rate(torch.int8, torch._int_mm, Tensor.t))
-    if device == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
-        linear_dynamic = torch.ops.quantized.linear_dynamic  # rounds the float32 rows to 8 bits, too
-        rates["int8"] = max(rates["int8"], best_rate(torch.float32, linear_dynamic, _fbgemm_weight))
-    return rates
-
-
-def _fbgemm_weight(weight: Tensor) -> object:
-    with (
-        warnings.catch_warnings()
-    ):  # PyTorch's quantized tensors are deprecated, in favour of another package
-        warnings.simplefilter("ignore")
-        return torch.ops.quantized.linear_prepack(
-            torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), None
-        )
+    rate = partial(_best_rate, device, longest)
+    found = {"float32": [rate(torch.float32, F.linear)], "bfloat16": [rate(torch.bfloat16, F.linear)]}
+    if device == "cpu" and has_fbgemm():
+        half, pack_half = torch.ops.quantized.linear_dynamic_fp16, torch.ops.quantized.linear_prepack_fp16
+        found["bfloat16"].append(rate(torch.float32, half, lambda weight: pack_half(weight, None)))
+        int8 = lambda x, packed: multiply_int8(x, 64, packed)  # noqa: E731
+        found["int8"] = [rate(torch.float32, int8, lambda weight: pack_int8(weight.to(torch.int8)))]
+    else:
+        found["int8"] = [rate(torch.int8, torch._int_mm, Tensor.t)]
+    best = accumulate((max(rates) for rates in found.values()), max)  # int8 may be widened to bfloat16, too
+    return dict(zip(found, best))
 
 
 def _best_rate(
-    device: str,
-    longest: float,
-    dtype: torch.dtype,
-    product: Callable,
-    prepare: Callable = lambda weight: weight,
+    device: str, longest: float, dtype: torch.dtype, product: Callable, pack: Callable = lambda weight: weight
 ) -> float:
     rates, took, size = [], 0.0, 256
     while not rates or (took < longest and size <= 1 << 13):
         x, weight = (torch.ones(size, size, device=device).to(dtype) for _ in range(2))
-        call = partial(product, x, prepare(weight))
-        call()
-        took = min(seconds(call, device) for _ in range(2))
+        weight = pack(weight)
+        took = min(seconds(partial(product, x, weight), device) for _ in range(3))
         rates.append(2 * size**3 / took)
         size *= 2
     return max(rates)
