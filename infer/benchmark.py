@@ -24,6 +24,7 @@ of reading   the bytes of the weights that a token needs, at the speed at which 
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -161,8 +162,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     if not rows:
         raise ValueError("no side has ended a turn")
     print_table([as_text(row) for row in rows], left=("side",))
-    if missing := [name for name in names if name not in {row["side"] for row in rows}]:
-        print(f"not measured: {', '.join(missing)}")
+    done = {(row["side"], row["threads"]) for row in rows}
+    for name, threads in itertools.product(names, args.threads):
+        if (name, threads) not in done:
+            print(f"not measured: {name}, threads {threads}")
     about = dict(model=args.model, dtype=args.dtype, device=where, torch=torch.__version__)
     return about | dict(machine=machine, groups_timed=args.groups, rows=rows)
 

@@ -162,8 +162,9 @@ def test_what_is_not_measured_is_said(run, here, monkeypatch):
         raise answer
 
     monkeypatch.setattr(benchmark, "run_child", run_child)
-    out = run(benchmark, *QUICK, "--peers", "--threads", 1)
-    assert out.endswith("not measured: ours, int8\n") and not answers
+    out = run(benchmark, *QUICK, "--peers", "--threads", 2, 1)
+    missing = ["ours, threads 2", "ours, int8, threads 2", "ours, int8, threads 1"]
+    assert out.splitlines()[-3:] == [f"not measured: {name}" for name in missing] and not answers
     (row,) = json.loads((here / "f.json").read_text())["rows"]
     assert (row["token"], row["answer"]) == (1, 1 + 59)  # four of five tokens are read
 
