@@ -1,12 +1,14 @@
 """Batches of images: what the network reads of them, and how many fit into memory.   B: batch, S: side."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from model.io.image import square, to_network
+from model.io.image import READERS, square, to_network
 from model.paligemma import PaliGemma
 
 MAX_BATCH = 64  # more images at a time gain nothing
@@ -17,7 +19,9 @@ UNKNOWN_MEMORY = 2 << 30  # bytes assumed to be free where the system does not s
 def network_images(model: PaliGemma, images: list[Image.Image]) -> Tensor:
     """Upright RGB images of any sizes -> float32 [B, 3, S, S] in [-1, 1], on the model's device."""
     size, device = model.config.vision.image_size, model.projector.weight.device
-    return torch.stack([to_network(square(image, size)) for image in images]).to(device)
+    with ThreadPoolExecutor(READERS) as pool:  # Pillow resizes without Python's lock
+        squares = list(pool.map(lambda image: square(image, size), images))
+    return to_network(np.stack(squares)).to(device)
 
 
 def fitting_batch(model: PaliGemma, prompt: int, answer: int, rows: int = 1) -> int:
