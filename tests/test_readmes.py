@@ -34,7 +34,7 @@ QUICK = {
     "infer/heads.py": "--count 2",
     "infer/evaluate_answers.py": "--count 2",
     # a tiny model, found in --folder, in place of random weights of an official size; and no transformers,
-    # slow to start: test_benchmarks.py runs that side.
+    # slow to start: test_benchmark.py runs that side.
     "infer/benchmark.py": "--groups 1 --batch-size 1 --rounds 1 --seconds 0.01 --threads 1 --peers "
     "--device cpu --folder tiny",
     "infer/benchmark_step.py": "--steps 1 --no-peer --device cpu --folder tiny",
