@@ -56,7 +56,7 @@ def load_for_decoding(
     if adapter is None and config_overrides.get("image_size") is None:  # else it has been taught other things
         add_photograph_test(model)
     if int8:
-        quantize(fold(model))
+        quantize(fold(model), traced=compiled)
     if can_pack(model) and not compiled:
         pack(model)
     if compiled:
@@ -98,12 +98,15 @@ def in_float32(attention: Callable) -> Callable:
     return widened
 
 
-def quantize(model: PaliGemma) -> None:
-    """Round the decoder's matrices to int8. Adapters must have been folded into them before."""
+def quantize(model: PaliGemma, traced: bool = False) -> None:
+    """Round the decoder's matrices to int8. Adapters must have been folded into them before.
+
+    traced: in the form that torch.compile can look into.
+    """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("int8 needs plain matrices, the model has an adapter: lora.fold(model) merges it")
-    on_cpu = model.projector.weight.device.type == "cpu"
-    _replace(model.decoder.layers, PlanesLinear if on_cpu and has_fbgemm() else Int8Linear)
+    planes = model.projector.weight.device.type == "cpu" and has_fbgemm() and not traced
+    _replace(model.decoder.layers, PlanesLinear if planes else Int8Linear)
 
 
 def _replace(layers: nn.ModuleList, make: Callable[[nn.Linear], nn.Module]) -> None:

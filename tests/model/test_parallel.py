@@ -24,9 +24,7 @@ K = 6
 def model(request, tmp_path_factory):
     """Gemma 1 and 2, with and without windows and soft caps; and other matrices."""
     model = noisy(tmp_path_factory.mktemp("noisy"), **ARCHITECTURES.get(request.param, {}))[1]
-    if (
-        request.param == "int8"
-    ):  # the form that leaves x as it is; the other one: test_packed
+    if request.param == "int8":  # the form that leaves x as it is; the other one: test_packed
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(packing, "has_fbgemm", lambda: False)
             quantize(model)
