@@ -1,257 +1,194 @@
-"""How fast closed-set detection is, beside transformers (which only tests and benchmarks need).
+"""How fast closed-set detection is, beside transformers and llama.cpp (which only benchmarks and tests need).
 
-    python infer/benchmark.py                                                # the shipped nano
-    python infer/benchmark.py --groups 12 --batch-size 1 16                  # whole answers, not extrapolated
-    python infer/benchmark.py --model paligemma2-3b-224 --branches 51        # a random 3B: 7 GB of disk
+    python infer/benchmark.py                                           # the shipped nano
+    python infer/benchmark.py --groups 12 --batch-size 1 16             # whole answers, not extrapolated
+    python infer/benchmark.py --model paligemma2-3b-224 --branches 51 --threads 2 1 --folder 3b
     python infer/benchmark.py --model paligemma2-3b-448 --branches 51 --device cuda --batch-size 1 8 32
 
-Official sizes get random weights in bfloat16, without a hub. All sides read the same files and images,
-take turns in one process, and decode the same number of tokens under the same grammar (transformers by a
-LogitsProcessor); in float32 their tokens are compared. The time of an answer with all its groups follows from
-the prefill and a token; "ours, parallel" decodes its --branches at once, and is timed as a whole. Peak memory
-is that of a process of its own. The floor of a token is the time to read the decoder's weights once, at the
-speed at which this machine copies memory.
+Official sizes get random weights in bfloat16, without a hub: 7 GB of disk, 15 with those for llama.cpp. The
+sides take turns, each in a process of its own, so that memory holds one model at a time. A turn times the
+prefill and the tokens of --groups boxes, from which the time of an answer with all its groups follows; boxes
+in parallel are timed whole. When --minutes are over, the turn that runs ends with what it has measured: all
+sides have a turn before any has a second, and transformers, the slowest on most CPUs, comes last.
+
+All sides but llama.cpp read the same images and decode under the same grammar (transformers by a
+LogitsProcessor); in float32 their tokens are compared. llama.cpp has no vision tower here: its prefill and
+its answers are those of the decoder alone. Peak memory is that of loading and of a first answer.
+
+of GEMM      the operations that a prefill needs, at the best rate at which this machine multiplies square
+             matrices in the weights' dtype or a wider one, against the prefill's time; in int8, ours has two
+             products for each (and none in the vision tower), so that 100% cannot be reached
+of reading   the bytes of the weights that a token needs, at the speed at which this machine reads a matrix
+             that is multiplied by a vector, against the token's time
 """
 
 import argparse
 import contextlib
-import functools
+import itertools
 import json
+import os
 import statistics
-from functools import partial
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from infer.lib.measuring import installed, print_table, random_checkpoint, run_child, seconds
+from infer.lib.measuring import (
+    gemm_rates,
+    language_of,
+    prefill_flops,
+    print_table,
+    random_checkpoint,
+    read_bandwidth,
+    run_child,
+    weights_read,
+)
 from infer.lib.options import add_device_argument, check_output, usable_device, write_output
-from model import PaliGemma
+from infer.lib.peers import PEERS, choose_peers, write_gguf
+from infer.lib.turns import PARALLEL, SIDES, gguf_file, turn
 from model.config import VARIANTS
-from model.decoding.closed_set import GROUP, ClosedSet, GroupDecoder, Head
-from model.decoding.detector import head_for
-from model.decoding.packing import load_for_decoding
-from model.decoding.parallel import ParallelDecoder
+from model.decoding.closed_set import GROUP
 from model.io.hub import NANO
-from model.io.tokenizer import LOCS, Tokenizer
 from model.io.weights import DTYPES, load_config
-from train.run.processes import peak_memory
-from train.run.program import parser, positive, run
-
-# "<bos>detect all classes\n" and the rest of the grammar in the official vocabulary: random checkpoints have
-# no tokenizer.
-OFFICIAL_IDS = dict(prompt=(2, 8557, 832, 7695, 108), loc0=256_000, class0=7, eos=1)
-COPIED_BYTES = 1 << 28  # more than caches hold
-
-
-# ---- the sides ---------------------------------------------------------------------------------------------
-
-
-def language_of(folder: Path) -> ClosedSet:
-    config = load_config(folder)
-    if (folder / "tokenizer.model").exists():
-        return ClosedSet.of(config, Tokenizer(folder))
-    return ClosedSet(**OFFICIAL_IDS, classes=config.classes, groups=config.groups)
-
-
-@functools.cache
-def our_model(folder: Path, dtype: str, device: str, int8: bool, compiled: bool) -> PaliGemma:
-    """Shared by the sides that read the same matrices: a full-size model fits once."""
-    return load_for_decoding(folder, dtype=DTYPES[dtype], device=device, int8=int8, compiled=compiled)
-
-
-class Ours:
-    in_sequence = True
-
-    def __init__(self, folder: Path, args: argparse.Namespace, int8=False, compiled=False, fused_head=True):
-        self.model = our_model(folder, args.dtype, args.device, int8, compiled)
-        self.language = language_of(folder)
-        self.decoders = {}
-        self.head = head_for(self.model) if fused_head else Head
-
-    @torch.inference_mode()
-    def prefill(self, images: Tensor) -> None:
-        prompt = torch.tensor(self.language.prompt, device=images.device).expand(len(images), -1)
-        cache = self.model.new_cache(len(images), prompt.shape[1])
-        self.model.prefill(self.model.encode(images), prompt, cache)
-
-    def decode(self, images: Tensor, groups: int) -> Tensor:
-        """Images [B, 3, S, S] -> tokens [B, 5 * groups]."""
-        if groups not in self.decoders:
-            self.decoders[groups] = GroupDecoder(self.model, self.language, groups, head=self.head)
-        return self.decoders[groups](images).tokens.flatten(1)
-
-
-class Parallel(Ours):
-    """All boxes in five steps, however many groups the others decode."""
-
-    in_sequence = False
-
-    def __init__(self, folder: Path, args: argparse.Namespace, compiled=False):
-        super().__init__(folder, args, compiled=compiled)
-        self.decoder = ParallelDecoder(self.model, self.language, args.branches, head=self.head)
-
-    def decode(self, images: Tensor, groups: int) -> Tensor:
-        return self.decoder(images).tokens.flatten(1)
-
-
-class Peer:
-    """transformers, with its eager attention: its other kinds leave out Gemma 2's soft caps."""
-
-    in_sequence = True
-
-    def __init__(self, folder: Path, args: argparse.Namespace):
-        from transformers import PaliGemmaForConditionalGeneration
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self.model = PaliGemmaForConditionalGeneration.from_pretrained(
-            folder, dtype=DTYPES[args.dtype], attn_implementation="eager"
-        ).to(args.device)
-        self.model.generation_config.eos_token_id = None  # the answer always has all its groups
-        self.language = language_of(folder)
-
-    def prefill(self, images: Tensor) -> None:
-        self._generate(images, 1)
-
-    def decode(self, images: Tensor, groups: int) -> Tensor:
-        return self._generate(images, GROUP * groups)
-
-    @torch.inference_mode()
-    def _generate(self, images: Tensor, count: int) -> Tensor:
-        prompt = torch.tensor(self.language.prompt, device=images.device).expand(len(images), -1)
-        image_tokens = self.model.config.text_config.num_image_tokens
-        image = prompt.new_full((len(images), image_tokens), self.model.config.image_token_index)
-        ids = torch.cat((image, prompt), dim=1)
-        generated = self.model.generate(
-            pixel_values=images.to(self.model.dtype),
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            token_type_ids=torch.zeros_like(ids),  # without them, the prompt is causal
-            max_new_tokens=count,
-            do_sample=False,
-            logits_processor=[partial(self._allow, ids.shape[1])],
-        )
-        return generated[:, ids.shape[1] :]
-
-    def _allow(self, start: int, ids: Tensor, scores: Tensor) -> Tensor:
-        """The logits with all but the ids that the grammar allows at this position masked."""
-        first, last = self.language.allowed((ids.shape[1] - start) % GROUP)
-        if last - first < LOCS:
-            last -= 1  # a class, but not noise, as ours
-        allowed = torch.full_like(scores, -torch.inf)
-        allowed[:, first:last] = scores[:, first:last]
-        return allowed
-
-
-SIDES = {
-    "ours": Ours,
-    "ours, int8": partial(Ours, int8=True),
-    "ours, compiled": partial(Ours, compiled=True),
-    "ours, plain head": partial(Ours, fused_head=False),
-    "ours, parallel": Parallel,
-    "ours, parallel, compiled": partial(Parallel, compiled=True),
-    "transformers": Peer,
-}
-
-
-# ---- measuring ---------------------------------------------------------------------------------------------
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a copy reads and writes together."""
-    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * COPIED_BYTES / min(seconds(lambda: target.copy_(source), device) for _ in range(7))
-
-
-def weight_bytes(folder: Path, args: argparse.Namespace) -> int:
-    """The size of the decoder's layers, all of which every token reads."""
-    with torch.device("meta"):
-        layers = PaliGemma(load_config(folder)).decoder.layers
-    return DTYPES[args.dtype].itemsize * sum(p.numel() for p in layers.parameters())
-
-
-def random_images(folder: Path, batch: int, device: str) -> Tensor:
-    size = load_config(folder).vision.image_size
-    generator = torch.Generator().manual_seed(batch)
-    return (2 * torch.rand(batch, 3, size, size, generator=generator) - 1).to(device)
-
-
-def time_sides(sides: dict, batch: int, folder: Path, args: argparse.Namespace) -> list[dict]:
-    """A row for each side: medians of args.rounds timings."""
-    images, groups = random_images(folder, batch, args.device), args.groups
-    tokens = {name: side.decode(images, groups) for name, side in sides.items()}  # warms up, too
-    times = {name: [] for name in sides}
-    for turn in range(args.rounds):
-        # The sides take turns because the machine's speed drifts, and in alternating order because each finds
-        # the processor's caches as the side before it left them.
-        for name in reversed(sides) if turn % 2 else sides:
-            prefill = seconds(partial(sides[name].prefill, images), args.device)
-            whole = seconds(partial(sides[name].decode, images, groups), args.device)
-            times[name].append((prefill, whole, (whole - prefill) / (GROUP * groups)))
-    rows = []
-    for name, side in sides.items():
-        prefill, answer, token = (statistics.median(column) for column in zip(*times[name], strict=True))
-        equal = None
-        if side.in_sequence:
-            answer = prefill + token * GROUP * side.language.groups
-            equal = bool((tokens[name] == tokens["ours"]).all()) if args.dtype == "float32" else None
-        else:
-            token = None
-        row = dict(batch=batch, side=name, prefill=prefill, token=token, answer=answer)
-        rows.append(row | dict(images_s=batch / answer, tokens_equal=equal))
-    for row in rows:
-        row["of_ours"] = row["answer"] / rows[0]["answer"]
-    return rows
-
-
-def peak_of(name: str, folder: Path, args: argparse.Namespace) -> int:
-    """Most bytes held by a process that loads a side and decodes a group for one image."""
-    own = "--folder", folder, "--device", args.device, "--dtype", args.dtype
-    return run_child(__file__, *own, "--child", name)["peak"]
+from train.run.program import complain, minutes, parser, positive, run
 
 
 def child(args: argparse.Namespace) -> None:
-    SIDES[args.child](args.folder, args).decode(random_images(args.folder, 1, args.device), 1)
-    print(json.dumps(dict(peak=peak_memory(args.device))))
+    for row in turn(args.child, args.folder, args):
+        print(json.dumps(row), flush=True)
+
+
+def take_turns(names: list[str], end: float, folder: Path, args: argparse.Namespace) -> list[dict]:
+    """The rows of all turns that are possible until `end`, in seconds of time.monotonic."""
+    own = ["--folder", folder, "--scratch", args.scratch, "--device", args.device, "--dtype", args.dtype]
+    took, rows = dict.fromkeys(names, 0.0), []
+    for number in range(args.rounds):
+        # The sides take turns because the machine's speed drifts; the order changes because each finds caches
+        # as the side before it left them.
+        for name in reversed(names) if number % 2 else names:
+            start = time.monotonic()
+            if took[name] >= end - start:
+                continue
+            try:
+                rows += run_child(__file__, *sys.argv[1:], *own, "--child", name, limit=end - start)
+            except ChildProcessError as error:
+                complain(error, __file__)
+            took[name] = time.monotonic() - start
+            print(f"turn {number + 1}, {name}: {took[name]:.0f} s", flush=True)
+    return rows
+
+
+def limits(args: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """What the machine can do with each number of threads: bytes to read, and operations, a second."""
+    found = {}
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        found[threads] = dict(read=read_bandwidth(args.device)) | gemm_rates(args.device, args.seconds / 10)
+    return found
+
+
+def summary(turns: list[dict], machine: dict, folder: Path, args: argparse.Namespace) -> list[dict]:
+    """The figures of each side, for each number of threads and batch size: medians of its turns."""
+    found: dict[tuple, list[dict]] = {}
+    for row in turns:
+        found.setdefault((row["threads"], row["batch"], row["side"]), []).append(row)
+    order = [name + form for name in SIDES for form in ("", PARALLEL)]
+    rows = []
+    for threads, batch, side in sorted(found, key=lambda key: (*key[:2], order.index(key[2]))):
+        own, ours = found[threads, batch, side], found.get((threads, batch, "ours"))
+        prefill, whole = (statistics.median(row[name] for row in own) for name in ("prefill", "whole"))
+        row = dict(threads=threads, batch=batch, side=side, turns=len(own), prefill=prefill)
+        row |= shares(side, batch, prefill, whole, machine[threads], folder, args)
+        same = args.dtype == "float32" and ours and side in ("ours", "ours, compiled", "transformers")
+        row["tokens_equal"] = own[0]["tokens"] == ours[0]["tokens"] if same else None
+        rows.append(row | dict(peak=own[0]["peak"]))
+    ours = {(row["threads"], row["batch"]): row["answer"] for row in rows if row["side"] == "ours"}
+    for row in rows:
+        answer = ours.get((row["threads"], row["batch"]))
+        row["of_ours"] = answer and row["answer"] / answer
+    return rows
+
+
+def shares(
+    side: str, batch: int, prefill: float, whole: float, machine: dict, folder: Path, args: argparse.Namespace
+) -> dict:
+    """Seconds of a token and of an answer, and how much of the machine is used.
+
+    prefill, whole: seconds; whole is of all groups that are timed, or of all boxes in parallel.
+    """
+    config, language = load_config(folder), language_of(folder)
+    own, llama, int8 = side.startswith("ours"), side.startswith("llama.cpp"), "int8" in side
+    flops = batch * prefill_flops(config, len(language.prompt), vision=not llama)
+    of_gemm = flops / prefill / machine["int8" if int8 else args.dtype]
+    token, of_reading, answer = None, None, whole
+    if not side.endswith(PARALLEL):
+        unread = 0 if own and args.device.startswith("cuda") else 1  # a graph reads the last token, too
+        token = (whole - prefill) / (GROUP * args.groups - unread)
+        answer = prefill + token * (GROUP * language.groups - unread)
+        layers, head = weights_read(config)
+        each = (34 / 32 if llama else 1) if int8 else DTYPES[args.dtype].itemsize
+        of_reading = each * (layers if own else layers + head) / token / machine["read"]
+    row = dict(of_gemm=of_gemm, token=token, of_reading=of_reading)
+    return row | dict(answer=answer, images_s=batch / answer)
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Print all figures of a checkpoint; the same for --json."""
     on_gpu = args.device.startswith("cuda")
-    asked = {"ours, int8": args.int8, "ours, compiled": args.compile, "transformers": args.peer}
-    asked |= {"ours": True, "ours, plain head": on_gpu, "ours, parallel": args.parallel}
-    asked |= {"ours, parallel, compiled": args.parallel and args.compile}
-    names = [name for name in SIDES if asked[name]]
-    size, bandwidth = weight_bytes(folder, args), copy_bandwidth(args.device)
-    floor = size / bandwidth
-    where = torch.cuda.get_device_name(args.device) if on_gpu else f"{torch.get_num_threads()} threads"
+    asked = {
+        "ours": True,
+        "ours, int8": args.int8,
+        "ours, compiled": args.compile,
+        "ours, plain head": on_gpu,
+    }
+    asked |= dict.fromkeys(args.peers, True) | {"llama.cpp, int8": args.int8 and "llama.cpp" in args.peers}
+    names = [name for name in SIDES if asked.get(name)]
+    where = torch.cuda.get_device_name(args.device) if on_gpu else f"{os.cpu_count()} cores"
     print(f"{args.model}, {args.dtype}, {args.device} ({where}), torch {torch.__version__}")
-    print(f"the decoder's layers: {size / 1e9:.2f} GB, copied at {bandwidth / 1e9:.1f} GB/s")
-    print(f"floor of a token: {1000 * floor:.2f} ms")
-    peaks = {name: peak_of(name, folder, args) for name in names} if args.memory else {}
-    sides = {name: SIDES[name](folder, args) for name in names}
-    rows = [row for batch in args.batch_size for row in time_sides(sides, batch, folder, args)]
-    for row in rows[: len(peaks)]:  # measured at batch 1, shown with the first
-        row["peak"] = peaks[row["side"]]
-    print_table([as_text(row, floor) for row in rows])
+    for name in names:
+        if name.startswith("llama.cpp") and not (file := gguf_file(name, args)).exists():
+            write_gguf(folder, file, "int8" if "int8" in name else args.dtype)
+    start, before = time.monotonic(), limits(args)
+    end = 2 * start + 60 * args.minutes - time.monotonic()  # leaves as much for the limits afterwards
+    turns = take_turns(names, end, folder, args)
+    after = limits(args)  # on a machine that others use, too, the best is nearer to what it can do
+    machine = {n: {name: max(rate, after[n][name]) for name, rate in before[n].items()} for n in before}
+    for threads, found in machine.items():
+        read, *gemm = (f"{name} {rate / 1e9:.1f}" for name, rate in found.items())
+        print(f"threads {threads}, in 10^9 a second: bytes {read}; GEMM operations {', '.join(gemm)}")
+    rows = summary(turns, machine, folder, args)
+    if not rows:
+        raise ValueError("no side has ended a turn")
+    print_table([as_text(row) for row in rows], left=("side",))
+    done = {(row["side"], row["threads"]) for row in rows}
+    for name, threads in itertools.product(names, args.threads):
+        if (name, threads) not in done:
+            print(f"not measured: {name}, threads {threads}")
     about = dict(model=args.model, dtype=args.dtype, device=where, torch=torch.__version__)
-    return about | dict(bandwidth=bandwidth, floor=floor, groups_timed=args.groups, rows=rows)
+    return about | dict(machine=machine, groups_timed=args.groups, rows=rows)
 
 
-def as_text(row: dict, floor: float) -> dict[str, str]:
+def as_text(row: dict) -> dict[str, str]:
     """A row as it is printed."""
+
+    def cell(name: str, form: str, factor: float = 1) -> str:
+        return "" if row[name] is None else form.format(factor * row[name])
+
     return {
-        "batch": f"{row['batch']:5} {row['side']}",
-        "prefill s": f"{row['prefill']:.3f}",
-        "ms a token": f"{1000 * row['token']:.2f}" if row["token"] else "",
-        "of floor": f"{floor / row['token']:.0%}" if row["token"] else "",
-        "answer s": f"{row['answer']:.3f}",
-        "of ours": f"{row['of_ours']:.2f}x",
-        "images/s": f"{row['images_s']:.3f}",
-        "peak GB": f"{row['peak'] / 1e9:.2f}" if "peak" in row else "",
+        "threads": f"{row['threads']}",
+        "batch": f"{row['batch']}",
+        "side": row["side"],
+        "prefill s": cell("prefill", "{:.3f}"),
+        "of GEMM": cell("of_gemm", "{:.0%}"),
+        "ms a token": cell("token", "{:.2f}", 1000),
+        "of reading": cell("of_reading", "{:.0%}"),
+        "answer s": cell("answer", "{:.3f}"),
+        "of ours": cell("of_ours", "{:.2f}x"),
+        "images/s": cell("images_s", "{:.3f}"),
+        "peak GB": cell("peak", "{:.2f}", 1e-9),
+        "turns": f"{row['turns']}",
         "": "other tokens than ours" if row["tokens_equal"] is False else "",
     }
 
@@ -259,34 +196,37 @@ def as_text(row: dict, floor: float) -> dict[str, str]:
 def main() -> None:
     options = parser(__doc__)
     add, switch = options.add_argument, argparse.BooleanOptionalAction
-    models = ["nano", *VARIANTS]
-    add("--model", default="nano", choices=models, help="nano, or random weights of an official size")
+    add("--model", default="nano", choices=["nano", *VARIANTS], help="nano, or random weights of a size")
     add_device_argument(options)
     add("--dtype", choices=DTYPES, help="default: float32 for nano, else bfloat16")
     add("--batch-size", nargs="+", type=positive, default=[1])
-    add("--groups", type=positive, default=3, help="decoded in a timing; images/s are of the model's number")
-    add("--rounds", type=positive, default=3, help="timings of each side; their median is shown")
-    add("--int8", action=switch, default=False, help="ours with 8-bit decoder matrices, too")
+    add("--threads", nargs="+", type=positive, default=[torch.get_num_threads()], help="of a CPU")
+    add("--groups", type=positive, default=3, help="decoded in a timing; answers are of the model's number")
+    add("--rounds", type=positive, default=3, help="turns of each side; medians are shown")
+    add("--seconds", type=float, default=2, help="passes are repeated in a turn until then")
+    add("--minutes", type=minutes, default=10, help="of measuring; a turn that would not fit is left out")
+    add("--int8", action=switch, default=True, help="8-bit matrices, too")
     add("--compile", action=switch, default=False, help="ours with torch.compile, too")
     add("--parallel", action=switch, default=True, help="ours with all boxes in five steps, too")
-    add(
-        "--branches",
-        type=positive,
-        help="boxes in parallel (default: the model's); 51 is an official answer",
-    )
-    add("--peer", action=switch, default=installed("transformers"), help="transformers, too")
-    add("--memory", action=switch, default=True, help="peak memory of each side, in a process of its own")
-    add("--folder", type=Path, help="a random checkpoint is built there, or found and used")
+    add("--branches", type=positive, help="boxes in parallel (default: the model's); 51: an official answer")
+    add("--peers", nargs="*", choices=PEERS, help="(default: those that are installed)")
+    add("--folder", type=Path, help="random checkpoints are built there, or found and used")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--child", choices=SIDES, help=argparse.SUPPRESS)
+    add("--scratch", type=Path, help=argparse.SUPPRESS)  # where the files for llama.cpp are
     args = options.parse_args()
     args.dtype = args.dtype or ("float32" if args.model == "nano" else "bfloat16")
     args.device = usable_device(args.device)
-    check_output(args.json)
     if args.child:
         return child(args)
+    check_output(args.json)
+    args.peers = choose_peers(args.peers, args.device)
     nano = contextlib.nullcontext(NANO)
-    with nano if args.model == "nano" else random_checkpoint(args.model, args.folder) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="paligemma-") as temporary,
+        nano if args.model == "nano" else random_checkpoint(args.model, args.folder) as folder,
+    ):
+        args.scratch = Path(temporary) if args.model == "nano" else folder
         figures = measure(folder, args)
     if args.json:
         write_output(figures, args.json)

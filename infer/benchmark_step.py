@@ -132,7 +132,7 @@ def take_turns(folder: Path, args: argparse.Namespace) -> list[dict]:
     rows = []
     for side in sides * args.turns:  # not all of one side's first, as the machine's speed drifts
         try:
-            rows.append(run_child(__file__, *own, "--child", side))
+            rows += run_child(__file__, *own, "--child", side)
             print(rows[-1], flush=True)
         except ChildProcessError as error:
             complain(error, __file__)

@@ -27,8 +27,7 @@ from helpers import PlainSteps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from infer.benchmark import language_of
-from infer.lib.measuring import build_checkpoint, print_table, run_child
+from infer.lib.measuring import build_checkpoint, language_of, print_table, run_child
 from model import PaliGemma
 from model.config import VARIANTS
 from model.decoding.closed_set import Head
@@ -172,7 +171,7 @@ def measure_in_child(side: str, folder: Path) -> dict:
         with path.open("r+b") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return run_child(__file__, "--folder", folder, "--child", side)
+    return run_child(__file__, "--folder", folder, "--child", side)[-1]
 
 
 def check_room(folder: Path, disk: float, wanted: float) -> None:

@@ -23,7 +23,9 @@ FOR_INFER = rf"train\.(practice(\..+)?|measures|collapse|{READERS}|run\.(picture
 OPTIONAL = {  # packages outside requirements.txt: who may import them, always inside a function
     "supervision": {"model.decoding.detections"},
     "tensorboard": {"train.run.log"},
-    "transformers": {"infer.benchmark", "infer.benchmark_step"},
+    "transformers": {"infer.lib.peers", "infer.benchmark_step"},
+    "llama_cpp": {"infer.lib.peers"},
+    "gguf": {"infer.lib.peers"},
     "peft": {"infer.benchmark_step"},
     "gradio": {"infer.live.app"},
 }
@@ -45,7 +47,7 @@ LATE = [  # the only imports inside functions: (importer, imported)
     (r"infer\.generate", r"readline"),  # Windows has none
     (r"infer\.live\.app", r"gradio"),
     (r"train\.run\.log", r"torch\.utils\.tensorboard"),
-    (r"infer\.benchmark(_step)?", r"(transformers|peft)(\..+)?"),
+    (r"infer\.(lib\.peers|benchmark_step)", r"(transformers|peft|llama_cpp|gguf)(\..+)?"),
 ]
 
 
@@ -193,7 +195,7 @@ def test_imports_inside_functions():
 
 
 def test_only_what_is_required():
-    """The standard library and requirements.txt; transformers and peft are for tests and benchmarks."""
+    """The standard library and requirements.txt; transformers and the like are for benchmarks and tests."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {re.match(r"[\w-]+", line).group() for line in lines if line[0] != "#"}
     required = {IMPORT_NAMES.get(name, name) for name in required}

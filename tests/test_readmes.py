@@ -34,9 +34,9 @@ QUICK = {
     "infer/heads.py": "--count 2",
     "infer/evaluate_answers.py": "--count 2",
     # a tiny model, found in --folder, in place of random weights of an official size; and no transformers,
-    # slow to start: test_benchmarks.py runs that side.
-    "infer/benchmark.py": "--groups 1 --batch-size 1 --rounds 1 --no-memory --no-peer --device cpu "
-    "--folder tiny",
+    # slow to start: test_benchmark.py runs that side.
+    "infer/benchmark.py": "--groups 1 --batch-size 1 --rounds 1 --seconds 0.01 --threads 1 --peers "
+    "--device cpu --folder tiny",
     "infer/benchmark_step.py": "--steps 1 --no-peer --device cpu --folder tiny",
     "infer/tradeoffs.py early-stop": "--count 2 --repeats 1 --noise 0.5 --patience 1",
     "infer/tradeoffs.py growth": "--count 2 --repeats 1 --groups 1 2 --batch-size 1 2 --sides 32 64",

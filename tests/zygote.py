@@ -102,6 +102,7 @@ def run(asking: socket.socket) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.executable = environment.get("PYTHON_EXEC", sys.executable)  # for the programs that it starts
     sys.stdin, sys.stdout, sys.stderr = (
         open(stream, mode, 1, "utf-8", errors, closefd=False)  # noqa: SIM115
         for stream, mode, errors in ((0, "r", "strict"), (1, "w", "strict"), (2, "w", "backslashreplace"))

@@ -1,4 +1,4 @@
-"""What the benchmark programs share: random checkpoints, a clock, processes of their own, tables."""
+"""What the benchmark programs share: random checkpoints, a clock, the machine's limits, processes, tables."""
 
 import contextlib
 import json
@@ -7,14 +7,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from model import PaliGemma
-from model.config import VARIANTS
-from model.io.weights import save_weights
+from model.config import VARIANTS, PaliGemmaConfig
+from model.decoding.closed_set import ClosedSet
+from model.decoding.layouts import has_fbgemm, multiply_int8, pack_int8
+from model.io.tokenizer import Tokenizer
+from model.io.weights import load_config, save_weights
+
+# "<bos>detect all classes\n" and the rest of the grammar in the official vocabulary: random checkpoints have
+# no tokenizer.
+OFFICIAL_IDS = dict(prompt=(2, 8557, 832, 7695, 108), loc0=256_000, class0=7, eos=1)
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -51,27 +64,108 @@ def build_checkpoint(variant: str, folder: Path) -> None:
     save_weights(model, folder, torch.bfloat16, state=state)
 
 
+def language_of(folder: Path) -> ClosedSet:
+    config = load_config(folder)
+    if (folder / "tokenizer.model").exists():
+        return ClosedSet.of(config, Tokenizer(folder))
+    return ClosedSet(**OFFICIAL_IDS, classes=config.classes, groups=config.groups)
+
+
+def weights_read(config: PaliGemmaConfig) -> tuple[int, int]:
+    """What a token reads: the numbers of weights of the decoder's layers, and of the whole tied head."""
+    with torch.device("meta"):
+        decoder = PaliGemma(config).decoder
+    return sum(p.numel() for p in decoder.layers.parameters()), decoder.embed.weight.numel()
+
+
+def prefill_flops(config: PaliGemmaConfig, prompt: int, vision: bool = True) -> int:
+    """Floating-point operations that reading an image and `prompt` tokens needs: 2 per weight and token. Of
+    the last layer only keys and values count, as one position is read; attention scores are left out."""
+    with torch.device("meta"):
+        model = PaliGemma(config)
+    *layers, last = ([p.numel() for p in layer.parameters()] for layer in model.decoder.layers)
+    attention = model.decoder.layers[-1].attn
+    read = sum(map(sum, layers)) + attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
+    seen = sum(p.numel() for p in model.vision.parameters()) if vision else 0
+    return 2 * (read * (config.vision.tokens + prompt) + seen * config.vision.tokens)
+
+
+# ---- the clock and the machine -----------------------------------------------------------------------------
+
+
+def now(device: str) -> float:
+    """The clock's seconds. A call that uses a GPU returns when its work is queued, so wait for that."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def seconds(function: Callable[[], object], device: str) -> float:
     """How long a call takes."""
-    # A call that uses a GPU returns when its work is queued: wait for what was queued before, and for this.
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     function()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return now(device) - start
 
 
-def run_child(program: str, *options) -> dict:
-    """What a program prints as JSON on its last line, run in a process of its own.
+def read_bandwidth(device: str) -> float:
+    """Bytes a second, read as a token reads its matrices: a vector times a float32 matrix too large for any
+    cache, of which nothing but 32 KB is written. The best of seven."""
+    rows = 1 << (15 if device.startswith("cuda") else 13)
+    matrix, vector = torch.ones(rows, 1 << 13, device=device), torch.ones(1 << 13, device=device)
+    return 4 * matrix.numel() / min(seconds(lambda: matrix @ vector, device) for _ in range(7))
 
-    Peak memory needs this, as it is the highest of a process so far, whatever it did before.
+
+def gemm_rates(device: str, longest: float) -> dict[str, float]:
+    """The best rates of products of square matrices, in operations a second, by the weights' dtype. longest:
+    sizes grow until a product takes so many seconds.
+
+    What is asked is what the machine can do with such weights, so the product may be computed in a wider
+    dtype: without instructions for bfloat16, a CPU multiplies far faster in float32.
     """
-    done = subprocess.run([sys.executable, program, *map(str, options)], stdout=subprocess.PIPE)
-    if done.returncode:
-        raise ChildProcessError(f"{options[-1]}: exit code {done.returncode} (-9: killed, out of memory)")
-    return json.loads(done.stdout.splitlines()[-1])
+    rate = partial(_best_rate, device, longest)
+    found = {"float32": [rate(torch.float32, F.linear)], "bfloat16": [rate(torch.bfloat16, F.linear)]}
+    if device == "cpu" and has_fbgemm():
+        half, pack_half = torch.ops.quantized.linear_dynamic_fp16, torch.ops.quantized.linear_prepack_fp16
+        found["bfloat16"].append(rate(torch.float32, half, lambda weight: pack_half(weight, None)))
+        int8 = lambda x, packed: multiply_int8(x, 64, packed)  # noqa: E731
+        found["int8"] = [rate(torch.float32, int8, lambda weight: pack_int8(weight.to(torch.int8)))]
+    else:
+        found["int8"] = [rate(torch.int8, torch._int_mm, Tensor.t)]
+    best = accumulate((max(rates) for rates in found.values()), max)  # int8 may be widened to bfloat16, too
+    return dict(zip(found, best))
+
+
+def _best_rate(
+    device: str, longest: float, dtype: torch.dtype, product: Callable, pack: Callable = lambda weight: weight
+) -> float:
+    rates, took, size = [], 0.0, 256
+    while not rates or (took < longest and size <= 1 << 13):
+        x, weight = (torch.ones(size, size, device=device).to(dtype) for _ in range(2))
+        weight = pack(weight)
+        took = min(seconds(partial(product, x, weight), device) for _ in range(3))
+        rates.append(2 * size**3 / took)
+        size *= 2
+    return max(rates)
+
+
+# ---- processes and tables ----------------------------------------------------------------------------------
+
+
+def run_child(program: str, *options, limit: float | None = None) -> list[dict]:
+    """The lines of JSON that a program prints, run in a process of its own.
+
+    Peak memory needs this, as it is the highest of a process so far, whatever it did before. limit: after so
+    many seconds the process is killed, and what it printed by then is all.
+    """
+    try:
+        command = [sys.executable, program, *map(str, options)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=limit)
+        status, out = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as killed:
+        status, out = 0, killed.stdout or b""
+    if status:
+        raise ChildProcessError(f"{options[-1]}: exit code {status} (-9: killed, out of memory)")
+    return [json.loads(line) for line in out.splitlines(keepends=True) if line[:1] + line[-2:] == b"{}\n"]
 
 
 def installed(package: str) -> bool:

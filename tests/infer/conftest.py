@@ -21,3 +21,15 @@ def evaluate_data(monkeypatch, capsys, data):
         return call(monkeypatch, capsys, evaluate, "--data", data, *argv)
 
     return run
+
+
+@pytest.fixture
+def run_program(monkeypatch, capsys, here):
+    """A program's standard output; it must end well."""
+
+    def run(program, *argv) -> str:
+        code, out, err = call(monkeypatch, capsys, program, *argv)
+        assert code == 0, err
+        return out
+
+    return run

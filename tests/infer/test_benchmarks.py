@@ -1,4 +1,4 @@
-"""The benchmark programs with tiny settings: that they run, and that both sides compute the same thing."""
+"""The other benchmark programs with tiny settings: they run, and both sides compute the same thing."""
 
 import argparse
 import json
@@ -12,60 +12,10 @@ from helpers import ENVIRONMENT, call, load
 from PIL import Image
 from reference import save, tiny_paligemma
 
-from infer import benchmark, benchmark_step, tradeoffs
+from infer import benchmark_step, tradeoffs
 from infer.lib import measuring
 from model.config import VARIANTS
 from train.run.processes import peak_memory
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, here):
-    """A program's standard output; it must end well."""
-
-    def run(program, *argv) -> str:
-        code, out, err = call(monkeypatch, capsys, program, *argv)
-        assert code == 0, err
-        return out
-
-    return run
-
-
-# ---- benchmark.py ------------------------------------------------------------------------------------------
-
-
-def test_benchmark(run, here):
-    """Nano beside transformers: the tokens of all sides are equal, and every figure is there. Boxes in
-    parallel are timed as a whole, against the same answers."""
-    options = "--groups 1 --rounds 2 --batch-size 1 2 --no-memory --peer --device cpu --json f.json".split()
-    out = run(benchmark, *options, "--branches", 7)
-    rows = json.loads((here / "f.json").read_text())["rows"]
-    sides = "ours", "ours, parallel", "transformers"
-    assert [(row["batch"], row["side"]) for row in rows] == [(n, side) for n in (1, 2) for side in sides]
-    for row in rows:
-        in_sequence = row["side"] != "ours, parallel"
-        assert row["tokens_equal"] is (True if in_sequence else None)
-        assert (row["token"] is None) != in_sequence
-        assert row["prefill"] > 0 and row["images_s"] * row["answer"] == pytest.approx(row["batch"])
-        if in_sequence:
-            assert row["answer"] == pytest.approx(row["prefill"] + 60 * row["token"])
-        (ours,) = (other for other in rows if (other["batch"], other["side"]) == (row["batch"], "ours"))
-        assert row["of_ours"] == pytest.approx(row["answer"] / ours["answer"])
-    assert "prefill s" in out and "of ours" in out and "other tokens" not in out
-
-
-def test_sides_in_parallel(model):
-    """--branches of them in one call, through the model of the other sides, which memory holds once."""
-    args = argparse.Namespace(device="cpu", dtype="float32", branches=7)
-    ours, side = benchmark.Ours(model, args), benchmark.Parallel(model, args)
-    assert side.model is ours.model
-    assert side.decode(benchmark.random_images(model, 2, "cpu"), groups=1).shape == (2, 5 * 7)
-
-
-def test_peak_memory_is_of_a_process_of_its_own(run, here):
-    run(benchmark, *"--groups 1 --rounds 1 --no-peer --no-parallel --device cpu --json f.json".split())
-    (row,) = json.loads((here / "f.json").read_text())["rows"]
-    assert 5e7 < row["peak"] < 5e9
-
 
 # ---- benchmark_step.py -------------------------------------------------------------------------------------
 
@@ -84,9 +34,9 @@ def test_sides_compute_the_same_loss(tiny):
     assert len({row["trainable"] for row in rows}) == 1 and rows[0]["trainable"] > 1000
 
 
-def test_benchmark_step(run, here, tiny):
+def test_benchmark_step(run_program, here, tiny):
     options = "--no-peer --steps 1 --device cpu --peak-tflops 1 --json f.json".split()
-    out = run(benchmark_step, *options, "--folder", tiny)
+    out = run_program(benchmark_step, *options, "--folder", tiny)
     rows = json.loads((here / "f.json").read_text())["rows"]
     assert [row["side"] for row in rows] == ["ours", "ours, recompute"]
     table = [line.split("  ")[0] for line in out.splitlines()[-3:]]
@@ -105,19 +55,19 @@ def test_every_side_fails(monkeypatch, capfd, here):
 # ---- tradeoffs.py ------------------------------------------------------------------------------------------
 
 
-def test_early_stop(run, here):
+def test_early_stop(run_program, here):
     """Stopping early decodes fewer boxes; the table has a row for each rule, and a plot is drawn."""
-    out = run(tradeoffs, *"early-stop --count 3 --repeats 1 --noise 0 --out plot.png".split())
+    out = run_program(tradeoffs, *"early-stop --count 3 --repeats 1 --noise 0 --out plot.png".split())
     header, never, one, two = (line.split() for line in out.splitlines())
     assert header[-2:] == ["boxes", "images/s"] and never[:2] == ["-", "-"] and never[3] == "12.0"
     assert one[:2] == ["0.0", "1"] and one[3] == "1.0" and two[3] == "2.0"
     assert Image.open(here / "plot.png").size == (780, 520)
 
 
-def test_growth(run, here):
+def test_growth(run_program, here):
     """Both forms, in each panel; mAP is of the boxes that were decoded, so it rises with their number."""
     few = "--count 3 --groups 1 12 --batch-size 1 2 --sides 32 64"
-    out = run(tradeoffs, *f"growth --repeats 1 {few} --out plot.png".split())
+    out = run_program(tradeoffs, *f"growth --repeats 1 {few} --out plot.png".split())
     lines = [line for line in out.splitlines() if " against " in line]
     names = [re.sub(r"(\d+) [\d.e+]+", r"\1", line) for line in lines]
     panels = ["mAP against boxes, {}: 1, 12", "milliseconds against boxes, {}: 1, 12"]
@@ -130,10 +80,10 @@ def test_growth(run, here):
     assert Image.open(here / "plot.png").size == (1170, 780)
 
 
-def test_head(run):
+def test_head(run_program):
     """Each way for coordinates and for classes."""
     few = "--widths nano --repeats 3 --batch-size 1 2"
-    lines = run(tradeoffs, *f"head --device cpu {few}".split()).splitlines()
+    lines = run_program(tradeoffs, *f"head --device cpu {few}".split()).splitlines()
     assert lines[1].split() == ["full", "slice"] and len(lines) == 6
     assert re.fullmatch(r"nano, batch 2, 81 classes +\d+ +\d+", lines[-1])
 

@@ -111,15 +111,15 @@ def test_benchmarks_ask_their_gpu(gpus, monkeypatch):
     monkeypatch.setattr(benchmark_step, "our_step", step)
     monkeypatch.setattr(benchmark_step, "peak_memory", lambda device: 0)
     benchmark_step.measure("ours", None, argparse.Namespace(device="cuda:1", steps=1))
-    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1.0)
 
     def begin(*args):  # the GPU's name is asked for before
         raise Stop
 
-    monkeypatch.setitem(benchmark.SIDES, "ours", begin)
-    options = dict(model="nano", device="cuda:1", dtype="float32", int8=False, compile=False, peer=False)
-    options |= dict(parallel=False)
+    monkeypatch.setattr(benchmark, "limits", begin)
+    options = dict(
+        model="nano", device="cuda:1", dtype="float32", int8=False, compile=False, peers=[], minutes=1
+    )
     with pytest.raises(Stop):
-        benchmark.measure(NANO, argparse.Namespace(memory=False, **options))
+        benchmark.measure(NANO, argparse.Namespace(**options))
     asked = [device for name, device in gpus if name != "current"]
     assert len(asked) == 8 and set(asked) == {"cuda:1"} and ("get_device_name", "cuda:1") in gpus
