@@ -8,7 +8,9 @@
 FBGEMM comes with PyTorch for x86 and needs AVX2.
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +67,8 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     A row becomes round(row / scale), with scale = max |row| / 127.
     """
-    weight = weight.detach().float()
-    scale = weight.abs().amax(-1).clamp(min=1e-12) / 127
+    weight = weight.detach()
+    scale = weight.abs().amax(-1).float().clamp(min=1e-12) / 127
     return (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
@@ -121,18 +123,23 @@ class PlanesLinear(nn.Module):
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-def pack_int8(weight: Tensor) -> torch.ScriptObject:
-    """int8 [out, in] in FBGEMM's layout."""
-    engine = torch.backends.quantized.engine
+@contextlib.contextmanager
+def fbgemm_engine() -> Iterator[None]:
+    """Inside, pack_int8 makes FBGEMM's layout, whatever PyTorch would choose for this CPU."""
+    before = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     try:
         with warnings.catch_warnings():
             # Such tensors are deprecated, but nothing else in PyTorch makes this layout.
-            warnings.simplefilter("ignore", UserWarning)
-            quantized = torch._make_per_tensor_quantized_tensor(weight, 1.0, 0)
-            return torch.ops.quantized.linear_prepack(quantized, None)
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor, ", UserWarning)
+            yield
     finally:
-        torch.backends.quantized.engine = engine
+        torch.backends.quantized.engine = before
+
+
+def pack_int8(weight: Tensor) -> torch.ScriptObject:
+    """int8 [out, in], laid out by FBGEMM inside fbgemm_engine."""
+    return torch.ops.quantized.linear_prepack(torch._make_per_tensor_quantized_tensor(weight, 1.0, 0), None)
 
 
 def multiply_int8(x: Tensor, zero: int, packed: torch.ScriptObject) -> Tensor:

@@ -4,11 +4,13 @@
     pack(model)        # CPU, bfloat16: the layout of the library that is fastest there
     quantize(model)    # int8: one byte per weight
 
-pack and quantize replace Linears one after the other and free each old matrix at once: memory never holds two
+pack and quantize replace a few Linears at a time and free each old matrix at once: memory never holds two
 copies of the model. The layouts themselves are in layouts.py.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from model.decoding.layouts import (
     PackedLinear,
     PlanesLinear,
     cpu_has_bfloat16,
+    fbgemm_engine,
     has_fbgemm,
 )
 from model.decoding.photographs import add_photograph_test
@@ -31,6 +34,7 @@ from model.lora import LoRALinear, fold
 from model.paligemma import PaliGemma
 from model.seam import attention_layers
 
+PACKERS = 4  # matrices that are laid out at a time; each takes memory for a copy in float32
 SMALL_MODEL = 1 << 30  # bytes of weights up to which float32 is the faster dtype on a CPU
 
 
@@ -112,15 +116,21 @@ def quantize(model: PaliGemma, traced: bool = False) -> None:
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("int8 needs plain matrices, the model has an adapter: lora.fold(model) merges it")
     planes = model.projector.weight.device.type == "cpu" and has_fbgemm() and not traced
-    for block in model.decoder.layers:  # joined one by one: wide matrices of all would be a second copy
-        join_block(block)
-        _replace(block, PlanesLinear if planes else Int8Linear)
+    with fbgemm_engine() if planes else nullcontext():
+        for block in model.decoder.layers:  # joined one by one: wide matrices of all would be a second copy
+            join_block(block)
+            _replace(block, PlanesLinear if planes else Int8Linear)
 
 
 def _replace(layers: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put make(linear) in the place of every plain Linear."""
-    for path in [path for path, module in layers.named_modules() if type(module) is nn.Linear]:
+    """Put make(linear) in the place of every plain Linear, several at a time: one core takes long."""
+
+    def replace(path: str) -> None:
         linear = layers.get_submodule(path)
         layers.set_submodule(path, made := make(linear))
         if made is not linear:
             release_pages(linear.weight)
+
+    paths = [path for path, module in layers.named_modules() if type(module) is nn.Linear]
+    with ThreadPoolExecutor(PACKERS) as pool:
+        list(pool.map(replace, paths))
