@@ -29,12 +29,11 @@ from model.decoding.layouts import (
 )
 from model.decoding.photographs import add_photograph_test
 from model.io.hub import resolve, weight_files
-from model.io.weights import release_pages
+from model.io.weights import release_pages, trim_memory
 from model.lora import LoRALinear, fold
 from model.paligemma import PaliGemma
 from model.seam import attention_layers
 
-PACKERS = 4  # matrices that are laid out at a time; each takes memory for a copy in float32
 SMALL_MODEL = 1 << 30  # bytes of weights up to which float32 is the faster dtype on a CPU
 
 
@@ -91,8 +90,8 @@ def pack(model: PaliGemma) -> None:
             return PackedLinear(linear)
         return HalfLinear(linear) if HalfLinear.fits(linear) else linear
 
-    for layers in (model.decoder.layers, model.vision.layers):
-        _replace(layers, packed)
+    for block in (*model.decoder.layers, *model.vision.layers):
+        _replace(block, packed)
     if not cpu_has_bfloat16():
         for layer in attention_layers(model):
             layer.attend = in_float32(layer.attend)
@@ -122,15 +121,16 @@ def quantize(model: PaliGemma, traced: bool = False) -> None:
             _replace(block, PlanesLinear if planes else Int8Linear)
 
 
-def _replace(layers: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put make(linear) in the place of every plain Linear, several at a time: one core takes long."""
+def _replace(block: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put make(linear) in the place of every plain Linear, two at a time, as one core takes long for it."""
 
     def replace(path: str) -> None:
-        linear = layers.get_submodule(path)
-        layers.set_submodule(path, made := make(linear))
+        linear = block.get_submodule(path)
+        block.set_submodule(path, made := make(linear))
         if made is not linear:
             release_pages(linear.weight)
 
-    paths = [path for path, module in layers.named_modules() if type(module) is nn.Linear]
-    with ThreadPoolExecutor(PACKERS) as pool:
+    paths = [path for path, module in block.named_modules() if type(module) is nn.Linear]
+    with ThreadPoolExecutor(2) as pool:  # each takes memory for a copy in float32
         list(pool.map(replace, paths))
+    trim_memory()

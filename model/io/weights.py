@@ -8,6 +8,7 @@ two copies never exist.
 import contextlib
 import ctypes
 import mmap
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -230,6 +231,12 @@ def release_pages(weight: torch.Tensor) -> None:
     size = (weight.data_ptr() + weight.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def trim_memory() -> None:
+    """Give back to the system what was freed: glibc keeps a gigabyte of temporaries of a large model."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # musl has none
+        libc.malloc_trim(0)
 
 
 # ---- to disk -----------------------------------------------------------------------------------------------
