@@ -37,7 +37,7 @@ def test_they_follow_from_the_number_of_pictures(few):
     assert (args.batch_size, args.steps, args.val_every) == (8, 13 * defaults.EPOCHS, math.ceil(650 / 8))
     assert args.answers == "parallel" and args.augment and args.location_smoothing == 6
     assert args.lr == 5e-4 and args.min_lr == pytest.approx(1e-5)
-    assert settled(few(3)).steps == 300 and settled(few(300)).steps == 1000
+    assert settled(few(3)).steps == 300 and settled(few(300)).steps == 900
     assert settled(few(300), "--val", "x").val_every == 125  # an eighth of the run is more than an epoch
 
 
