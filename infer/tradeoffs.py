@@ -3,6 +3,7 @@
     python infer/tradeoffs.py early-stop --out media/early_stop.png    # mAP and time of --early-stop, on nano
     python infer/tradeoffs.py growth --out media/growth.png    # mAP and time of both forms of decoding
     python infer/tradeoffs.py head    # a choice among the ids that a position allows, three ways
+    python infer/tradeoffs.py layouts    # the products of a layer, with its matrices laid out in each way
     python infer/tradeoffs.py seam    # nano's prefill before, during and after its attention is recorded
 
 growth uses random weights of nano's form where images are of another size than nano's. The three ways of
@@ -13,6 +14,7 @@ the decode loop.
 """
 
 import argparse
+import copy
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -26,16 +28,26 @@ from infer.lib.options import add_device_argument, usable_device
 from infer.lib.plots import new_figure, require_matplotlib
 from infer.lib.predictions import evaluate
 from model import PaliGemma
-from model.config import COCO_CLASSES
+from model.config import COCO_CLASSES, VARIANTS
 from model.decoding.batches import network_images
 from model.decoding.closed_set import GROUP, ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
+from model.decoding.layouts import (
+    HalfLinear,
+    Int8Linear,
+    PackedLinear,
+    PlanesLinear,
+    cpu_has_bfloat16,
+    has_fbgemm,
+)
 from model.decoding.parallel import ParallelDecoder
+from model.gemma import Block
+from model.io.hub import NANO
 from model.io.image import load_image
 from model.io.tokenizer import LOCS
-from model.io.weights import DTYPES
+from model.io.weights import DTYPES, load_config
 from train.practice.write import write_coco
 from train.run.program import parser, positive, run
 
@@ -203,6 +215,35 @@ def head(args: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
+def layouts(args: argparse.Namespace) -> None:
+    """Milliseconds of the seven products of a layer for so many rows of x, its matrices laid out in every way
+    that this CPU has, and the largest relative error. In turns; the fastest counts."""
+    torch.set_num_threads(args.threads)
+    config = load_config(NANO) if args.model == "nano" else VARIANTS[args.model]
+    plain = [module.bfloat16() for module in Block(config.text).modules() if type(module) is nn.Linear]
+    ways = {"bfloat16, plain": plain, "float32, plain": [copy.deepcopy(linear).float() for linear in plain]}
+    made = [PackedLinear] * cpu_has_bfloat16() + [HalfLinear, PlanesLinear] * has_fbgemm() + [Int8Linear]
+    ways |= {layout.__name__: [layout(linear) for linear in plain] for layout in made}
+
+    def products(name: str) -> list[Tensor]:
+        dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
+        return [module(x.to(dtype)) for module, x in zip(ways[name], inputs)]
+
+    table = {name: {"layout": name} for name in ways}
+    for rows in args.rows:
+        inputs = [torch.randn(rows, linear.in_features).bfloat16() for linear in plain]
+        exact = [x.double() @ linear.weight.T.double() for x, linear in zip(inputs, plain)]
+        turns = [
+            {name: seconds(partial(products, name), "cpu") for name in ways} for _ in range(args.repeats)
+        ]
+        for name, row in table.items():
+            row[f"{rows} rows, ms"] = f"{1e3 * min(turn[name] for turn in turns):.1f}"
+            off = [(y - right).norm() / right.norm() for y, right in zip(products(name), exact)]
+            row["error"] = f"{max(off):.4f}"
+    print_table(list(table.values()), left=("layout",))
+
+
+@torch.inference_mode()
 def seam(args: argparse.Namespace) -> None:
     """Milliseconds of nano's prefill: of a model that never was recorded, one that was, and while it is. In
     turns; medians."""
@@ -223,10 +264,13 @@ def seam(args: argparse.Namespace) -> None:
     print_table([{name: f"{1e3 * median(row[name] for row in times):.2f}" for name in ways}])
 
 
+COMMANDS = {"early-stop": early_stop, "growth": growth, "head": head, "layouts": layouts, "seam": seam}
+
+
 def main() -> None:
     options = parser(__doc__)
-    commands, parsers = options.add_subparsers(required=True, metavar="early-stop | growth | head | seam"), {}
-    for name, function in {"early-stop": early_stop, "growth": growth, "head": head, "seam": seam}.items():
+    commands, parsers = options.add_subparsers(required=True, metavar=" | ".join(COMMANDS)), {}
+    for name, function in COMMANDS.items():
         parsers[name] = commands.add_parser(name, description=function.__doc__)
         parsers[name].set_defaults(function=function)
     for name in ("early-stop", "growth"):
@@ -249,6 +293,11 @@ def main() -> None:
     add("--batch-size", nargs="+", type=positive, default=[1, 32])
     add("--widths", nargs="+", choices=WIDTHS, default=list(WIDTHS), help="hidden states of which model")
     add("--repeats", type=positive, default=50, help="of each timing; their median counts")
+    add = parsers["layouts"].add_argument
+    add("--model", default="paligemma2-3b-224", choices=["nano", *VARIANTS], help="whose layer")
+    add("--rows", nargs="+", type=positive, default=[1, 24, 51, 261], help="261: a prefill at 224 px")
+    add("--threads", type=positive, default=1)
+    add("--repeats", type=positive, default=5, help="of each timing, in turns")
     parsers["seam"].add_argument("--repeats", type=positive, default=500, help="of each, in turns")
     args = options.parse_args()
     torch.manual_seed(0)

@@ -41,6 +41,7 @@ QUICK = {
     "infer/tradeoffs.py early-stop": "--count 2 --repeats 1 --noise 0.5 --patience 1",
     "infer/tradeoffs.py growth": "--count 2 --repeats 1 --groups 1 2 --batch-size 1 2 --sides 32 64",
     "infer/tradeoffs.py seam": "--repeats 2",
+    "infer/tradeoffs.py layouts": "--model nano --rows 2 --repeats 1",
     "infer/tradeoffs.py head": "--repeats 2 --widths nano --device cpu",
     "tests/run_trial.py": "--only codecs --cases 2",  # test_trial.py runs the short form
     "train/recipes/drawings_nano.sh": "--steps 2 --batch-size 4 --workers 0",  # likewise

@@ -19,7 +19,7 @@ from torch import Tensor
 from model import PaliGemma
 from model.config import VARIANTS, PaliGemmaConfig
 from model.decoding.closed_set import ClosedSet
-from model.decoding.layouts import fbgemm_engine, has_fbgemm, multiply_int8, pack_int8
+from model.decoding.layouts import has_fbgemm, multiply_int8, pack_int8
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config, save_weights
 
@@ -128,8 +128,7 @@ def gemm_rates(device: str, longest: float) -> dict[str, float]:
         half, pack_half = torch.ops.quantized.linear_dynamic_fp16, torch.ops.quantized.linear_prepack_fp16
         found["bfloat16"].append(rate(torch.float32, half, lambda weight: pack_half(weight, None)))
         int8 = lambda x, packed: multiply_int8(x, 64, packed)  # noqa: E731
-        with fbgemm_engine():
-            found["int8"] = [rate(torch.float32, int8, lambda weight: pack_int8(weight.to(torch.int8)))]
+        found["int8"] = [rate(torch.float32, int8, lambda weight: pack_int8(weight.to(torch.int8)))]
     else:
         found["int8"] = [rate(torch.int8, torch._int_mm, Tensor.t)]
     best = accumulate((max(rates) for rates in found.values()), max)  # int8 may be widened to bfloat16, too

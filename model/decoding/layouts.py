@@ -8,15 +8,15 @@
 FBGEMM comes with PyTorch for x86 and needs AVX2.
 """
 
-import contextlib
+import threading
 import warnings
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 INT8_MATMUL_ROWS = 4  # rows of x up to which PyTorch's int8 matmul is the faster one
+ENGINE = threading.Lock()  # PyTorch's choice of a library is one for all threads
 
 
 def cpu_has_bfloat16() -> bool:
@@ -123,23 +123,17 @@ class PlanesLinear(nn.Module):
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-@contextlib.contextmanager
-def fbgemm_engine() -> Iterator[None]:
-    """Inside, pack_int8 makes FBGEMM's layout, whatever PyTorch would choose for this CPU."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        with warnings.catch_warnings():
-            # Such tensors are deprecated, but nothing else in PyTorch makes this layout.
-            warnings.filterwarnings("ignore", "torch.quantize_per_tensor, ", UserWarning)
-            yield
-    finally:
-        torch.backends.quantized.engine = before
-
-
 def pack_int8(weight: Tensor) -> torch.ScriptObject:
-    """int8 [out, in], laid out by FBGEMM inside fbgemm_engine."""
-    return torch.ops.quantized.linear_prepack(torch._make_per_tensor_quantized_tensor(weight, 1.0, 0), None)
+    """int8 [out, in] in FBGEMM's layout, whatever PyTorch would choose for this CPU."""
+    with ENGINE, warnings.catch_warnings():
+        # Such tensors are deprecated, but nothing else in PyTorch makes this layout.
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor, ", UserWarning)
+        before, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
+        try:
+            quantized = torch._make_per_tensor_quantized_tensor(weight, 1.0, 0)
+            return torch.ops.quantized.linear_prepack(quantized, None)
+        finally:
+            torch.backends.quantized.engine = before
 
 
 def multiply_int8(x: Tensor, zero: int, packed: torch.ScriptObject) -> Tensor:

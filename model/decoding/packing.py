@@ -10,7 +10,6 @@ copies of the model. The layouts themselves are in layouts.py.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from model.decoding.layouts import (
     PackedLinear,
     PlanesLinear,
     cpu_has_bfloat16,
-    fbgemm_engine,
     has_fbgemm,
 )
 from model.decoding.photographs import add_photograph_test
@@ -115,10 +113,9 @@ def quantize(model: PaliGemma, traced: bool = False) -> None:
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("int8 needs plain matrices, the model has an adapter: lora.fold(model) merges it")
     planes = model.projector.weight.device.type == "cpu" and has_fbgemm() and not traced
-    with fbgemm_engine() if planes else nullcontext():
-        for block in model.decoder.layers:  # joined one by one: wide matrices of all would be a second copy
-            join_block(block)
-            _replace(block, PlanesLinear if planes else Int8Linear)
+    for block in model.decoder.layers:  # joined one by one: wide matrices of all would be a second copy
+        join_block(block)
+        _replace(block, PlanesLinear if planes else Int8Linear)
 
 
 def _replace(block: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:

@@ -88,6 +88,15 @@ def test_head(run_program):
     assert re.fullmatch(r"nano, batch 2, 81 classes +\d+ +\d+", lines[-1])
 
 
+def test_layouts(run_program):
+    """A row for every layout, with the errors of 16 and of 8 bits."""
+    lines = run_program(tradeoffs, *"layouts --model nano --rows 1 5 --repeats 1".split()).splitlines()
+    errors = {line.split("  ")[0]: float(line.split()[-1]) for line in lines[1:]}
+    assert {"bfloat16, plain", "float32, plain", "Int8Linear"} <= set(errors)
+    for name, error in errors.items():
+        assert 0.005 < error < 0.02 if name in ("Int8Linear", "PlanesLinear") else 0 < error < 0.005
+
+
 def test_the_heads_ways_choose_alike(monkeypatch):
     """The likeliest allowed id, but for noise, which only the head leaves out."""
     decoder = tradeoffs.TiedHead(8, 257_216, torch.float32, "cpu")
