@@ -29,19 +29,12 @@ from infer.lib.plots import new_figure, require_matplotlib
 from infer.lib.predictions import evaluate
 from model import PaliGemma
 from model.config import COCO_CLASSES, VARIANTS
+from model.decoding import layouts as kinds
 from model.decoding.batches import network_images
 from model.decoding.closed_set import GROUP, ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
 from model.decoding.detections import Selection
 from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
-from model.decoding.layouts import (
-    HalfLinear,
-    Int8Linear,
-    PackedLinear,
-    PlanesLinear,
-    cpu_has_bfloat16,
-    has_fbgemm,
-)
 from model.decoding.parallel import ParallelDecoder
 from model.gemma import Block
 from model.io.hub import NANO
@@ -222,14 +215,15 @@ def layouts(args: argparse.Namespace) -> None:
     config = load_config(NANO) if args.model == "nano" else VARIANTS[args.model]
     plain = [module.bfloat16() for module in Block(config.text).modules() if type(module) is nn.Linear]
     ways = {"bfloat16, plain": plain, "float32, plain": [copy.deepcopy(linear).float() for linear in plain]}
-    made = [PackedLinear] * cpu_has_bfloat16() + [HalfLinear, PlanesLinear] * has_fbgemm() + [Int8Linear]
+    made = [kinds.PackedLinear] * kinds.cpu_has_bfloat16() + [kinds.Int8Linear]
+    made += [kinds.HalfLinear, kinds.PlanesLinear] * kinds.has_fbgemm()
     ways |= {layout.__name__: [layout(linear) for linear in plain] for layout in made}
 
     def products(name: str) -> list[Tensor]:
         dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
         return [module(x.to(dtype)) for module, x in zip(ways[name], inputs)]
 
-    table = {name: {"layout": name} for name in ways}
+    table = {name: {"layout": name, "error": ""} for name in ways}
     for rows in args.rows:
         inputs = [torch.randn(rows, linear.in_features).bfloat16() for linear in plain]
         exact = [x.double() @ linear.weight.T.double() for x, linear in zip(inputs, plain)]
@@ -297,7 +291,7 @@ def main() -> None:
     add("--model", default="paligemma2-3b-224", choices=["nano", *VARIANTS], help="whose layer")
     add("--rows", nargs="+", type=positive, default=[1, 24, 51, 261], help="261: a prefill at 224 px")
     add("--threads", type=positive, default=1)
-    add("--repeats", type=positive, default=5, help="of each timing, in turns")
+    add("--repeats", type=positive, default=5, help="of each, in turns")
     parsers["seam"].add_argument("--repeats", type=positive, default=500, help="of each, in turns")
     args = options.parse_args()
     torch.manual_seed(0)

@@ -38,7 +38,7 @@ def test_they_follow_from_the_number_of_pictures(few):
     assert args.answers == "parallel" and args.augment and args.location_smoothing == 6
     assert args.lr == 5e-4 and args.min_lr == pytest.approx(1e-5)
     assert settled(few(3)).steps == 300 and settled(few(300)).steps == 900
-    assert settled(few(300), "--val", "x").val_every == 125  # an eighth of the run is more than an epoch
+    assert settled(few(300), "--val", "x").val_every == 113  # an eighth of the run is more than an epoch
 
 
 def test_what_is_given_counts(few):
