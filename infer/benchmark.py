@@ -63,6 +63,7 @@ def child(args: argparse.Namespace) -> None:
 def take_turns(names: list[str], end: float, folder: Path, args: argparse.Namespace) -> list[dict]:
     """The rows of all turns that are possible until `end`, in seconds of time.monotonic."""
     own = ["--folder", folder, "--scratch", args.scratch, "--device", args.device, "--dtype", args.dtype]
+    own += ["--threads", *args.threads]
     took, rows = dict.fromkeys(names, 0.0), []
     for number in range(args.rounds):
         # The sides take turns because the machine's speed drifts; the order changes because each finds caches

@@ -50,7 +50,7 @@ class HalfLinear(nn.Module):
 
     @staticmethod
     def fits(linear: nn.Linear) -> bool:
-        return bool(linear.weight.abs().max() <= torch.finfo(torch.float16).max)
+        return bool(linear.weight.detach().abs().max() <= torch.finfo(torch.float16).max)
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

@@ -126,7 +126,7 @@ def test_turns_that_do_not_fit(monkeypatch, model):
 
     monkeypatch.setattr(benchmark, "run_child", run_child)
     monkeypatch.setattr(benchmark.time, "monotonic", lambda: clock[0])
-    args = argparse.Namespace(scratch=model, device="cpu", dtype="float32", rounds=3)
+    args = argparse.Namespace(scratch=model, device="cpu", dtype="float32", rounds=3, threads=[1])
     benchmark.take_turns(["ours", "transformers"], 75, model, args)
     assert order == [("ours", 75), ("transformers", 65), ("ours", 25), ("ours", 15)]
 
