@@ -8,6 +8,7 @@ of batch or cache compiles once more, for all sizes. The prefill stays as it is,
 has a kernel of its own.
 """
 
+import inspect
 import logging
 
 import torch
@@ -31,6 +32,8 @@ class CompiledBlock:
         # TorchInductor can make itself: a capture is going on already.
         options = {"triton.cudagraphs": False} if backend == "inductor" else None
         own = dict(recompile_limit=32, isolate_recompiles=True)  # whatever other models were compiled for
+        known = inspect.signature(torch.compile).parameters  # PyTorch 2.11 has neither, and counts all as one
+        own = {name: value for name, value in own.items() if name in known}
         self.compiled = torch.compile(_run, fullgraph=True, backend=backend, options=options, **own)
 
     def __call__(self, block: Block, *args) -> Tensor:

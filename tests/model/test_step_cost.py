@@ -144,3 +144,16 @@ def test_compiled_and_joined_on_a_gpu(model, decode, caplog):
             assert torch.equal(answer.tokens, theirs.tokens)
             assert torch.allclose(answer.scores, theirs.scores, atol=1e-4)
     assert not [r for r in caplog.records if r.name == "model.decoding.compiled"]
+
+
+def test_an_older_pytorch(monkeypatch):
+    """torch.compile without the options that came after 2.11 is called without them."""
+    given = {}
+
+    def compile(model, *, fullgraph=False, dynamic=None, backend="inductor", mode=None, options=None):
+        given.update(fullgraph=fullgraph, backend=backend)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile)
+    CompiledBlock()
+    assert given == dict(fullgraph=True, backend="inductor")
