@@ -23,8 +23,8 @@ def prefix_lm_mask(valid: Tensor, is_suffix: Tensor) -> Tensor:
                                         query 4   x x x x x
 
     Another function in its place (model/seam.py) takes and returns the same. It is asked about whole
-    sequences, and in decoding about all slots of the cache, where the empty ones are not valid: a row must be
-    what it is without the tokens after it. The window narrows the mask in local layers.
+    sequences, and in decoding about the slots of the cache that are read, where empty ones are not valid: a
+    row must be what it is without the tokens after it. The window narrows the mask in local layers.
     """
     block = is_suffix.cumsum(-1)  # [B, S]: the prefix is block 0, every suffix token a block of its own
     return (block[:, None, :] <= block[:, :, None]) & valid[:, None, :]
@@ -97,10 +97,11 @@ def attend(
     given. cap: scores become cap * tanh(scores / cap).
 
     Another function in its place (model/seam.py) takes and returns the same. q and k come rotated and not
-    scaled. In decoding T is 1, or the number of branches, and S counts all slots of the cache, of which the
-    mask leaves out the empty ones. For answers to be the same with a cache as without, a query's output must
-    not depend on other queries, nor a row of the batch on another. Its weights are recorded by passing an
-    identity matrix [S, S] as the values of each head, so it must be linear in v, whose width may differ.
+    scaled. In decoding T is 1, or the number of branches, and S counts the slots of the cache that are read,
+    of which the mask leaves out the empty ones. For answers to be the same with a cache as without, a query's
+    output must not depend on other queries, nor a row of the batch on another. Its weights are recorded by
+    passing an identity matrix [S, S] as the values of each head, so it must be linear in v, whose width may
+    differ.
     """
     training_on_cpu = q.requires_grad and q.device.type == "cpu"  # where the fused kernel's gradient is slow
     if mask is None and cap is None and not training_on_cpu:  # the vision tower: one fused kernel does it

@@ -1,7 +1,8 @@
 """Static key/value cache: allocated once, filled by the prefill, extended by one position at each step.
 
-A step reads all slots, through a mask, and which slot it writes is a number on the device. So every step is
-the same sequence of operations on the same memory, however full the cache is, and a CUDA graph can replay it.
+Where a CUDA graph or torch.compile wants every step to be the same sequence of operations on the same memory,
+however full the cache is, a step reads all slots, through a mask, and which slot it writes is a number on the
+device. Elsewhere it reads the slots in use.
 
 Axes: L layers, B batch, T new tokens, S slots, K kv heads, H head dim.
 """
@@ -18,30 +19,40 @@ class KVCache:
     """Room for `slots` positions of every layer, filled from the left.
 
     Rows of a batch may have different lengths: padding fills a slot, but is not `valid` and has no position.
+    whole: steps read all slots.
     """
 
-    def __init__(self, config: TextConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        config: TextConfig,
+        batch: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        whole: bool,
+    ):
         shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [L, B, K, S, H]
         self.values = torch.zeros_like(self.keys)
-        self.valid = torch.zeros(batch, slots, dtype=torch.bool, device=device)
-        self.positions = torch.zeros(batch, slots, dtype=torch.int64, device=device)
+        self._valid = torch.zeros(batch, slots, dtype=torch.bool, device=device)
+        self._positions = torch.zeros(batch, slots, dtype=torch.int64, device=device)
         self.last = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # position of the newest token
         # The newest token's slot. A graph would keep a Python number as it was at the capture; this one it
         # reads from memory at every replay.
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.slots: Tensor | None = None  # of the newest tokens; None after the prefill
         self.used = self.prefix = 0  # slots in use, and of the prefix
+        self.whole = whole
 
     def start(self, valid: Tensor, positions: Tensor) -> None:
         """Forget everything, and take the first T slots for tokens with valid and positions [B, T]."""
         T = valid.shape[1]
         self.used = self.prefix = self._room_for(T)
         self.slots = None
-        self.valid.zero_()[:, :T] = valid
+        self._valid.zero_()[:, :T] = valid
         # A slot that is not valid has weight 0, but 0 times a NaN that an earlier batch left there is NaN.
         self.values[:, :, :, T:].zero_()
-        self.positions[:, :T] = positions
+        self._positions[:, :T] = positions
         self.last.copy_(positions.amax(-1, keepdim=True))
         self.slot.fill_(T - 1)
 
@@ -55,46 +66,60 @@ class KVCache:
         self.slot += count
         self.last += 1
         positions = self.last.expand(-1, count)
-        self.valid.index_fill_(1, self.slots, True)
-        self.positions.index_copy_(1, self.slots, positions)
+        self._valid.index_fill_(1, self.slots, True)
+        self._positions.index_copy_(1, self.slots, positions)
         return positions
+
+    @property
+    def read(self) -> int:
+        """How many slots, from the left, the newest tokens read: S."""
+        return self.keys.shape[3] if self.whole and self.slots is not None else self.used
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [B, S]: the slots that hold a token, not padding or nothing."""
+        return self._valid[:, : self.read]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [B, S]"""
+        return self._positions[:, : self.read]
 
     @property
     def is_suffix(self) -> Tensor:
         """bool [B, S]: the slots after the prefix."""
-        slots = torch.arange(self.valid.shape[1], device=self.valid.device)
+        slots = torch.arange(self.read, device=self.slot.device)
         return (slots >= self.prefix).expand_as(self.valid)
 
     def _room_for(self, slots: int) -> int:
-        if slots > self.valid.shape[1]:
-            raise ValueError(f"the cache has {self.valid.shape[1]} slots, {slots} are needed")
+        if slots > self.keys.shape[3]:
+            raise ValueError(f"the cache has {self.keys.shape[3]} slots, {slots} are needed")
         return slots
 
     def of_layers(self) -> list["LayerCache"]:
         """What each layer writes and reads, as of now."""
-        layers = range(len(self.keys))  # indexed, as autograd lets nobody write to what iteration yields
-        return [LayerCache(self.keys[i], self.values[i], self.slots, self.used) for i in layers]
+        keys, values = (x[..., : self.read, :] for x in (self.keys, self.values))
+        layers = range(len(keys))  # indexed, as autograd lets nobody write to what iteration yields
+        return [LayerCache(keys[i], values[i], self.slots) for i in layers]
 
 
 @dataclass(frozen=True)
 class LayerCache:
     """A layer's part of a KVCache. Nothing in it says which layer: compiled for one, a block serves all.
 
-    keys, values [B, K, S, H]; slots int64 [T]: of the newest tokens, None in the prefill; used: slots in use.
+    keys, values [B, K, S, H]; slots int64 [T]: of the newest tokens, None in the prefill, whose T is S.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor | None
-    used: int
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, K, T, H] into the slots just taken; returns what the queries read, [B, K, S, H]."""
-        if self.slots is not None:  # a step, which a graph may replay: the slots are read on the device
+        if self.slots is None:
+            self.keys.copy_(k)
+            self.values.copy_(v)
+        else:  # a step, which a graph may replay: the slots are read on the device
             self.keys.index_copy_(2, self.slots, k)
             self.values.index_copy_(2, self.slots, v)
-            return self.keys, self.values
-        keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
-        keys.copy_(k)
-        values.copy_(v)
-        return keys, values
+        return self.keys, self.values

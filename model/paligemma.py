@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.attention import branch_mask, prefix_lm_mask, window_mask
 from model.cache import KVCache
 from model.config import PaliGemmaConfig
-from model.gemma import Gemma, at
+from model.gemma import Block, Gemma, at
 from model.inputs import check_images, check_text
 from model.lora import lora_layers
 from model.seam import find_function, is_own, record_attention, replace_attention
@@ -136,7 +136,10 @@ class PaliGemma(nn.Module):
         weight, slots = self.projector.weight, self.config.vision.tokens + text_tokens
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return KVCache(self.config.text, batch, slots, dtype, weight.device)
+        whole = (
+            kind != "cpu" or self.decoder.run_step is not Block.__call__
+        )  # a graph is captured, or compiled
+        return KVCache(self.config.text, batch, slots, dtype, weight.device, whole)
 
     def prefill(self, image_tokens: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:
         """Read image tokens [B, P, D] and right-padded prompts [B, T] into the cache, which forgets what it

@@ -65,8 +65,8 @@ def replace_attention(model: nn.Module, attention: str | Callable, tower: str = 
 def record_attention(model: nn.Module, tower: str = "text") -> Iterator[dict[int, Tensor]]:
     """Inside, each pass through the model leaves its weights in the dict: {layer: [B, N, T, S]}.
 
-    A decoding step is a pass too; with a cache, S are its slots. What an attention makes of the rows of an
-    identity matrix as values are the weights themselves, however it comes by them.
+    A decoding step is a pass too; with a cache, S are the slots it reads. What an attention makes of the rows
+    of an identity matrix as values are the weights themselves, however it comes by them.
     """
     layers, maps = attention_layers(model, tower), {}
     before = [layer.attend for layer in layers]

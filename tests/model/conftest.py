@@ -8,6 +8,7 @@ from helpers import load
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.cache import KVCache
 from model.io.adapter import save_adapter
 from model.lora import TARGETS, add_lora
 
@@ -71,8 +72,10 @@ def is_tensor(x) -> bool:
 
 @pytest.fixture
 def taped_graphs(monkeypatch):
-    """taped_graphs(Decoder): its objects capture their graphs as on a GPU, on the tapes that it returns."""
+    """taped_graphs(Decoder): its objects capture their graphs as on a GPU, on the tapes that it returns.
+    Steps read whole caches, as there."""
     tapes = []
+    monkeypatch.setattr("model.paligemma.KVCache", lambda *args: KVCache(*args[:-1], True))
 
     class Stream:
         def wait_stream(self, other):

@@ -20,20 +20,25 @@ def both(folder, seed=0, **architecture):
     return hf, load(save(hf, folder))
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_step_by_step_equals_at_once(name, tmp_path):
-    """Prompts of 4 and 7 tokens, then 8 more one by one: every position as in a forward of the whole text."""
+def test_step_by_step_equals_at_once(name, whole, tmp_path):
+    """Prompts of 4 and 7 tokens, then 8 more one by one: every position as in a forward of the whole text,
+    whether steps read all slots of a cache, as on a GPU, or those in use."""
     hf, ours = both(tmp_path, **ARCHITECTURES[name])
     images, tokens = random_inputs(hf, batch=2, length=7)
     _, answers = random_inputs(hf, batch=2, length=8, seed=1)
     lengths = [4, 7]
 
-    cache = ours.new_cache(batch=2, text_tokens=7 + 8)
+    cache = ours.new_cache(batch=2, text_tokens=7 + 8 + 3)
+    cache.whole = whole
     hidden = ours.prefill(ours.encode(images), pad_right(tokens, lengths), cache)
     cached = [ours.decoder.logits(hidden)]
     for answer in answers.T:
         cached.append(ours.decoder.logits(ours.step(answer, cache)))
+    empty = 3 if whole else 0
+    assert cache.valid.shape[1] == cache.positions.shape[1] == ours.config.vision.tokens + 7 + 8 + empty
     cached = torch.stack(cached, dim=1)  # [B, 9, vocab]: after the prompt, and after each token of the answer
 
     for i, length in enumerate(lengths):

@@ -216,8 +216,8 @@ def test_replays_decode_every_batch(model, taped_graphs):
         answers.append(decoder(batches[i]))
         cache = decoder.cache
         places.add((cache.keys.data_ptr(), cache.slot.data_ptr(), decoder.hidden.data_ptr()))
-        assert cache.slot.item() + 1 == cache.valid.shape[1] == decoder.prefix + COORDINATES * K
-        assert cache.valid.all() and (cache.last == decoder.prefix + COORDINATES).all()
+        assert cache.slot.item() + 1 == cache.keys.shape[3] == decoder.prefix + COORDINATES * K
+        assert cache._valid.all() and (cache.last == decoder.prefix + COORDINATES).all()
     assert len(tapes) == len(places) == 1
     # Compared at the end: a later replay leaves an earlier answer alone.
     assert all(equal(answer, plain[i]) for i, answer in zip(order, answers, strict=True))
