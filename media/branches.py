@@ -91,7 +91,8 @@ def cell(axes, x, y, text, colour, w=1.0, h=0.56, strong=False):
     fill = matplotlib.colors.to_rgba(colour, 0.9 if strong else 0.14)
     shape = dict(boxstyle="round,pad=0,rounding_size=0.1", facecolor=fill, edgecolor=colour, linewidth=1.4)
     axes.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, **shape))
-    axes.text(x, y, text, ha="center", va="center", fontsize=TEXT, color="white" if strong else "#111")
+    size = TEXT * min(1, 14.5 / len(str(text)))  # long names fit into their cell
+    axes.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if strong else "#111")
 
 
 def tree(axes, found: Found, branches: list[Branch]) -> None:

@@ -71,24 +71,24 @@ class KVCache:
         return positions
 
     @property
-    def read(self) -> int:
+    def slots_read(self) -> int:
         """How many slots, from the left, the newest tokens read: S."""
         return self.keys.shape[3] if self.whole and self.slots is not None else self.used
 
     @property
     def valid(self) -> Tensor:
         """bool [B, S]: the slots that hold a token, not padding or nothing."""
-        return self._valid[:, : self.read]
+        return self._valid[:, : self.slots_read]
 
     @property
     def positions(self) -> Tensor:
         """int64 [B, S]"""
-        return self._positions[:, : self.read]
+        return self._positions[:, : self.slots_read]
 
     @property
     def is_suffix(self) -> Tensor:
         """bool [B, S]: the slots after the prefix."""
-        slots = torch.arange(self.read, device=self.slot.device)
+        slots = torch.arange(self.slots_read, device=self.slot.device)
         return (slots >= self.prefix).expand_as(self.valid)
 
     def _room_for(self, slots: int) -> int:
@@ -98,7 +98,7 @@ class KVCache:
 
     def of_layers(self) -> list["LayerCache"]:
         """What each layer writes and reads, as of now."""
-        keys, values = (x[..., : self.read, :] for x in (self.keys, self.values))
+        keys, values = (x[..., : self.slots_read, :] for x in (self.keys, self.values))
         layers = range(len(keys))  # indexed, as autograd lets nobody write to what iteration yields
         return [LayerCache(keys[i], values[i], self.slots) for i in layers]
 

@@ -171,7 +171,7 @@ class PaliGemma(nn.Module):
         positions = cache.extend(K)  # [B, K]
         prefix = self._newest_rows(cache)[..., : cache.used - N].expand(-1, K, -1)
         mask = torch.cat((prefix, branch_mask(parents)[:, -K:]), dim=-1)
-        mask = F.pad(mask, (0, cache.valid.shape[1] - mask.shape[-1]))  # [B, K, S]: later slots hold nothing
+        mask = F.pad(mask, (0, cache.slots_read - mask.shape[-1]))  # [B, K, S]: later slots hold nothing
         is_suffix = torch.ones_like(positions, dtype=torch.bool)
         local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
         return self.decoder(self.decoder.embed_tokens(tokens), positions, (local, mask), cache)

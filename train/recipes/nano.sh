@@ -33,6 +33,11 @@ fit --model "$OUT/words" --out "$OUT/all-tasks" --tasks all --steps "$(scaled 14
 fit --model "$OUT/all-tasks/final" --out "$OUT/parallel" --tasks all --answers parallel --noise own --noise-boxes 8 \
     --noise-weight 2 --location-smoothing 6 --steps "$(scaled 7200)" --batch-size 64 --lr 6e-4 --muon-lr 3e-3 \
     --patch-weight 1 --warmup 100 --first-scene 30000000 "$@"
-python "$here/../infer/calibrate.py" --model "$OUT/parallel/final" --count "$(scaled 1000)" ||
+
+# 5. The end, where locations are taught as they are.
+fit --model "$OUT/parallel/final" --out "$OUT/end" --tasks all --answers parallel --noise own --noise-boxes 8 \
+    --noise-weight 2 --steps "$(scaled 700)" --batch-size 32 --lr 2e-4 --min-lr 1e-6 --warmup 20 \
+    --first-scene 40000000 "$@"
+python "$here/../infer/calibrate.py" --model "$OUT/end/final" --count "$(scaled 1000)" ||
     echo "nano.sh: the scores are left as they are"  # after a few steps, no box is right
-echo "nano: $OUT/parallel/final"
+echo "nano: $OUT/end/final"
