@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All of nano, from nothing to the shipped kind of checkpoint: ten hours on two cores, no data set (train/README.md).
+# All of nano, from nothing to the shipped kind of checkpoint: ten and a half hours on two cores, no data set
+# (train/README.md).
 # Options are handed on to each run of fit.py: --no-compile where there is no C++ compiler.
 #   OUT: folder of the runs.
 #   STEPS_SCALE: a factor for all numbers of steps, and for the scenes that the codec is measured on; at least 2
