@@ -98,28 +98,30 @@ class KVCache:
 
     def of_layers(self) -> list["LayerCache"]:
         """What each layer writes and reads, as of now."""
-        keys, values = (x[..., : self.slots_read, :] for x in (self.keys, self.values))
-        layers = range(len(keys))  # indexed, as autograd lets nobody write to what iteration yields
-        return [LayerCache(keys[i], values[i], self.slots) for i in layers]
+        layers = range(len(self.keys))  # indexed, as autograd lets nobody write to what iteration yields
+        return [LayerCache(self.keys[i], self.values[i], self.slots, self.slots_read) for i in layers]
 
 
 @dataclass(frozen=True)
 class LayerCache:
     """A layer's part of a KVCache. Nothing in it says which layer: compiled for one, a block serves all.
 
-    keys, values [B, K, S, H]; slots int64 [T]: of the newest tokens, None in the prefill, whose T is S.
+    keys, values [B, K, all slots, H]; slots int64 [T]: of the newest tokens, None in the prefill, whose T is
+    S; slots_read: S.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor | None
+    slots_read: int
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, K, T, H] into the slots just taken; returns what the queries read, [B, K, S, H]."""
+        keys, values = self.keys[:, :, : self.slots_read], self.values[:, :, : self.slots_read]
         if self.slots is None:
-            self.keys.copy_(k)
-            self.values.copy_(v)
+            keys.copy_(k)
+            values.copy_(v)
         else:  # a step, which a graph may replay: the slots are read on the device
-            self.keys.index_copy_(2, self.slots, k)
-            self.values.index_copy_(2, self.slots, v)
-        return self.keys, self.values
+            keys.index_copy_(2, self.slots, k)
+            values.index_copy_(2, self.slots, v)
+        return keys, values

@@ -148,7 +148,7 @@ def test_predictions_for_label_studio(folder, monkeypatch, capsys):
     """What detect.py found, with its scores; and what it did not write."""
     found, out, image = folder / "found.json", folder / "tasks.json", folder / "images" / "a b#.png"
     Image.effect_noise((200, 100), 80).save(image)
-    options = "--image", image, "--json", found, "--out", folder / "drawn", "--score-threshold", 0.05
+    options = "--image", image, "--json", found, "--out", folder / "drawn", "--score-threshold", 0
     assert call(monkeypatch, capsys, detect, *options)[0] == 0
     assert call(monkeypatch, capsys, convert, "label-studio", "--data", found, "--out", out)[0] == 0
     [task], [record] = json.loads(out.read_text()), json.loads(found.read_text())
