@@ -204,7 +204,7 @@ def head(args: argparse.Namespace) -> None:
     print_table(rows)
 
 
-# ---- seam --------------------------------------------------------------------------------------------------
+# ---- layouts -----------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -235,6 +235,9 @@ def layouts(args: argparse.Namespace) -> None:
             off = [(y - right).norm() / right.norm() for y, right in zip(products(name), exact)]
             row["error"] = f"{max(off):.4f}"
     print_table(list(table.values()), left=("layout",))
+
+
+# ---- seam --------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()

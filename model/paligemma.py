@@ -136,9 +136,8 @@ class PaliGemma(nn.Module):
         weight, slots = self.projector.weight, self.config.vision.tokens + text_tokens
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        whole = (
-            kind != "cpu" or self.decoder.run_step is not Block.__call__
-        )  # a graph is captured, or compiled
+        compiled = self.decoder.run_step is not Block.__call__
+        whole = compiled or kind != "cpu"  # on a GPU, decoders capture a graph
         return KVCache(self.config.text, batch, slots, dtype, weight.device, whole)
 
     def prefill(self, image_tokens: Tensor, tokens: Tensor, cache: KVCache) -> Tensor:

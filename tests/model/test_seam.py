@@ -132,11 +132,14 @@ def test_recording_steps_and_errors(tmp_path):
     images, tokens = random_inputs(hf, batch=1, length=6)
     model = load(save(hf, tmp_path), attention=sigmoid)
     cache = model.new_cache(1, 8)
-    model.prefill(model.encode(images), tokens, cache)
-    with model.record_attention() as maps:
-        model.step(tokens[:, 0], cache)
-    assert maps[0].shape == (1, model.config.text.heads, 1, model.config.vision.tokens + 6 + 1)
-    assert (maps[0].sum(-1) - 1).abs().min() > 1e-3
+    for cache.whole in (True, False):  # as on a GPU, all slots of the cache, and those in use
+        model.prefill(model.encode(images), tokens, cache)
+        with model.record_attention() as maps:
+            model.step(tokens[:, 0], cache)
+        slots = model.config.vision.tokens + (8 if cache.whole else 6 + 1)
+        assert maps[0].shape == (1, model.config.text.heads, 1, slots)
+        assert (maps[0][..., model.config.vision.tokens + 6 + 1 :] == 0).all()
+        assert (maps[0].sum(-1) - 1).abs().min() > 1e-3
     with pytest.raises(ValueError), model.record_attention():
         model(images, tokens, 99)
     assert all(block.attn.attend is sigmoid for block in model.decoder.layers)
