@@ -107,12 +107,12 @@ def main() -> None:
     options.add_argument("--out", type=Path, metavar="DIR", help=note)
     add_detection_arguments(options)
     args = options.parse_args()
-    check_output(args.json)
     if args.out:
         check_writable(args.out)
     join_torchrun(args)
     parts = [args.part] if args.part else ["test", "val"]
     found = find_data(args.data, args.images, parts) if args.data else None
+    check_output(args.json, read=[found and found.path])
     instances = read_other_form(found)
     if found and (instances or found.path != args.data) and rank_and_world()[0] == 0:
         print(found, file=sys.stderr)

@@ -280,6 +280,11 @@ def test_nano_passes(monkeypatch, capsys):
     assert "0 pairs wrong" in out  # the window was crossed
 
 
+def test_one_picture_is_too_few(monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, doctor, "--count", 1)
+    assert code == 1 and "--count 1: must be at least 2" in err
+
+
 def test_the_seam_is_examined(monkeypatch, capsys, here, scenes):
     """As a command: a mask of the working folder, and data."""
     (here / "for_doctor.py").write_text(MASK)
