@@ -46,24 +46,11 @@ from train.run.program import complain, parser, run
 def add_file_arguments(options: argparse.ArgumentParser) -> None:
     """The options of what is read and written."""
     add = options.add_argument
-    add(
-        "--image",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="FILE_OR_DIR",
-        help="pictures or folders",
-    )
+    several = dict(nargs="+", action="extend")
+    add("--image", **several, required=True, metavar="FILE_OR_DIR", help="pictures or folders")
     add("--json", type=Path, metavar="FILE",
         help="write all boxes there, in place of what it holds; -: print them")  # fmt: skip
-    add(
-        "--save",
-        nargs="+",
-        action="extend",
-        choices=FORMS,
-        default=[],
-        help="write data sets too, OUT/yolo and so on",
-    )
+    add("--save", **several, choices=FORMS, default=[], help="write data sets too, OUT/yolo and so on")
     add("--quiet", action="store_true", help="print no table and no progress, complaints only")
     add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")

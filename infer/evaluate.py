@@ -50,9 +50,9 @@ NOT_IN_PREDICTIONS = ("out", "json", "sets", "data", "images", "part", "device",
 
 def print_figures(name: str, figures: dict) -> None:
     skipped = len(figures.get("skipped", ()))
-    print(f"mAP {figures['AP']:.3f} ({shown(name)}{left_out(skipped, figures['images'])})")
-    others = [key for key in figures if key not in ("AP", "images", "calibration", "skipped")]
-    texts = [f"{key} {figures[key]:.3f}" if figures[key] >= 0 else f"{key} -" for key in others]
+    values = {key: x for key, x in figures.items() if key not in ("images", "calibration", "skipped")}
+    ap, *texts = (f"{key} {x:.3f}" if x >= 0 else f"{key} -" for key, x in values.items())
+    print(f"m{ap} ({shown(name)}{left_out(skipped, figures['images'])})")
     for row in (texts[:5], texts[5:11], texts[11:]):  # precision, recall, ours
         print("   " + "   ".join(row))
 

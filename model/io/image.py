@@ -117,9 +117,7 @@ def upright(image: Image.Image) -> Image.Image:
     elif image.mode in ("I", "F"):  # 32 bits: Pillow clips here, too, and nothing says what is white
         low, high = image.getextrema()
         if low < 0 or high > 255 or 0 < high <= 1:
-            raise ValueError(
-                f"32 bits a pixel, from {low:g} to {high:g}, not to 255: save it in 8 or 16 bits"
-            )
+            raise ValueError(f"pixels of 32 bits from {low:g} to {high:g}: save it in 8 or 16 bits")
     return image.convert("RGB")
 
 
