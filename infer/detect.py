@@ -145,7 +145,8 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                     record, drawn = save_found(file, image, found, drawings, args.tokens)
                     records.append(record)
                     photographs += [file] if found.photograph else []
-                    named[as_text(drawn.stem + file.suffix)] = file
+                    suffix = file.suffix if file.suffix.lower() in SUFFIXES else ".png"  # readers want one
+                    named[as_text(drawn.stem + suffix)] = file
                     watch.add(image, found)
                     bar.clear()
                     print(f"{shown(file)}  {image.width} x {image.height}  ->  {shown(drawn)}")

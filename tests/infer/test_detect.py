@@ -155,6 +155,15 @@ def test_data_sets(run_detect, here):
     assert code == 1 and "yolo exists and has no ids.json" in err[0]
 
 
+def test_data_sets_of_pictures_without_a_known_suffix(run_detect, here):
+    """Each is in the set, whatever it is called."""
+    files = [picture(here / "a.png", seed=i).rename(here / name) for i, name in enumerate(("a.json", "b"))]
+    assert run_detect("--image", *files, "--save", "labelme", "yolo")[0] == 0
+    for form in ("labelme", "yolo"):
+        data = lists_of(find_data(here / "detections" / form, None, ["train"]))
+        assert [record["file_name"] for record in data["images"]] == ["a.png", "b.png"]
+
+
 def test_json_on_stdout(run_detect, here):
     """--json -: only JSON there, and the table on stderr; --quiet: no table."""
     file = picture(here / "a.png")
