@@ -171,7 +171,7 @@ class Detector:
         if masks and classes is None:
             raise ValueError('masks=True needs the names of classes, such as classes=["cat"]')
         detect = self.closed_set if classes is None else self._open_set(classes, masks)
-        single = isinstance(images, str | Path | Image.Image)
+        single = images is None or isinstance(images, str | Path | Image.Image)  # None: load_image refuses it
         images, size, found = [images] if single else list(images), detect.fitting_batch(), []
         for start in range(0, len(images), size):
             found += detect([load_image(image) for image in images[start : start + size]])

@@ -7,6 +7,7 @@
 Axes: B batch, P image tokens, D decoder width, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ class Sampling:
                 f"temperature {self.temperature}, top-k {self.top_k}, top-p {self.top_p}: "
                 "must be at least 0, at least 0, and in (0, 1]"
             )
+        if not self.eos_offset > -math.inf:
+            raise ValueError(f"eos-offset {self.eos_offset}: must be a number")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ValueError("top-k and top-p need a temperature above 0, such as 1: at 0 nothing is drawn")
 

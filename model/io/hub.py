@@ -32,7 +32,7 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
         return NANO
     if source.endswith(".npz") and Path(source).is_file():
         return Path(source)
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():  # "" is no name, and to Path the working folder
         files = [file for file in Path(source).glob("*.npz") if file.name != OFFICIAL_CODEC]
         alone = len(files) == 1 and not any(Path(source).glob("*config.json"))
         return files[0] if alone else Path(source)

@@ -114,6 +114,10 @@ def upright(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):  # 32 bits: Pillow clips here, too, and nothing says what is white
+        low, high = image.getextrema()
+        if low < 0 or high > 255 or 0 < high <= 1:
+            raise ValueError(f"pixels of 32 bits from {low:g} to {high:g}: save it in 8 or 16 bits")
     return image.convert("RGB")
 
 

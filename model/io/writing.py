@@ -26,7 +26,7 @@ def explain(what: str, *errors: type[BaseException]) -> Iterator[None]:
         yield
     except errors as error:
         words = " ".join(str(error).split()) or type(error).__name__  # some errors have no text
-        raise ValueError(f"{what} ({words})") from error
+        raise ValueError(f"{what} ({words:.500})") from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -145,9 +146,10 @@ def run(main: Callable[[], int | None], file: str) -> None:
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         complain(error, file)
         status = 1
-    except RuntimeError as error:  # of another process, of torchrun's or of the data loader's, that was lost
-        worker = str(error).startswith("DataLoader worker")  # killed: most often for want of memory
-        if not (words := str(error) if worker else lost_processes(error)):
+    except RuntimeError as error:  # of too little memory on a CPU, or of another process that was lost
+        # Workers of the data loader are killed for want of memory, too.
+        memory = re.search(r"\ADataLoader worker.*|can't allocate memory.*", str(error))
+        if not (words := memory[0] if memory else lost_processes(error)):
             raise
         complain(words, file)
         status = 1
