@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
 
 def at(x: Tensor, only: Tensor) -> Tensor:
-    """[B, T, ...], one position of each row [B] -> [B, 1, ...]"""
+    """[B, T, ...] and one position of each row, int64 [B] -> [B, 1, ...]"""
     return x[torch.arange(len(x), device=x.device), only][:, None]
 
 
@@ -64,15 +64,18 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(-2))  # [B, T, D]
 
     def _projected(self, x: Tensor, rope: Rope, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]; q and k rotated."""
+        """[B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]; q and k rotated. only [B]: q [B, 1, N, H] of
+        these positions."""
         heads = (-1, self.head_dim)
         if self.qkv_proj is not None:
             split = (self.heads + self.kv_heads, self.kv_heads)
             qk, v = self.qkv_proj(x).unflatten(-1, heads).split(split, dim=2)
             q, k = self.rotate(qk, rope).split((self.heads, self.kv_heads), dim=2)
             return q if only is None else at(q, only), k, v
-        readers, q_rope = (x, rope) if only is None else (at(x, only), (at(rope[0], only), at(rope[1], only)))
-        q = self.rotate(self.q_proj(readers).unflatten(-1, heads), q_rope)
+        queries, q_rope = x, rope
+        if only is not None:
+            queries, q_rope = at(x, only), tuple(at(part, only) for part in rope)
+        q = self.rotate(self.q_proj(queries).unflatten(-1, heads), q_rope)
         k = self.rotate(self.k_proj(x).unflatten(-1, heads), rope)
         return q, k, self.v_proj(x).unflatten(-1, heads)
 
