@@ -144,6 +144,11 @@ def exit_program(status: int | str) -> None:
     sys.exit(status)
 
 
+def is_first() -> bool:
+    """Whether this process is the first, which writes the files; known before it joins the others."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def rank_and_world() -> tuple[int, int]:
     """Number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
