@@ -19,7 +19,7 @@ class KVCache:
     """Room for `slots` positions of every layer, filled from the left.
 
     Rows of a batch may have different lengths: padding fills a slot, but is not `valid` and has no position.
-    whole: steps read all slots.
+    whole: steps read all slots, used or not.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class KVCache:
         self.used = self.prefix = self._room_for(T)
         self.slots = None
         self._valid.zero_()[:, :T] = valid
-        # A slot that is not valid has weight 0, but 0 times a NaN that an earlier batch left there is NaN.
+        # A slot that is not valid gets weight 0, but 0 times a NaN left there by an earlier batch is NaN.
         self.values[:, :, :, T:].zero_()
         self._positions[:, :T] = positions
         self.last.copy_(positions.amax(-1, keepdim=True))
         self.slot.fill_(T - 1)
 
     def extend(self, count: int = 1) -> Tensor:
-        """Take the next slots for `count` tokens of every sequence; returns their positions [B, count].
+        """Take the next slots for `count` tokens of every sequence; returns their positions int64 [B, count].
 
-        Several tokens belong to branches, not to one text: all of them have the next position.
+        Several tokens are one each of several branches: all of them have the next position.
         """
         self.used = self._room_for(self.used + count)
         self.slots = self.slot + torch.arange(1, count + 1, device=self.slot.device)
@@ -77,12 +77,12 @@ class KVCache:
 
     @property
     def valid(self) -> Tensor:
-        """bool [B, S]: the slots that hold a token, not padding or nothing."""
+        """bool [B, S]: the slots that hold a token, neither empty nor padding."""
         return self._valid[:, : self.slots_read]
 
     @property
     def positions(self) -> Tensor:
-        """int64 [B, S]"""
+        """int64 [B, S]: of the tokens in the slots, from 1; undefined where a slot is not valid."""
         return self._positions[:, : self.slots_read]
 
     @property
@@ -98,16 +98,16 @@ class KVCache:
 
     def of_layers(self) -> list["LayerCache"]:
         """What each layer writes and reads, as of now."""
-        layers = range(len(self.keys))  # indexed, as autograd lets nobody write to what iteration yields
+        layers = range(len(self.keys))  # indexed: autograd forbids writing to the views that iteration yields
         return [LayerCache(self.keys[i], self.values[i], self.slots, self.slots_read) for i in layers]
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """A layer's part of a KVCache. Nothing in it says which layer: compiled for one, a block serves all.
+    """A layer's part of a KVCache. It does not say which layer, so a block compiled for one serves all.
 
-    keys, values [B, K, all slots, H]; slots int64 [T]: of the newest tokens, None in the prefill, whose T is
-    S; slots_read: S.
+    keys, values [B, K, all slots, H]; slots int64 [T]: those of the newest tokens, None in the prefill, where
+    T = S; slots_read: S.
     """
 
     keys: Tensor
