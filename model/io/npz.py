@@ -26,9 +26,10 @@ from model.io.hub import replacement
 from model.io.tensors import AGAIN
 from model.io.writing import explain
 
+_BFLOAT16 = ("|V2", "<V2", "<u2", "<i2")  # how files spell it
 _KINDS = {"<f4": "<f4", "<f2": "<f2"} | dict.fromkeys(
-    ("|V2", "<V2", "<u2", "<i2"), "<i2"
-)  # the last: bfloat16
+    _BFLOAT16, "<i2"
+)  # stored kind -> the kind it is read as
 # What np.savez writes before the numbers. np.load would evaluate a damaged header, and ask for as much memory
 # as it says.
 _HEADER = re.compile(
@@ -60,11 +61,8 @@ def _map(file: Path, content, entry: zipfile.ZipInfo) -> np.ndarray:
         raise ValueError(f"{entry.filename} is not an array of float32, float16 or bfloat16")
     kind, shape = np.dtype(_KINDS[header[1].decode()]), [int(x) for x in header[3].split(b",") if x.strip()]
     place = entry.file_size - header.end()
-    if (
-        math.prod(shape) * kind.itemsize != place
-        or not place
-        or start + entry.file_size > file.stat().st_size
-    ):
+    inside = start + entry.file_size <= file.stat().st_size
+    if not place or not inside or math.prod(shape) * kind.itemsize != place:
         raise ValueError(f"{entry.filename} has the shape {shape}, which does not fill its {place:,} bytes")
     order = "F" if header[2] == b"True" else "C"
     return np.memmap(file, kind, "c", start + header.end(), tuple(shape), order)
@@ -125,10 +123,7 @@ _ARRAYS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "decoder.layers.{}.attn.q_proj.weight": (f"{_LAYERS}/attn/q_einsum/w", _to_heads),
     "decoder.layers.{}.attn.k_proj.weight": (f"{_LAYERS}/attn/kv_einsum/w", lambda x: _to_heads(x[0])),
     "decoder.layers.{}.attn.v_proj.weight": (f"{_LAYERS}/attn/kv_einsum/w", lambda x: _to_heads(x[1])),
-    "decoder.layers.{}.attn.o_proj.weight": (
-        f"{_LAYERS}/attn/attn_vec_einsum/w",
-        _from_heads,
-    ),
+    "decoder.layers.{}.attn.o_proj.weight": (f"{_LAYERS}/attn/attn_vec_einsum/w", _from_heads),
     "decoder.layers.{}.mlp.gate_proj.weight": (f"{_LAYERS}/mlp/gating_einsum", lambda x: x[0].T),
     "decoder.layers.{}.mlp.up_proj.weight": (f"{_LAYERS}/mlp/gating_einsum", lambda x: x[1].T),
     "decoder.layers.{}.mlp.down_proj.weight": (f"{_LAYERS}/mlp/linear", _turned),
@@ -140,7 +135,7 @@ _ARRAYS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 
 
 def _shapes_of(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """What tells the variants apart."""
+    """The shapes of the arrays that tell the variants apart."""
     vision, text = config.vision, config.text
     heads = (text.layers, text.heads, text.width, text.head_dim)
     shapes = {
@@ -169,7 +164,8 @@ def variant_of(file: Path) -> str:
 
 
 def npz_config(file: Path) -> PaliGemmaConfig:
-    """Of its variant, with the file's own rows of the embedding: 257,152, without the hub's padding."""
+    """The config of the file's variant, with as many ids as its embedding has rows: 257,152, as only the
+    hub's files are padded."""
     config, embedding = VARIANTS[variant_of(file)], _paligemma(file).get("llm/embedder/input_embedding")
     rows = config.text.vocab_size if embedding is None else len(embedding)
     return replace(config, text=replace(config.text, vocab_size=rows))
@@ -181,7 +177,7 @@ def _paligemma(file: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Of a tensor, what safetensors' slices have: its shape."""
+    """Stands in for safetensors' slices: it knows the shape of a tensor."""
 
     shape: list[int]
 
@@ -190,8 +186,8 @@ class _Slice:
 
 
 class NpzTensors:
-    """The tensors of a file, each made when it is asked for, as safetensors' safe_open does it. Arrays that
-    belong to none keep their names."""
+    """The tensors of a file, each made when it is asked for, with the methods of safetensors' safe_open.
+    Arrays that belong to no tensor of ours keep their names."""
 
     def __init__(self, file: Path, name_of: Callable[[str], str]):
         """name_of: the name to give to a tensor that has ours."""
