@@ -26,10 +26,8 @@ from model.io.hub import replacement
 from model.io.tensors import AGAIN
 from model.io.writing import explain
 
-_BFLOAT16 = ("|V2", "<V2", "<u2", "<i2")  # how files spell it
-_KINDS = {"<f4": "<f4", "<f2": "<f2"} | dict.fromkeys(
-    _BFLOAT16, "<i2"
-)  # stored kind -> the kind it is read as
+_BFLOAT16 = "|V2", "<V2", "<u2", "<i2"  # the spellings that files have for it
+_KINDS = {"<f4": "<f4", "<f2": "<f2"} | dict.fromkeys(_BFLOAT16, "<i2")  # {the file's: what NumPy reads}
 # What np.savez writes before the numbers. np.load would evaluate a damaged header, and ask for as much memory
 # as it says.
 _HEADER = re.compile(

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import resource
 import sys
 import threading
 import time
@@ -174,4 +173,6 @@ def resident_memory(what: str = "VmRSS") -> int:
     status = Path("/proc/self/status")
     if status.exists():  # Linux: getrusage would count what the parent held when it started this process
         return 1024 * int(status.read_text().split(f"{what}:")[1].split()[0])
+    import resource  # here, as Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
