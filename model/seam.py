@@ -62,6 +62,17 @@ def replace_attention(model: nn.Module, attention: str | Callable, tower: str = 
 
 
 @contextlib.contextmanager
+def attention_restored(layers: list[nn.Module]) -> Iterator[None]:
+    """Inside, layers may be given other attention functions; afterwards they have their own again."""
+    before = [layer.attend for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, function in zip(layers, before):
+            layer.attend = function
+
+
+@contextlib.contextmanager
 def record_attention(model: nn.Module, tower: str = "text") -> Iterator[dict[int, Tensor]]:
     """Inside, each pass through the model leaves its attention weights in the dict: {layer: [B, N, T, S]}.
 
@@ -69,7 +80,6 @@ def record_attention(model: nn.Module, tower: str = "text") -> Iterator[dict[int
     attention function returns for an identity matrix as values, however it computes them.
     """
     layers, maps = attention_layers(model, tower), {}
-    before = [layer.attend for layer in layers]
 
     def recorder(i: int, function: Callable) -> Callable:
         def recorded(q, k, v, mask, scale, cap=None):
@@ -79,13 +89,10 @@ def record_attention(model: nn.Module, tower: str = "text") -> Iterator[dict[int
 
         return recorded
 
-    try:
+    with attention_restored(layers):
         for i, layer in enumerate(layers):
-            layer.attend = recorder(i, before[i])
+            layer.attend = recorder(i, layer.attend)
         yield maps
-    finally:
-        for layer, function in zip(layers, before):
-            layer.attend = function
 
 
 def is_own(model: nn.Module) -> bool:

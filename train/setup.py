@@ -46,9 +46,11 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
 def load_model(
     args: argparse.Namespace, base: Path, adapter: Path | None, index: CocoIndex | None, device: torch.device
 ) -> PaliGemma:
-    """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
-    before, to be trained further; index: of --data, if it is a COCO file. With --shard the checkpoint is only
-    looked through: load_shards gives the model its weights, once it is known which process has which."""
+    """The model that is trained: a checkpoint, with an adapter if --lora.
+
+    adapter: the folder of one to train further; None: a new one. index: of --data, None for lines of text.
+    With --shard the checkpoint is only looked through: load_shards gives the model its weights, once it is
+    known which process has which."""
     overrides = overrides_of(args)
     closed_set = index is not None or not args.data
     overrides["closed_set_only"] = closed_set and args.tasks == "closed-set"
@@ -99,7 +101,7 @@ def load_shards(args: argparse.Namespace, model: PaliGemma, base: Path, device: 
 def load_data(
     args: argparse.Namespace, model: PaliGemma, language: ClosedSet, index: CocoIndex | None
 ) -> Dataset:
-    """The training data: --data, or practice scenes. index: of --data, if it is a COCO file."""
+    """The training data: --data, or practice scenes. index: of --data, None for lines of text."""
     if not args.data:
         prompt, branches, noise = len(language.prompt), branches_of(args), noise_of(args)
         check_length(closed_set_lengths(prompt, language.groups, 0, branches, noise)[1], model)
@@ -134,7 +136,7 @@ def load_data(
 
 def leave_out_broken(args: argparse.Namespace, data: Dataset, before: dict | None) -> dict[str, str]:
     """Open all pictures of --data, and leave out those that cannot be used: {item: what is wrong with it}.
-    before: run.json of the run that goes on, which leaves out what it did, whatever is broken by now."""
+    before: run.json of a run that is resumed, which leaves out the same as before."""
     known = None if before is None else before["skipped"]
     if args.data and args.check:
         known = pictures_to_skip(data, range(len(data)), args.data, args.workers, args.skip_broken, known)

@@ -85,8 +85,8 @@ class Validation:
 
     @torch.no_grad()
     def run(self) -> tuple[dict[str, float], str]:
-        """{"val_loss": ..., "val_mAP": ...} of all processes' shares, and a warning, or "". No mAP with
-        --shard: the decoder calls parts of the model directly, and FSDP gathers weights only when the whole
+        """({"val_loss": ..., "val_mAP": ...}, a warning or "") of all processes' shares together. No mAP with
+        --shard: decoding calls parts of the model directly, and FSDP gathers weights only when the whole
         objective is called."""
         self.objective.eval()
         # Files do not say what each patch shows, so there is nothing to measure the helper head against.
@@ -116,7 +116,7 @@ class Validation:
         return figures, warning
 
     def _detect(self, images: Tensor, items: Iterator[int]) -> list[dict]:
-        """What is found in a batch of uint8 [B, S, S, 3], in COCO's format; the next B items are theirs."""
+        """What is found in a batch of images uint8 [B, S, S, 3], the next B items, in COCO's format."""
         items = list(islice(items, len(images)))
         sizes = [self.data.picture_size(item) for item in items]
         answer = self.detector.decode(to_network(images))

@@ -1,4 +1,4 @@
-"""When a run is validated, which of its weights were best, and what is said about that."""
+"""Validation at intervals of a run, the weights that did best, and what is said about them."""
 
 import argparse
 import shlex

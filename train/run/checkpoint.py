@@ -140,7 +140,7 @@ class Saver(contextlib.AbstractContextManager):
     def __init__(self, save: Callable[[], None], run: Run, trainer: dict, options: dict, sharded: bool):
         self._save, self.run, self.trainer = save, run, trainer
         self.options, self.sharded = options, sharded
-        self.saved = trainer["step"]  # the last step that is on the disk, or needs not be: step 0
+        self.saved = trainer["step"]  # the last step on the disk; step 0 need not be there
         self.whole = True  # the weights are those after trainer["step"], and saving them has not failed
 
     def save(self) -> None:

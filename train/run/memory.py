@@ -1,4 +1,4 @@
-"""The memory that a step of training will take, before it is taken."""
+"""An estimate of the memory that a step of training will take."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""What a run of fit.py will do, as a table before its first step, and what speaks against it.
+"""What a run of fit.py will do, as a table before its first step, and warnings.
 
 With --dry-run that is all: no weights are read, and with --pictures N no data either.
 """
@@ -167,7 +167,7 @@ def results_words(args: argparse.Namespace, every: int) -> str:
 
 
 def warnings_of(args: argparse.Namespace, config: PaliGemmaConfig, data: Dataset | None) -> list[str]:
-    """What will most likely make the result worse than it need be, each with what to do."""
+    """What will most likely make the result worse than it could be, each with a remedy."""
     found = []
     if args.warmup > args.steps:
         rate = f"{args.lr * args.steps / args.warmup:.2g}"

@@ -32,8 +32,9 @@ def join_processes(
         raise ValueError("--shard needs torchrun: torchrun --nproc_per_node=N train/fit.py ...")
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(_name_of_this_start(store, rank, world), store)
-    # Who waits in a collective of gloo raises an error after its patience, and may still save its work. One
-    # that waits for a GPU hangs until NCCL kills the process: the watch ends it before that, and says why.
+    # A process that waits in a collective of gloo gets an error after its patience, and can still save its
+    # work. One that waits in a collective of NCCL hangs until NCCL kills it: the watch ends it before that,
+    # and says why.
     patience = patience or (timeout if backend == "gloo" else 2 * timeout)
     _watch = Watch(store.clone(), rank, world, timeout.total_seconds(), ends=patience > timeout)
     _watch.start()
@@ -43,8 +44,8 @@ def join_processes(
 class Watch(threading.Thread):
     """Gives signs of life to the other processes, and notes when each of them last gave one.
 
-    store: a connection of its own, as one on which the program waits answers nobody else. limit: seconds of
-    silence; ends: whether this process ends after them.
+    store: a connection of its own, as the one on which the program waits is blocked meanwhile. limit: seconds
+    of silence; ends: whether this process ends after them.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, limit: float, ends: bool):
