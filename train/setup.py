@@ -1,7 +1,6 @@
 """What a run of fit.py starts from: its newest checkpoint, the model, the data and the loader of batches."""
 
 import argparse
-import functools
 import os
 import signal
 from pathlib import Path
@@ -17,11 +16,11 @@ from model.io.weights import DTYPES, load_config, load_weights
 from model.io.writing import check_writable, read_json
 from train.data.coco import CocoIndex
 from train.data.open import branches_for, check_length, classes_for, open_data
-from train.data.samples import StepSampler, closed_set_lengths, collate
+from train.data.samples import StepSampler, closed_set_lengths
 from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import newest
 from train.run.log import STOPPING, logged_lines
-from train.run.options import branches_of, changed_options, noise_of, overrides_of, text_multiple
+from train.run.options import branches_of, changed_options, collate_of, noise_of, overrides_of
 from train.run.pictures import pictures_to_skip
 from train.run.processes import all_gather
 
@@ -149,12 +148,10 @@ def make_loader(
     args: argparse.Namespace, data: Dataset, sampler: StepSampler, pad: int, device: torch.device
 ) -> DataLoader:
     """Micro-batches in the order of the run, prepared by worker processes."""
-    multiple = text_multiple(args, data.closed_set)
-    per_example = args.loss_mean == "example"
     return DataLoader(
         data,
         batch_sampler=sampler,
-        collate_fn=functools.partial(collate, pad=pad, multiple=multiple, per_example=per_example),
+        collate_fn=collate_of(args, data.closed_set, pad),
         num_workers=args.workers,
         prefetch_factor=4 if args.workers else None,
         pin_memory=device.type == "cuda",

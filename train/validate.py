@@ -4,7 +4,6 @@ import argparse
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from model.io.tokenizer import Tokenizer
 from train.collapse import collapse_of_set
 from train.data.coco import CocoDetections
 from train.data.open import open_data
-from train.data.samples import collate, weight_of
+from train.data.samples import weight_of
 from train.measures import make_coco, run_cocoeval, to_results
 from train.practice.write import write_coco
-from train.run.options import branches_of, noise_of, text_multiple
+from train.run.options import branches_of, collate_of, noise_of
 from train.run.pictures import pictures_to_skip
 from train.run.processes import all_gather, rank_and_world
 
@@ -68,12 +67,7 @@ class Validation:
         self.loader = DataLoader(
             Subset(self.data, [(item, item) for item in self.mine]),  # a sample is asked for by two numbers
             BATCH,
-            collate_fn=partial(
-                collate,
-                pad=model.config.pad,
-                multiple=text_multiple(args, self.data.closed_set),
-                per_example=args.loss_mean == "example",
-            ),
+            collate_fn=collate_of(args, self.data.closed_set, model.config.pad),
         )
         self.detector = None
         if self.data.closed_set and args.shard and rank_and_world()[0] == 0:

@@ -1,6 +1,7 @@
 """The options of fit.py, and which of them make a run what it is."""
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from model.config import FORMS
 from model.decoding.layouts import cpu_has_bfloat16
 from model.io.writing import explain
 from model.lora import TARGETS
-from train.data.samples import TEXT_MULTIPLE
+from train.data.samples import TEXT_MULTIPLE, collate
 from train.data.targets import Noise
 from train.run.program import add_seam_arguments, minutes, not_negative, parser, positive
 
@@ -231,9 +232,11 @@ def branches_of(args: argparse.Namespace) -> int | None:
     return args.branches if args.answers == "parallel" else None
 
 
-def text_multiple(args: argparse.Namespace, closed_set: bool) -> int:
-    """What the lengths of texts are rounded up to. Answers in sequence all have the same length."""
-    return TEXT_MULTIPLE if args.tasks == "all" or args.compile and not closed_set else 1
+def collate_of(args: argparse.Namespace, closed_set: bool, pad: int) -> Callable:
+    """How samples become a batch. Lengths of texts are rounded up where they differ: closed-set answers in
+    sequence all have the same."""
+    multiple = TEXT_MULTIPLE if args.tasks == "all" or args.compile and not closed_set else 1
+    return functools.partial(collate, pad=pad, multiple=multiple, per_example=args.loss_mean == "example")
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, float]:
