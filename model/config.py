@@ -17,8 +17,8 @@ COCO_CLASSES = tuple(
 )
 MAX_CLASSES = 98  # class c is the token <unused c>, noise the one after: Gemma has <unused0> to <unused98>
 
-# Far above every real model. A damaged file must be refused before memory is asked for or a loop is entered:
-# with these, the size of every tensor still fits in 63 bits.
+# Far above every real model. A damaged file must be refused before memory is allocated or a loop is entered;
+# within these limits the size of every tensor fits in 63 bits.
 MAX_SIZE = 1 << 20  # widths, vocabulary, positions
 MAX_LAYERS = 1000
 MAX_IMAGE_SIZE, MAX_IMAGE_TOKENS, MAX_CHANNELS = 1 << 13, 1 << 16, 16
@@ -94,8 +94,8 @@ class TextConfig:
     kv_heads: int
     head_dim: int
     mlp: int
-    # A field of its own, because it is not always head_dim ** -0.5: the 28B was trained with
-    # (width / heads) ** -0.5 = 144 ** -0.5, although its head_dim is 128.
+    # Not always head_dim ** -0.5: the 28B was trained with (width / heads) ** -0.5 = 144 ** -0.5, although
+    # its head_dim is 128.
     query_scale: float
     attn_cap: float | None = None  # attention scores become cap * tanh(score / cap)
     final_cap: float | None = None  # and so do the logits

@@ -18,7 +18,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, of model/attention.py
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight): a weight of zero leaves the scale as it is.
 
-    In float32 whatever comes in: 1 + weight in bfloat16 would be a multiple of 1/128.
+    Always computed in float32: 1 + weight in bfloat16 would be a multiple of 1/128.
     """
 
     def __init__(self, width: int, eps: float):
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         scale = 1 + self.weight.float() if self.scale is None else self.scale
         return F.rms_norm(x.float(), self.weight.shape, scale, self.eps).to(x.dtype)
 
-    def _apply(self, *args, **kwargs):  # PyTorch's, of .to() and its like: the weight moves, or is rounded
+    def _apply(self, *args, **kwargs):  # called by .to() and its like: the weight may move or be rounded
         self.scale = None
         return super()._apply(*args, **kwargs)
 

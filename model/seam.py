@@ -5,10 +5,10 @@
         model(images, tokens, prefix_len)
     maps[0]    # of the first layer: float [B, N, T, S]
 
-Every layer calls the function that its `attend` holds, `attention.attend` unless another was put there, and
-the decoder's mask is whatever the model's `mask` makes of a sequence, `attention.prefix_lm_mask` likewise.
-Their docstrings say what is asked of such functions. The decoder's layers also hold their rotation
-(`rotate`); infer/ablate.py has examples of all three.
+Every layer calls the function in its attribute `attend` (by default attention.attend), and the decoder's mask
+comes from the function in the model's attribute `mask` (by default attention.prefix_lm_mask). The docstrings
+of these two say what a replacement must do. The decoder's layers also hold their rotation (`rotate`);
+infer/ablate.py replaces all three.
 
 Axes: B batch, N query heads, T query, S key.
 """

@@ -37,7 +37,7 @@ def own_boxes(model: PaliGemma, language: ClosedSet, image_tokens: Tensor, unifo
     roots = torch.arange(K, device=uniform.device).expand(B, K)
     bins, parents = [], roots[:, :0]
     for depth in range(GROUP - 1):
-        if depth:
+        if depth:  # feed the last coordinates: the first of a branch is its own parent, others follow on
             parents = torch.cat((parents, roots + max(depth - 2, 0) * K), dim=1)
             hidden = model.step_branches(bins[-1] + language.loc0, parents, cache)
         p = model.decoder.logits(hidden, language.loc0, language.loc0 + LOCS).softmax(-1)  # [B, K, R]

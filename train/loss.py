@@ -1,8 +1,8 @@
 """What a step of training minimises: the loss of the answers, and of the helper head on the image tokens.
 
 Logits are computed at supervised positions only; for the closed-set loss, of the allowed ids only.
-Both losses of answers are weighted sums; the caller divides by the weights of the whole batch, of which it
-may hold a part.
+The losses of answers are weighted sums; Objective divides them by the weights of the whole batch, of which a
+process or a micro-batch has only a part.
 
 Axes: B batch, T text positions, n supervised positions, D width. hidden [B, T, D]; labels int64 [B, T]: the
 token that follows each position; weights float32 [B, T], 0 where nothing is taught.

@@ -65,7 +65,7 @@ class Validation:
             items = [item for item in items if str(item) not in self.skipped]
         self.mine = items[rank :: self.world]
         self.loader = DataLoader(
-            Subset(self.data, [(item, item) for item in self.mine]),  # a sample is asked for by two numbers
+            Subset(self.data, [(item, item) for item in self.mine]),  # keys (draw, item)
             BATCH,
             collate_fn=collate_of(args, self.data.closed_set, model.config.pad),
         )

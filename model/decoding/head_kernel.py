@@ -22,8 +22,8 @@ from model.io.tokenizer import LOCS
 R = tl.constexpr(LOCS)  # rows of locations, the larger of the two sets of allowed ids
 INTERPRETED = triton.knobs.runtime.interpret  # without a GPU: the kernels run in numpy
 
-# Hidden states and rows of a tile, and how much of the width a program reads at a time. The largest tile is
-# taken of which there are PROGRAMS: an H100 has 132 SMs, an A100 108. For 1,024 rows there are 128 each time:
+# Hidden states and rows of a tile, and how much of the width a program reads at a time. tile_for takes the
+# largest that gives PROGRAMS programs: an H100 has 132 SMs, an A100 108. For 1,024 rows there are then 128:
 #     16 states or fewer   16 x 8         64   32 x 16        256   64 x 32
 #     32                   16 x 16       128   32 x 32        512   64 x 64, and more programs from there
 # Large tiles read less: of the 3B, 512 states in tiles of 16 x 16 would read 2,048 programs * 32 rows
@@ -32,7 +32,7 @@ TILES = (64, 64, 64), (64, 32, 64), (32, 32, 128), (32, 16, 128), (16, 16, 256),
 PROGRAMS = 128
 # Four parts of the width are on their way while another is multiplied. With 16 x 8 these are 16 KB of the
 # embedding; to read 3.35 TB/s, with 0.7 us or so until memory answers, each of 132 SMs must have 18 KB on the
-# way. They take at most 80 KB of shared memory, of the 99 KB that small GPUs have, too.
+# way. They take at most 80 KB of shared memory; even small GPUs have 99 KB.
 STAGES = 5
 
 

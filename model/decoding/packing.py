@@ -82,7 +82,7 @@ def can_pack(model: PaliGemma) -> bool:
 def pack(model: PaliGemma) -> None:
     """Pack the Linears of the decoder and the vision tower, except those with an adapter.
 
-    Where products in bfloat16 are slow, those of the decoder's attention are in float32, too.
+    On a CPU without instructions for bfloat16, the decoder's attention then computes in float32.
     """
 
     def packed(linear: nn.Linear) -> nn.Module:
@@ -98,7 +98,7 @@ def pack(model: PaliGemma) -> None:
 
 
 def in_float32(attention: Callable) -> Callable:
-    """An attention function (model/seam.py) that computes in float32 whatever it is given."""
+    """The attention function (model/seam.py), computing in float32; the output has the dtype of q."""
 
     def widened(q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
         return attention(q.float(), k.float(), v.float(), *others).to(q.dtype)

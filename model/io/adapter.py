@@ -33,8 +33,8 @@ _HANDLED_KEYS = set(
     "base_model_name_or_path revision inference_mode auto_mapping peft_version megatron_core runtime_config "
     "ensure_weight_tying qalora_group_size".split()
 )
-# Patterns are names, as PEFT writes them, or regular expressions by hand. Python's matching tries all ways,
-# and "(a+)+" has more of them than can ever be tried: so whatever multiplies them has a limit.
+# Patterns are names, as PEFT writes them, or regular expressions written by hand. Python's matching tries all
+# ways to match, of which "(a+)+" has exponentially many: so everything that multiplies them has a limit.
 _PLAIN_NAME = re.compile(r"\^?(\w|\\?\.)+\$?")
 _ESCAPE_OR_SET = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
 _MAX_CHOICES, _MAX_BARS, _MAX_LENGTH = 2, 50, 300  # groups and repetitions, |, characters of a pattern

@@ -1,11 +1,11 @@
 """NumPy's .npz files: those of any arrays, and PaliGemma's weights as big_vision and Kaggle publish them.
 
-No pickle, and nothing that a header says is believed: arrays are stored as they are, so they are mapped from
-the file, and one that would not fill its place in it is refused before memory is asked for. bfloat16, which
-NumPy does not know, is stored as two bytes without a meaning (V2).
+No pickle is read, and headers are not trusted: arrays are stored uncompressed, so they are mapped from the
+file, and one that does not fill its place there is refused before memory is allocated. bfloat16, which NumPy
+does not know, is stored as two bytes without a meaning (V2).
 
-The layers are stacked, and matrices are the other way round than PyTorch's, heads on an axis of their own.
-What the file does not say, its config, is that of the official variant with the same shapes.
+Layers are stacked, matrices are the transposes of PyTorch's, and heads have an axis of their own. The file
+holds no config: it is that of the official variant with the same shapes.
 
 Axes: L layers, N query heads, K kv heads, H head dim, D width, F width of the MLP, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """Weights: the tensors of a checkpoint's files -> a model, and back to the hub's layout.
 
 The hub has used three generations of tensor names for the same checkpoint; all reduce to one short form
-(`short_name`). Tensors are mapped from the file and given to a model that has no memory of its own yet, so
-two copies never exist.
+(`short_name`). Tensors are mapped from the file and assigned to a model on the meta device, so there are
+never two copies.
 """
 
 import contextlib

@@ -125,7 +125,7 @@ def own_device(name: str, world: int) -> torch.device:
 
 
 def use_gpu(device: torch.device) -> None:
-    """Make a GPU the current one: for new streams, NCCL, and whatever else asks for no device of its own."""
+    """Make a GPU the current one: for streams, NCCL, and all else that is not told a device."""
     there = torch.cuda.device_count()
     if device.index >= there:
         raise ValueError(f"--device {device}: this machine has {there} GPUs")
