@@ -137,6 +137,8 @@ class FusedHead:
     def __init__(
         self, decoder: Gemma, allowed: list[tuple[int, int]], noise_feedback: bool, sampling: Sampling
     ):
+        if sampling.top_k:
+            raise ValueError(f"top-k {sampling.top_k}: the fused head draws by temperature and top-p only")
         self.embed, self.allowed = decoder.embed.weight, allowed
         self.cap = decoder.config.final_cap or float("inf")
         self.noise_feedback, self.sampling = noise_feedback, sampling

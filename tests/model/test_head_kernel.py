@@ -115,6 +115,11 @@ def test_kernel_samples(temperature, top_p):
         check(plain(hidden, slot, uniform), fused(hidden, slot, uniform))
 
 
+def test_kernel_refuses_what_it_would_ignore():
+    with pytest.raises(ValueError, match="top-k 3"):
+        heads(16, sampling=Sampling(1.0, top_k=3))
+
+
 def test_kernel_bfloat16():
     """Weights and states in bfloat16, sums in float32: nearer to the exact logits than the plain form's."""
     _, fused = heads(96, dtype=torch.bfloat16)
