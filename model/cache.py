@@ -40,7 +40,7 @@ class KVCache:
         # The newest token's slot. A graph would keep a Python number as it was at the capture; this one it
         # reads from memory at every replay.
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self.slots: Tensor | None = None  # of the newest tokens; None after the prefill
+        self.new_slots: Tensor | None = None  # of the newest tokens; None after the prefill
         self.used = self.prefix = 0  # slots in use, and of the prefix
         self.whole = whole
 
@@ -48,7 +48,7 @@ class KVCache:
         """Forget everything, and take the first T slots for tokens with valid and positions [B, T]."""
         T = valid.shape[1]
         self.used = self.prefix = self._room_for(T)
-        self.slots = None
+        self.new_slots = None
         self._valid.zero_()[:, :T] = valid
         # A slot that is not valid gets weight 0, but 0 times a NaN left there by an earlier batch is NaN.
         self.values[:, :, :, T:].zero_()
@@ -62,18 +62,18 @@ class KVCache:
         Several tokens are one each of several branches: all of them have the next position.
         """
         self.used = self._room_for(self.used + count)
-        self.slots = self.slot + torch.arange(1, count + 1, device=self.slot.device)
+        self.new_slots = self.slot + torch.arange(1, count + 1, device=self.slot.device)
         self.slot += count
         self.last += 1
         positions = self.last.expand(-1, count)
-        self._valid.index_fill_(1, self.slots, True)
-        self._positions.index_copy_(1, self.slots, positions)
+        self._valid.index_fill_(1, self.new_slots, True)
+        self._positions.index_copy_(1, self.new_slots, positions)
         return positions
 
     @property
     def slots_read(self) -> int:
         """How many slots, from the left, the newest tokens read: S."""
-        return self.keys.shape[3] if self.whole and self.slots is not None else self.used
+        return self.keys.shape[3] if self.whole and self.new_slots is not None else self.used
 
     @property
     def valid(self) -> Tensor:
@@ -99,29 +99,29 @@ class KVCache:
     def of_layers(self) -> list["LayerCache"]:
         """What each layer writes and reads, as of now."""
         layers = range(len(self.keys))  # indexed: autograd forbids writing to the views that iteration yields
-        return [LayerCache(self.keys[i], self.values[i], self.slots, self.slots_read) for i in layers]
+        return [LayerCache(self.keys[i], self.values[i], self.new_slots, self.slots_read) for i in layers]
 
 
 @dataclass(frozen=True)
 class LayerCache:
     """A layer's part of a KVCache. It does not say which layer, so a block compiled for one serves all.
 
-    keys, values [B, K, all slots, H]; slots int64 [T]: those of the newest tokens, None in the prefill, where
-    T = S; slots_read: S.
+    keys, values [B, K, all slots, H]; new_slots int64 [T]: those of the newest tokens, None in the prefill,
+    where T = S; slots_read: S.
     """
 
     keys: Tensor
     values: Tensor
-    slots: Tensor | None
+    new_slots: Tensor | None
     slots_read: int
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, K, T, H] into the slots just taken; returns what the queries read, [B, K, S, H]."""
         keys, values = self.keys[:, :, : self.slots_read], self.values[:, :, : self.slots_read]
-        if self.slots is None:
+        if self.new_slots is None:
             keys.copy_(k)
             values.copy_(v)
         else:  # a step, which a graph may replay: the slots are read on the device
-            keys.index_copy_(2, self.slots, k)
-            values.index_copy_(2, self.slots, v)
+            keys.index_copy_(2, self.new_slots, k)
+            values.index_copy_(2, self.new_slots, v)
         return keys, values

@@ -159,7 +159,7 @@ class Gemma(nn.Module):
         """
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)  # once for all layers
         caches = [None] * len(self.layers) if cache is None else cache.of_layers()
-        run = Block.__call__ if cache is None or cache.slots is None else self.run_step
+        run = Block.__call__ if cache is None or cache.new_slots is None else self.run_step
         *blocks, last = self.layers
         for i, block in enumerate(blocks):
             x = run(block, x, rope, masks[i % 2], caches[i])

@@ -182,7 +182,7 @@ class PaliGemma(nn.Module):
         """bool [B, 1 or T, S]: what the T tokens that the cache took last may read, if they are one text."""
         if self.mask is prefix_lm_mask:
             return cache.valid[:, None]  # whatever was read before, and the token itself
-        return self.mask(cache.valid, cache.is_suffix)[:, cache.slots]
+        return self.mask(cache.valid, cache.is_suffix)[:, cache.new_slots]
 
     # ---- the seam ------------------------------------------------------------------------------------------
 
