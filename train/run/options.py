@@ -136,7 +136,8 @@ def make_parser() -> argparse.ArgumentParser:
         "(default, with --val-every: held-out practice scenes)")  # fmt: skip
     add("--val-images", type=Path, help="folder of its pictures (default: as --images)")
     add("--val-every", type=not_negative,
-        help="steps between validations; 0: none (default: an epoch if there is --val)")  # fmt: skip
+        help="steps between validations; 0: none (default, with --val: an epoch; on few pictures, "
+        "at least an eighth of the run)")  # fmt: skip
     add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
     return options
 
