@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from model import PaliGemma
 from model.gemma import at
-from model.seam import attention_layers
+from model.seam import attention_layers, attention_restored
 
 
 def knock_out(model: PaliGemma, heads: list[tuple[int, int]]) -> None:
@@ -28,13 +28,9 @@ def knock_out(model: PaliGemma, heads: list[tuple[int, int]]) -> None:
 @contextlib.contextmanager
 def without_head(model: PaliGemma, layer: int, head: int) -> Iterator[None]:
     """Inside, one of the decoder's heads reads nothing."""
-    attention = attention_layers(model)[layer]
-    before = attention.attend
-    try:
+    with attention_restored(attention_layers(model)):
         knock_out(model, [(layer, head)])
         yield
-    finally:
-        attention.attend = before
 
 
 @contextlib.contextmanager

@@ -45,10 +45,10 @@ def head_for(model: PaliGemma) -> type:
 def closed_set_decoder(
     model: PaliGemma, decode: str | None = None, branches: int | None = None, **options
 ) -> GroupDecoder | ParallelDecoder:
-    """The decoder of the model's closed-set language: of one box after the other ("sequence"), or of all in
-    five steps ("parallel"); None: as the checkpoint was taught.
+    """The decoder of the model's closed-set language.
 
-    branches: boxes in parallel; None: as the config says. options: further ones of that form's decoder.
+    decode: "sequence" for one box after the other, "parallel" for all in five steps; None: as the checkpoint
+    was taught. branches: boxes in parallel; None: as the config says. options: of the decoder's constructor.
     """
     decode = decode or model.config.answers
     if decode not in FORMS:

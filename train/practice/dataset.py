@@ -15,9 +15,7 @@ from train.practice.tasks import TASK_SHARES, make_tasks
 
 PROMPTS_PER_SCENE = 2  # when there are several tasks: the scene is drawn and encoded once
 WORD_TASKS = ("caption", "answer")
-SEQUENCE_SHARE = (
-    0.15  # of the texts beside branches: all objects in sequence, for the answer to be read so too
-)
+SEQUENCE_SHARE = 0.15  # of the texts beside branches: closed-set detection in sequence, or it is forgotten
 MIN_ANSWER_WEIGHT = 10  # in tokens: a "yes" that weighed one token would drown among boxes
 # The first location or two decide which object is meant: the 16 codes after them must not drown them out.
 LOC_WEIGHT, SEG_WEIGHT = 3.0, 0.5
@@ -58,7 +56,6 @@ class PracticeScenes(Dataset):
         size: int,
         patch: int,
         first: int = 0,
-        split: str = "train",
         tokenizer: Tokenizer | None = None,
         codec: MaskCodec | None = None,
         noise: Noise = NANO_NOISE,
@@ -67,8 +64,7 @@ class PracticeScenes(Dataset):
         """size: pixels a side; patch: of the vision tower, in pixels; noise: of closed-set targets; branches:
         objects that are taught in parallel, None: they are taught in sequence."""
         self.language, self.size, self.patch = language, size, patch
-        self.first, self.split, self.tokenizer = first, split, tokenizer
-        self.noise, self.branches = noise, branches
+        self.first, self.tokenizer, self.noise, self.branches = first, tokenizer, noise, branches
         self.tasks = make_tasks(codec) if codec else {}
         self.closed_set = not self.tasks
 
@@ -76,7 +72,7 @@ class PracticeScenes(Dataset):
         """A sample, its texts as lists if there are several; and patch_labels [P], patch_boxes [P, 4] of the
         image, see patch_targets."""
         seed = self.first + key[1]
-        scene = make_scene(seed, self.size, self.split)
+        scene = make_scene(seed, self.size)
         rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
         shares, drawn = list(TASK_SHARES.values()), ()
         if not self.closed_set:
@@ -111,4 +107,4 @@ class PracticeScenes(Dataset):
         return answer_sample(scene.image, self.tokenizer.encode_prompt(prefix), target)
 
     def name(self, item: int) -> str:
-        return f"practice scene {self.first + item} ({self.split})"
+        return f"practice scene {self.first + item}"

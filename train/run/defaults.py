@@ -1,4 +1,4 @@
-"""What the options of a run on few pictures are, where the user gives none.
+"""Defaults of fit.py's options for a run on few pictures, which depend on the data and the model.
 
 Measured with nano on three sets of 130 to 205 photographs (train/README.md, "Your own pictures"). More
 pictures, lines of text and practice scenes keep the parser's defaults.
