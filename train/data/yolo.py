@@ -16,7 +16,7 @@ import yaml
 
 from model.io.names import shown
 from model.io.writing import explain, located, open_regular
-from train.data.folders import Entry, as_coco, beside, list_pictures, objects_of, sizes_of
+from train.data.folders import Entry, as_coco, beside, list_files, objects_of, sizes_of
 
 NAME_FILES = ("classes.txt", "obj.names", "data.names")
 PARTS = dict(train=("train",), val=("val", "valid"), test=("test",))  # keys of a data.yaml
@@ -34,9 +34,11 @@ def read_text(file: Path) -> str:
 
 def read_yaml(file: Path) -> dict:
     with explain(f"{file}: not YAML", yaml.YAMLError, RecursionError):
-        data = yaml.safe_load(read_text(file))
+        data = yaml.load(read_text(file), yaml.BaseLoader)  # text as it stands: "no" may be a class's name
     if not isinstance(data, dict) or "names" not in data:
         raise ValueError(f"{file}: not a data.yaml of YOLO's: no names")
+    if "kpt_shape" in data:  # in two dimensions, a line looks like that of a polygon
+        raise ValueError(f"{file}: labels of poses (kpt_shape); what is read are those of boxes and polygons")
     return data
 
 
@@ -76,19 +78,21 @@ def _distinct(names: dict[int, str], file: Path) -> dict[int, str]:
     return names
 
 
-def parts_of(data: dict, file: Path) -> dict[str, list[Path]]:
-    """The folders and lists of pictures that a data.yaml names, by part."""
-    base = file.parent / str(data.get("path") or "")
-    base = base if base.is_dir() else file.parent  # ultralytics also knows a place of its own
-    parts = {}
-    for part, keys in PARTS.items():
-        entries = next((data[key] for key in keys if data.get(key)), [])
-        if entries:
-            entries = entries if isinstance(entries, list) else [entries]
-            parts[part] = [_place(base, str(entry), f"{file}: {part}") for entry in entries]
+def parts_of(data: dict, file: Path) -> dict[str, list[str]]:
+    """The folders and lists of pictures that a data.yaml names, by part. Not all need be there: Roboflow's
+    names test/ where a set has none."""
+    there = {part: next((data[key] for key in keys if data.get(key)), None) for part, keys in PARTS.items()}
+    parts = {part: named if isinstance(named, list) else [named] for part, named in there.items() if named}
     if not parts:
         raise ValueError(f"{file}: none of train, val and test says where the pictures are")
     return parts
+
+
+def places_of(data: dict, file: Path, part: str) -> list[Path]:
+    """Where those of a part are."""
+    base = file.parent / str(data.get("path") or "")
+    base = base if base.is_dir() else file.parent  # ultralytics also knows a place of its own
+    return [_place(base, str(entry), f"{file}: {part}") for entry in parts_of(data, file)[part]]
 
 
 def _place(base: Path, entry: str, where: str) -> Path:
@@ -104,11 +108,13 @@ def pictures_in(places: list[Path]) -> tuple[list[Path], Path]:
     pictures = []
     for place in places:
         if place.is_dir():
-            pictures += list_pictures(place)
+            pictures += list_files(place)
             continue
         for number, line in enumerate(read_text(place).splitlines(), 1):
             if line.strip():
                 file = place.parent / line.strip()  # an absolute one stays as it is
+                if not file.is_file():  # CVAT writes data/ before all
+                    file = place.parent / line.strip().removeprefix("data/")
                 if not file.is_file():
                     raise ValueError(f"{place}:{number}: {shown(file)}: no such picture")
                 pictures.append(Path(os.path.normpath(file)))

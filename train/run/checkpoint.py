@@ -7,6 +7,7 @@ random generators or data: each step derives its own from the seed and its numbe
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -176,8 +177,9 @@ class Saver(contextlib.AbstractContextManager):
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(out.glob("step-*"))
+    """The checkpoints of a run, oldest first. What a person calls step-0000500-good is none, and is kept."""
+    folders = [folder for folder in out.glob("step-*") if re.fullmatch("step-[0-9]{7,}", folder.name)]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
 def newest(out: Path) -> Path | None:
