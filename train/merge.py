@@ -3,7 +3,6 @@
 python train/merge.py --model google/paligemma2-10b-pt-448 --adapter runs/coco/final --out runs/coco/merged
 """
 
-import math
 from pathlib import Path
 
 from model import PaliGemma
@@ -24,10 +23,8 @@ def main(argv=None) -> None:
     args = options.parse_args(argv)
     if args.out.exists() and any(args.out.iterdir()):
         raise ValueError(f"--out {args.out}: is not an empty folder")
-    if not 0 < args.shard_gb < math.inf:
-        raise ValueError(f"--shard-gb {args.shard_gb:g}: must be above 0, and finite")
     model = PaliGemma.from_pretrained(args.model, adapter=args.adapter, dtype=DTYPES[args.dtype])
-    fold(model).save_pretrained(args.out, max_shard_bytes=int(args.shard_gb * 1e9))
+    fold(model).save_pretrained(args.out, max_shard_bytes=args.shard_gb * 1e9)
     print(f"merged checkpoint: {shown(args.out)}")
 
 

@@ -16,13 +16,14 @@ from model.io.hub import codec_file
 from model.io.weights import DTYPES, load_config, load_weights
 from model.io.writing import check_writable, read_json
 from train.data.coco import CocoIndex
-from train.data.open import branches_for, check_length, classes_for, open_data
+from train.data.open import branches_for, check_length, classes_for
 from train.data.samples import StepSampler, closed_set_lengths, collate
 from train.practice.dataset import PracticeScenes
 from train.run.checkpoint import checkpoints, newest
 from train.run.log import STOPPING, logged_lines
 from train.run.options import branches_of, changed_options, noise_of, overrides_of, text_multiple
 from train.run.pictures import pictures_to_skip
+from train.run.plan import training_data
 from train.run.processes import all_gather
 
 
@@ -37,9 +38,9 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
     if found and not goes_on:
         raise ValueError(f"{args.out} holds a run already: --resume continues it, or choose another --out")
     # best/ may be that of a run which ended before its first checkpoint.
-    results = [args.out / "final", *([] if goes_on else [args.out / "best"])]
-    if not found and any(place.exists() for place in (*results, *checkpoints(args.out))):
-        raise ValueError(f"{args.out} holds a run without a checkpoint to go on from: choose another --out")
+    results = [args.out / name for name in ["final"] + ["best"] * (not goes_on)] + checkpoints(args.out)
+    if not found and any(place.exists() for place in results):
+        raise ValueError(f"{args.out} holds a run without a checkpoint: empty it, or choose another --out")
     before = dict(skipped={}, skipped_val={}) | read_json(args.out / "run.json") if found else {}
     logged_lines(args.out / "metrics.jsonl")  # complains now, not after the model is loaded
     if found and (changed := changed_options(before, args)):
@@ -122,19 +123,7 @@ def load_data(
         )
     if args.patch_weight:
         raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
-    return open_data(
-        args.data,
-        args.images,
-        model,
-        model.tokenizer,
-        args.seed,
-        args.augment,
-        allow_outside=args.allow_outside,
-        noise=noise_of(args),
-        index=index,
-        branches=branches_of(args),
-        flip_vertical=args.flip_vertical,
-    )
+    return training_data(args, model, model.tokenizer, index)
 
 
 def leave_out_broken(args: argparse.Namespace, data: Dataset, before: dict | None) -> dict[str, str]:

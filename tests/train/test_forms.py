@@ -12,6 +12,7 @@ from training import PLAIN, run
 
 from infer import evaluate
 from train import convert
+from train.data.folders import new_folder
 from train.data.forms import find_data, lists_of
 from train.data.open import read_coco_index
 
@@ -97,6 +98,20 @@ def test_there_and_back(photos, converted, form):
     assert (photos / form / "mine.txt").exists() and not list(photos.glob(".*"))
 
 
+def test_a_set_is_replaced_or_stays(tmp_path, monkeypatch):
+    """Ctrl-C while the old one is removed, which takes time, leaves the new one."""
+
+    def remove(folder, **_):
+        if (folder / "ids.json").exists():
+            raise KeyboardInterrupt
+
+    label(tmp_path / "set" / "ids.json", "{}")
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "set", replace=True) as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "set" / "new").exists()
+
+
 def test_what_cannot_be_kept(photos, converted):
     """Crowds, where a form has no word for them, and boxes without an area are left out, which is said."""
     data = json.loads((photos / "instances.json").read_text())
@@ -112,13 +127,24 @@ def test_what_cannot_be_kept(photos, converted):
 
 
 @pytest.mark.parametrize("form", ["yolo", "voc", "labelme"])
+def test_there_and_back_from_a_folder_of_that_name(photos, converted, form):
+    """Label Studio's names all begin with images/."""
+    data = json.loads((photos / "instances.json").read_text())
+    for record in data["images"]:
+        record["file_name"] = f"images/{record['file_name']}"
+    (photos / "instances.json").write_text(json.dumps(data))
+    converted(f"to-{form}", photos / "instances.json", photos / form)
+    assert boxes(read(photos / form)) == boxes(data)
+
+
+@pytest.mark.parametrize("form", ["yolo", "voc", "labelme"])
 def test_two_images_of_one_file(photos, form):
     """Merged COCO files have them: one file of labels cannot be of both."""
     data = json.loads((photos / "instances.json").read_text())
     data["images"][1] |= dict(file_name="a.jpg", width=64, height=48)
     (photos / "instances.json").write_text(json.dumps(data))
     argv = [f"to-{form}", "--data", str(photos / "instances.json"), "--out", str(photos / form)]
-    assert "a.jpg (image 7) and a.jpg (image 2) would both have" in complaint(convert.main, argv)
+    assert "a.jpg and a.jpg would both have" in complaint(convert.main, argv)
     assert not (photos / form).exists()
 
 

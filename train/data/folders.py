@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from model.io.image import READERS, SUFFIXES, upright_size
 from model.io.names import shown
-from model.io.writing import read_json, write_json
+from model.io.writing import read_json, replace_folder, write_json
 
 IDS = "ids.json"  # beside a converted set: {"categories": {name: id}, "images": {file name: id}}
 
@@ -100,9 +100,9 @@ def _checked(ids: Any, where: str) -> dict[str, int]:
     return ids
 
 
-def objects_of(data: dict) -> dict[int, list[dict]]:
+def objects_of(data: dict, crowds: bool = True) -> dict[int, list[dict]]:
     """{image id: its objects}, each an annotation with its "label" and its "box", clipped to the picture, in
-    hundredths of a pixel. Those without an area there are left out."""
+    hundredths of a pixel. Those without an area there are left out; crowds: False, if they are, too."""
     names = {record["id"]: record["name"] for record in data["categories"]}
     sizes = {record["id"]: (record["width"], record["height"]) for record in data["images"]}
     found = defaultdict(list)
@@ -110,7 +110,7 @@ def objects_of(data: dict) -> dict[int, list[dict]]:
         (x, y, w, h), (width, height) = record["bbox"], sizes[record["image_id"]]
         sides = zip((x, y, x + w, y + h), (width, height) * 2)
         box = x0, y0, x1, y1 = [round(min(max(at, 0), side), 2) for at, side in sides]
-        if x1 > x0 and y1 > y0:
+        if x1 > x0 and y1 > y0 and (crowds or not record.get("iscrowd")):
             found[record["image_id"]].append(record | dict(label=names[record["category_id"]], box=box))
     return found
 
@@ -121,7 +121,7 @@ def beside(data: dict, folder: Path, suffix: str) -> Iterator[tuple[dict, Path]]
     for record in data["images"]:
         file = (folder / record["file_name"]).with_suffix(suffix)
         if (other := taken.setdefault(file, record)) is not record:
-            both = " and ".join(f"{each['file_name']} (image {each['id']})" for each in (other, record))
+            both = f"{other['file_name']} and {record['file_name']}"
             raise ValueError(f"{both} would both have {file.name}: rename one")
         file.parent.mkdir(parents=True, exist_ok=True)
         yield record, file
@@ -165,9 +165,7 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it for its owner alone
         yield temporary
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        replace_folder(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

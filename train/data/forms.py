@@ -106,8 +106,7 @@ def _in_folder(folder: Path, images: Path | None, parts: Sequence[str], part: st
     json_files = [file for file in inside if file.suffix.lower() in (".json", ".jsonl") and file.is_file()]
     json_files = [file for file in json_files if file.name not in NO_DATA]
     if json_files and _is_labelme(json_files[0]):
-        read = partial(labelme.read_labelme, folder, images or folder, folder)
-        return Found("LabelMe", folder, images or folder, part, read)
+        return _labelme(folder, images, part)
     if json_files:
         by_part = {key: file for file in json_files if (key := _part_of(file.name))}
         if len(json_files) > 1 and len(by_part) == len(json_files):
@@ -119,7 +118,18 @@ def _in_folder(folder: Path, images: Path | None, parts: Sequence[str], part: st
     if folders:
         part, sub = _pick(folders, parts, folder)
         return _in_folder(sub, images, parts, part)
-    return _voc(folder, images, parts, part) or _yolo(folder, images, parts, part)
+    return (
+        _voc(folder, images, parts, part)
+        or _yolo(folder, images, parts, part)
+        or _labelme(folder, images, part)  # in folders below
+    )
+
+
+def _labelme(folder: Path, images: Path | None, part: str | None) -> Found | None:
+    if not any(map(_is_labelme, list_files(folder, {".json"}))):
+        return None
+    read = partial(labelme.read_labelme, folder, images or folder, folder)
+    return Found("LabelMe", folder, images or folder, part, read)
 
 
 def _has_names(file: Path) -> bool:
@@ -171,15 +181,10 @@ def _yolo(folder: Path, images: Path | None, parts: Sequence[str], part: str | N
     there = {key: sub for sub in pictures.iterdir() if sub.is_dir() and (key := _part_of(sub.name, True))}
     if there:
         part, pictures = _pick(there, parts, pictures)
-    first = list_files(pictures)[:1]
-    if not first or not (yolo.label_file(first[0]).parent.is_dir() and _has_labels(pictures)):
+    if not any(yolo.label_file(picture).is_file() for picture in list_files(pictures)):
         return None
     names, file = yolo.names_beside(folder)
     return _yolo_of(folder, images, part, [pictures], names, file.parent)
-
-
-def _has_labels(pictures: Path) -> bool:
-    return any(yolo.label_file(picture).is_file() for picture in list_files(pictures))
 
 
 def _yolo_of(

@@ -63,20 +63,15 @@ def _object(shape: dict, number: int) -> dict:
     return dict(label=label, box=[min(xs), min(ys), max(xs), max(ys)]) | outline
 
 
-def write_labelme(data: dict, folder: Path) -> int:
-    """JSON files for the pictures of a folder; returns how many crowds, which the form has no word for, are
-    left out."""
-    objects, crowds = objects_of(data), 0
+def write_labelme(data: dict, folder: Path) -> None:
+    """JSON files for the pictures of a folder, without crowds, which the form has no word for."""
+    objects = objects_of(data, crowds=False)
     for record, file in beside(data, folder, ".json"):
         shapes = []
         for found in objects[record["id"]]:
-            if found.get("iscrowd"):
-                crowds += 1
-                continue
             x0, y0, x1, y1 = found["box"]
             shape = dict(label=found["label"], points=[[x0, y0], [x1, y1]], shape_type="rectangle")
             shapes.append(shape | dict(group_id=None, flags={}))
         sides = dict(imageHeight=record["height"], imageWidth=record["width"])
         name = dict(imagePath=Path(record["file_name"]).name, imageData=None)
         write_json(dict(version="5.0.1", flags={}, shapes=shapes) | name | sides, file)
-    return crowds

@@ -94,8 +94,8 @@ def _number(text: str, what: str) -> float:
     return int(value) if value == int(value) else round(value, 2)
 
 
-def write_voc(data: dict, folder: Path) -> int:
-    """Annotations/, as VOC counts; nothing is left out (returns 0)."""
+def write_voc(data: dict, folder: Path) -> None:
+    """Annotations/, as VOC counts."""
     objects = objects_of(data)
     for record, file in beside(data, folder / "Annotations", ".xml"):
         root = ET.Element("annotation")
@@ -114,7 +114,6 @@ def write_voc(data: dict, folder: Path) -> int:
             )
         ET.indent(root, "\t")
         ET.ElementTree(root).write(file, encoding="utf-8")
-    return 0
 
 
 def _add(element: ET.Element, **texts) -> None:

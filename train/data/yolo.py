@@ -183,18 +183,18 @@ def _read_line(words: list[str], names: dict[int, str], width: int, height: int)
     return found | dict(box=[round(at, 2) for at in corners])
 
 
-def write_yolo(data: dict, folder: Path) -> int:
-    """data.yaml and labels/; returns how many crowds, which the form has no word for, are left out."""
-    objects, crowds = objects_of(data), 0
+def write_yolo(data: dict, folder: Path) -> None:
+    """data.yaml and labels/, without crowds, which the form has no word for."""
+    objects = objects_of(data, crowds=False)
     order = sorted(data["categories"], key=lambda record: record["id"])
     numbers = {record["id"]: number for number, record in enumerate(order)}
     names = {number: record["name"] for number, record in enumerate(order)}
-    for record, file in beside(data, folder / "labels", ".txt"):
+    for record, beside_picture in beside(data, folder / "images", ".txt"):
+        above, _, below = beside_picture.as_posix().rpartition("/images/")  # the last one, as in label_file
+        file = Path(above, "labels", below)
+        file.parent.mkdir(parents=True, exist_ok=True)
         lines, (width, height) = [], (record["width"], record["height"])
         for found in objects[record["id"]]:
-            if found.get("iscrowd"):
-                crowds += 1
-                continue
             x0, y0, x1, y1 = found["box"]
             shares = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
             lines.append(" ".join([str(numbers[found["category_id"]]), *(f"{x:.8g}" for x in shares)]) + "\n")
@@ -202,4 +202,3 @@ def write_yolo(data: dict, folder: Path) -> int:
     head = "# ultralytics asks for both; --val should be other pictures.\ntrain: images\nval: images\n"
     text = yaml.safe_dump(dict(names=names), allow_unicode=True, sort_keys=False)
     (folder / "data.yaml").write_text(head + text, encoding="utf-8")
-    return crowds

@@ -25,7 +25,7 @@ from model.io.adapter import adapter_tensors, save_adapter
 from model.io.hub import COMPANION_FILES
 from model.io.tensors import FINITE, read_tensors
 from model.io.weights import as_shard, own_rows, save_weights
-from model.io.writing import named, read_json, save_tensors, write_json
+from model.io.writing import named, read_json, replace_folder, save_tensors, write_json
 from model.lora import lora_layers
 
 
@@ -104,8 +104,7 @@ def replacing(final: Path) -> Iterator[Path]:
             for file in partial.iterdir():  # on the disk before the name says that it is complete
                 with named(file), open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            replace_folder(partial, final)
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)

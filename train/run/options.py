@@ -26,7 +26,10 @@ MAY_CHANGE = set(
 def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
     """Parse the options, and refuse those that make no sense together. settle: the defaults
     that depend on others, see train/run/defaults.py."""
-    options = parser("Train a PaliGemma; the head of train/fit.py shows how.")
+    options = parser(
+        "Train a PaliGemma; the head of train/fit.py shows how. On at most 2,000 pictures with boxes some\n"
+        "defaults are others (train/run/defaults.py): the table before the first step says which."
+    )
     switch = argparse.BooleanOptionalAction
 
     add = options.add_argument_group("what").add_argument
@@ -122,7 +125,8 @@ def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
         "(default, with --val-every: held-out practice scenes)")  # fmt: skip
     add("--val-images", type=Path, help="folder of its pictures (default: as --images)")
     add("--val-every", type=not_negative,
-        help="steps between validations; 0: none (default: an epoch if there is --val)")  # fmt: skip
+        help="steps between validations; 0: none (default: an epoch if there is --val, on few pictures at "
+        "least an eighth of the run)")  # fmt: skip
     add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
     args = options.parse_args(argv)
     if settle:
