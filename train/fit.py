@@ -169,6 +169,7 @@ def train(args: argparse.Namespace) -> int:
 
     # What the run writes: run.json, the log and the checkpoints.
     options = as_json(args) | dict(skipped=skipped, skipped_val=validation.skipped if validation else {})
+    options |= dict(samples=items + len(skipped)) if items else {}
     if saved:
         forget_other_scores(trainer, before, options)
     args.out.mkdir(parents=True, exist_ok=True)

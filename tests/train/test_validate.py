@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import language_of, same, torchrun
+from helpers import complaint, language_of, same, torchrun
 from safetensors.torch import load_file
 from training import (
     AS_OPTIONS,
@@ -150,6 +150,12 @@ def test_validation_data_of_another_kind(tiny, scenes, pairs, tmp_path):
         with pytest.raises(ValueError, match=f"--val .* holds {held}"):
             run(tiny, tmp_path / "run", f"{PLAIN} {options} --val-every 1 --steps 1")
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_of_classes_that_are_not_trained(tiny, scenes):
+    model = PaliGemma.from_pretrained(tiny, classes=["cat"])
+    said = complaint(open_data, scenes, None, model, model.tokenizer, part="val")
+    assert "instances.json has classes that are not among the 1 that are trained (cat, ...): person" in said
 
 
 def test_validation_pictures_are_the_same_for_loss_and_map(tiny, scenes, tmp_path, monkeypatch):

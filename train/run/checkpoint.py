@@ -7,6 +7,7 @@ random generators or data: each step derives its own from the seed and its numbe
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from model.io.adapter import adapter_tensors, save_adapter
 from model.io.hub import COMPANION_FILES
 from model.io.tensors import FINITE, read_tensors
 from model.io.weights import as_shard, own_rows, save_weights
-from model.io.writing import named, read_json, save_tensors, write_json
+from model.io.writing import named, read_json, replace_folder, save_tensors, write_json
 from model.lora import lora_layers
 from train.run.processes import is_first
 
@@ -102,8 +103,7 @@ def replacing(final: Path) -> Iterator[Path]:
             for file in partial.iterdir():  # on the disk before the name says that it is complete
                 with named(file), open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            replace_folder(partial, final)
     finally:
         if is_first():
             shutil.rmtree(partial, ignore_errors=True)
@@ -174,8 +174,9 @@ class Saver(contextlib.AbstractContextManager):
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(out.glob("step-*"))
+    """The checkpoints of a run, oldest first. What a person calls step-0000500-good is none, and is kept."""
+    folders = [folder for folder in out.glob("step-*") if re.fullmatch("step-[0-9]{7,}", folder.name)]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
 def newest(out: Path) -> Path | None:

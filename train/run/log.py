@@ -87,3 +87,5 @@ class Log(contextlib.AbstractContextManager):
 
     def __exit__(self, *error) -> None:
         self.bar.close()
+        if self.board:
+            self.board.close()  # it keeps the newest lines for up to two minutes

@@ -40,7 +40,10 @@ def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
 
 def make_parser() -> argparse.ArgumentParser:
     """All options of fit.py."""
-    options = parser("Train a PaliGemma; the head of train/fit.py shows how.")
+    options = parser(
+        "Train a PaliGemma; the head of train/fit.py shows how. On at most 2,000 pictures with boxes some\n"
+        "defaults are others (train/run/defaults.py): the table before the first step says which."
+    )
     switch = argparse.BooleanOptionalAction
 
     add = options.add_argument_group("what").add_argument

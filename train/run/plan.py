@@ -10,10 +10,12 @@ import re
 import numpy as np
 from torch.utils.data import Dataset
 
+from model import PaliGemma
 from model.config import VARIANTS, PaliGemmaConfig
 from model.io.hub import folder_of, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
+from train.data.coco import CocoIndex
 from train.data.open import branches_for, check_length, classes_for, open_data, read_coco_index
 from train.data.samples import closed_set_lengths
 from train.run.memory import GIB, memory_of, skeleton
@@ -44,19 +46,18 @@ def print_dry_run(args: argparse.Namespace, world: int, program: int) -> None:
     )
     model, data = skeleton(args, config)[0], None
     if there and (folder / "tokenizer.model").exists():
-        data = open_data(
-            args.data,
-            args.images,
-            model,
-            Tokenizer(folder),
-            allow_outside=args.allow_outside,
-            noise=noise_of(args),
-            index=index,
-            branches=branches_of(args),
-            flip_vertical=args.flip_vertical,
-        )
+        data = training_data(args, model, Tokenizer(folder), index)
     check_length(text_lengths(args, config, data)[1], model)
     print_plan(args, config, world, data, program)
+
+
+def training_data(
+    args: argparse.Namespace, model: PaliGemma, tokenizer: Tokenizer, index: CocoIndex | None
+) -> Dataset:
+    """--data as it is trained on. index: of its boxes, if they are read already."""
+    options = dict(allow_outside=args.allow_outside, flip_vertical=args.flip_vertical, noise=noise_of(args))
+    options |= dict(index=index, branches=branches_of(args))
+    return open_data(args.data, args.images, model, tokenizer, args.seed, args.augment, **options)
 
 
 def print_plan(
