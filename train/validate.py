@@ -99,7 +99,7 @@ class Validation:
             self.detector.decode.release()  # training needs the room
         if self.world > 1:
             dist.all_reduce(sums)
-        figures, warning = {"val_loss": round((sums[0] / sums[1]).item(), 4)}, ""
+        figures, warning = {"val_loss": round((sums[0] / sums[1].clamp(min=1e-6)).item(), 4)}, ""
         if self.detector:
             results = [result for share in all_gather(results) for result in share]
             figures["val_mAP"] = round(max(0.0, float(run_cocoeval(self.truth, results).stats[0])), 4)

@@ -137,6 +137,19 @@ def test_validation_loss_is_of_the_same_kind(with_empty, tiny, tmp_path):
     assert found == pytest.approx(expected, abs=2e-4)
 
 
+def test_validation_without_objects(with_empty, tiny):
+    """Answers in branches have nothing to teach there: a loss of 0, where NaN would never be beaten."""
+    data = json.loads(with_empty.read_text())
+    with_empty.write_text(json.dumps(data | dict(annotations=[])))
+    model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
+    language = language_of(tiny)
+    objective = Objective(model, language, branches=language)
+    argv = f"--model x --out x --device cpu --no-amp --val {with_empty} --val-every 1 --data x"
+    args = train.arguments([*argv.split(), "--answers", "parallel", "--noise-boxes", "0"])
+    figures, _ = Validation(args, model, objective, Tokenizer(tiny), torch.device("cpu")).run()
+    assert figures == {"val_loss": 0, "val_mAP": 0}
+
+
 # Its pictures -----------------------------------------------------------------------------------------------
 
 
