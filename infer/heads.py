@@ -12,7 +12,6 @@ without k others: if a few heads did the finding, the first would cost far more.
 
 import argparse
 import math
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +22,17 @@ from infer.lib.knock_out import knock_out
 from infer.lib.measuring import print_table
 from infer.lib.options import add_device_argument, usable_device
 from infer.lib.plots import MIDDLE, RIGHT, WRONG, new_figure, require_matplotlib
-from infer.lib.predictions import evaluate
+from infer.lib.scenes import drawn_scenes, evaluate_scenes
 from model import PaliGemma
 from model.decoding.boxes import boxes_to_locs
 from model.decoding.closed_set import ClosedSet
-from model.decoding.detections import Selection
-from model.decoding.detector import ClosedSetDetector, closed_set_decoder
+from model.decoding.detector import closed_set_decoder
 from model.io.image import to_network
 from train.practice.scenes import make_scene
-from train.practice.write import HELD_OUT_SETS, write_coco
+from train.practice.write import HELD_OUT_SETS
 from train.run.program import parser, positive, run
 
 PREDICTED = ("y0", "x0", "y1", "x1", "class")
-BATCH = 16
 KNOCKED_OUT = (1, 2, 4, 8)  # heads
 
 
@@ -75,11 +72,8 @@ def where_it_looks(
     of the scene count.
     """
     language = ClosedSet.of(model.config, model.tokenizer)
-    prompt, size = (
-        torch.tensor(language.prompt, device=model.projector.weight.device),
-        model.config.vision.image_size,
-    )
-    tokens = model.config.vision.tokens
+    prompt = torch.tensor(language.prompt, device=model.projector.weight.device)
+    size, tokens = model.config.vision.image_size, model.config.vision.tokens
     entropies, on_image, inside, areas = [], [], [], []
     for number in range(count):
         scene = make_scene(number, size, split)
@@ -109,8 +103,7 @@ def where_it_looks(
 def mean_ap(args: argparse.Namespace, device: str, heads: list[tuple[int, int]], data: Path) -> float:
     model = PaliGemma.from_pretrained(args.model, dtype=torch.float32, device=device)
     knock_out(model, heads)
-    detector = ClosedSetDetector(closed_set_decoder(model), Selection(nms_iou=0.5))
-    return evaluate(detector, data, data.parent / "images", BATCH, f"without {len(heads)}")["AP"]
+    return evaluate_scenes(closed_set_decoder(model), data, f"without {len(heads)}")["AP"]
 
 
 def draw(entropy: np.ndarray, inside: np.ndarray, area: np.ndarray, rows: list, file: Path) -> None:
@@ -165,9 +158,7 @@ def main() -> None:
     on_object = inside[..., 1:].mean(-1)  # [L, N]
     order = [divmod(int(i), on_object.shape[1]) for i in on_object.flatten().argsort()[::-1]]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        write_coco(Path(folder), args.count, args.set, model.config.vision.image_size)
-        data = Path(folder) / "instances.json"
+    with drawn_scenes(args.count, args.set, model.config.vision.image_size) as data:
         usual = mean_ap(args, device, [], data)
         rows.append(dict(heads=0, best=usual, others=usual))
         for k in (k for k in KNOCKED_OUT if 2 * k <= len(order)):

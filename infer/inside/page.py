@@ -26,12 +26,6 @@ def pack_probabilities(p: np.ndarray, bits: int = 8) -> dict:
     return pack(whole.astype(np.uint8 if bits == 8 else np.uint16))
 
 
-def unpack(packed: dict) -> np.ndarray:
-    """The reverse of `pack`."""
-    raw = zlib.decompress(base64.b64decode(packed["data"]))
-    return np.frombuffer(raw, f"<u{packed['bits'] // 8}").reshape(packed["shape"])
-
-
 def picture(image: Image.Image) -> dict:
     """An image's size, and itself as a data URL."""
     small, file = image.copy(), io.BytesIO()
