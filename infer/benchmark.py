@@ -138,13 +138,9 @@ def shares(
 def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Print all figures of a checkpoint; the same for --json."""
     on_gpu = args.device.startswith("cuda")
-    asked = {
-        "ours": True,
-        "ours, int8": args.int8,
-        "ours, compiled": args.compile,
-        "ours, plain head": on_gpu,
-    }
-    asked |= dict.fromkeys(args.peers, True) | {"llama.cpp, int8": args.int8 and "llama.cpp" in args.peers}
+    asked = {"ours": True, "ours, int8": args.int8, "ours, compiled": args.compile}
+    asked |= {"ours, plain head": on_gpu, "llama.cpp, int8": args.int8 and "llama.cpp" in args.peers}
+    asked |= dict.fromkeys(args.peers, True)
     names = [name for name in SIDES if asked.get(name)]
     where = torch.cuda.get_device_name(args.device) if on_gpu else f"{os.cpu_count()} cores"
     print(f"{args.model}, {args.dtype}, {args.device} ({where}), torch {torch.__version__}")
@@ -152,9 +148,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
         if name.startswith("llama.cpp") and not (file := gguf_file(name, args)).exists():
             write_gguf(folder, file, "int8" if "int8" in name else args.dtype)
     start, before = time.monotonic(), limits(args)
-    end = 2 * start + 60 * args.minutes - time.monotonic()  # leaves as much for the limits afterwards
+    took = time.monotonic() - start  # and as long again after the turns
+    end = start + 60 * args.minutes - took
     turns = take_turns(names, end, folder, args)
-    after = limits(args)  # on a machine that others use, too, the best is nearer to what it can do
+    after = limits(args)  # others may use the machine too: the better figure is nearer to what it can do
     machine = {n: {name: max(rate, after[n][name]) for name, rate in before[n].items()} for n in before}
     for threads, found in machine.items():
         read, *gemm = (f"{name} {rate / 1e9:.1f}" for name, rate in found.items())

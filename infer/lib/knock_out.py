@@ -11,7 +11,7 @@ from model.seam import attention_layers
 
 
 def knock_out(model: PaliGemma, heads: list[tuple[int, int]]) -> None:
-    """Let some of the decoder's heads, (layer, head), read nothing."""
+    """Let these heads of the decoder, each (layer, head), read nothing: their output is 0."""
     layers = attention_layers(model)
 
     def without(function: Callable, gone: list[int]) -> Callable:

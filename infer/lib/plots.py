@@ -96,9 +96,7 @@ class Evaluated:
         occurs = np.flatnonzero(precision[0, 0] > -1)
         self.precision = precision[:, :, occurs]  # [IoU, recall, class]
         self.classes = [self.evaluation.params.catIds[k] for k in occurs]  # the category id of each
-        self.names = {
-            category_id: shown(category["name"]) for category_id, category in self.coco.cats.items()
-        }
+        self.names = {i: shown(category["name"]) for i, category in self.coco.cats.items()}
 
 
 # ---- an evaluation -----------------------------------------------------------------------------------------
@@ -250,12 +248,6 @@ def validation_curve(axes, metrics: list[dict]) -> str:
     return f"Validation during training; at the end: {', '.join(last)}."
 
 
-EVALUATION_PLOTS = (
-    precision_recall,
-    score_distribution,
-    boxes_per_image,
-    box_sizes,
-    calibration,
-    ap_per_class,
-)
-RUN_PLOTS = {learning_curve: ("loss",), validation_curve: ("val_loss", "val_mAP")}  # and what they need of it
+EVALUATION_PLOTS = precision_recall, score_distribution, boxes_per_image, box_sizes
+EVALUATION_PLOTS += calibration, ap_per_class
+RUN_PLOTS = {learning_curve: ("loss",), validation_curve: ("val_loss", "val_mAP")}  # one of these is needed

@@ -155,23 +155,19 @@ def predict(
     log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
     bar = tqdm(total=len(todo), desc=shown(title), unit="image", leave=False, disable=rank > 0)
     broken = []
+    size = batch_size or detector.fitting_batch()
+
+    def file_of(record: dict) -> Path:
+        return images / record["file_name"]
+
     with log as lines, bar:
-        pictures_of = usable_pictures(
-            todo,
-            lambda record: images / record["file_name"],
-            check_record,
-            batch_size or detector.fitting_batch(),
-            broken,
-            keep_on,
-        )
-        for of_batch, pictures in pictures_of:
+        for of_batch, pictures in usable_pictures(todo, file_of, check_record, size, broken, keep_on):
             for found, record in zip(detector(pictures), of_batch, strict=True):
                 results = known[record["id"]] = to_results(found, record["id"], ids)
                 if lines:
+                    line = json.dumps(dict(image_id=record["id"], results=results))
                     with named(Path(lines.name)):
-                        print(
-                            json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True
-                        )
+                        print(line, file=lines, flush=True)
             bar.update(len(pictures))
     faults = {record["id"]: fault for record, fault in broken}
     return [result for record in share for result in known.get(record["id"], [])], faults

@@ -23,8 +23,8 @@ def make_record(file: Path, image: Image.Image, found: Detections, tokens: bool)
 
 
 def as_lists(records: list[dict], names: list[str], classes: Sequence[str]) -> dict:
-    """COCO's lists of such entries, for train/data/save.py. names: of the pictures. Each box keeps its score,
-    and its mask if it has one; classes are numbered from 1."""
+    """Such entries as COCO's images, annotations and categories, for train/data/save.py. names: file names of
+    the pictures. Each box keeps its score, and its mask if it has one; classes are numbered from 1."""
     images, annotations = [], []
     for i, (record, name) in enumerate(zip(records, names, strict=True), 1):
         images.append(dict(id=i, file_name=name, width=record["width"], height=record["height"]))
