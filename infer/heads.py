@@ -52,8 +52,11 @@ def patch_cover(boxes: np.ndarray, side: int) -> np.ndarray:
 
 
 def looks(weights: Tensor, image_tokens: int, start: int, objects: int) -> Tensor:
-    """A layer's weights [1, N, T, S] of image, prompt and branches of four -> [n, 5, N, P]: the attention of
-    what predicts the five tokens of each object, to the image."""
+    """Attention of the positions that predict the five tokens of each object, to the image: [n, 5, N, P].
+
+    weights [1, N, T, S]: of a layer, over image, prompt and branches of four tokens. start: the position
+    where the branches begin. Axes: n objects, N heads, P image tokens.
+    """
     to_image = weights[0, :, :, :image_tokens]  # [N, T, P]
     first = to_image[:, start - 1].expand(objects, -1, -1)  # [n, N, P]: the end of the prompt, for all
     branches = to_image[:, start:].unflatten(1, (objects, 4))  # [N, n, 4, P]
@@ -64,12 +67,12 @@ def looks(weights: Tensor, image_tokens: int, start: int, objects: int) -> Tenso
 def where_it_looks(
     model: PaliGemma, split: str, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Means over the objects of `count` scenes: entropy in bits, share on the image, and of that the share
-    inside the box, each [L, N, 5] by layer, head and predicted token; and the share of the image that a box
-    covers, which is what attention that is the same everywhere would have inside.
+    """Means over the objects of `count` scenes, each [L, N, 5]: the attention's entropy over the image, in
+    bits, its share on the image, and of that the share inside the box; and [5], the share of the image that
+    the box covers, which is what uniform attention would have inside.
 
-    Axes: L layers, N heads. What predicts y0 does not know the object yet: for it, the boxes of all objects
-    of the scene count.
+    Axes: L layers, N heads, 5 predicted tokens. At y0 the object is still open: there, the box stands for the
+    boxes of all objects of the scene.
     """
     language = ClosedSet.of(model.config, model.tokenizer)
     prompt = torch.tensor(language.prompt, device=model.projector.weight.device)
@@ -110,10 +113,8 @@ def draw(entropy: np.ndarray, inside: np.ndarray, area: np.ndarray, rows: list, 
     """Two panels: inside the box and entropy by token, each head a line; mAP against heads knocked out."""
     with new_figure(file, 11, 3.6) as figure:
         left, middle, right = figure.subplots(1, 3)
-        for axes, values, label in (
-            (left, entropy, "entropy, bits"),
-            (middle, inside, "share inside the box"),
-        ):
+        panels = (left, entropy, "entropy, bits"), (middle, inside, "share inside the box")
+        for axes, values, label in panels:
             for head in values.reshape(-1, len(PREDICTED)):
                 axes.plot(PREDICTED, head, color="#bbbbbb", linewidth=0.8)
             axes.plot(PREDICTED, values.mean((0, 1)), "o-", color=RIGHT, label="mean of all heads")
@@ -144,17 +145,12 @@ def main() -> None:
     device = usable_device(args.device)
     model = PaliGemma.from_pretrained(args.model, dtype=torch.float32, device=device)
     entropy, on_image, inside, area = where_it_looks(model, args.set, args.count)
-    means = [x.mean((0, 1)) for x in (entropy, on_image, inside)]
-    most = inside.reshape(-1, len(PREDICTED)).max(0)
-    print_table(
-        [
-            {"predicts": token, "entropy, bits": f"{means[0][i]:.2f}", "on the image": f"{means[1][i]:.2f}"}
-            | {"of that in the box": f"{means[2][i]:.2f}", "of the best head": f"{most[i]:.2f}"}
-            | {"area of the box": f"{area[i]:.2f}"}
-            for i, token in enumerate(PREDICTED)
-        ]
-    )
-    # How much a head is on the object, once it is known which one it is.
+    columns = {"entropy, bits": entropy.mean((0, 1)), "on the image": on_image.mean((0, 1))}
+    columns |= {"of that in the box": inside.mean((0, 1)), "of the best head": inside.max((0, 1))}
+    columns |= {"area of the box": area}
+    table = [{name: f"{values[i]:.2f}" for name, values in columns.items()} for i in range(len(PREDICTED))]
+    print_table([{"predicts": token} | row for token, row in zip(PREDICTED, table)])
+    # How much a head is on the object after y0, when it is settled which object it is.
     on_object = inside[..., 1:].mean(-1)  # [L, N]
     order = [divmod(int(i), on_object.shape[1]) for i in on_object.flatten().argsort()[::-1]]
     rows = []
@@ -165,13 +161,9 @@ def main() -> None:
             others = np.random.default_rng(args.seed).permutation(np.array(order[k:]))[:k].tolist()
             found = [mean_ap(args, device, heads, data) for heads in (order[:k], others)]
             rows.append(dict(heads=k, best=found[0], others=found[1]))
-    print_table(
-        [
-            {"knocked out": str(row["heads"]), "most on the object: mAP": f"{row['best']:.3f}"}
-            | {"others: mAP": f"{row['others']:.3f}"}
-            for row in rows
-        ]
-    )
+    titles = "knocked out", "most on the object: mAP", "others: mAP"
+    table = [(str(row["heads"]), f"{row['best']:.3f}", f"{row['others']:.3f}") for row in rows]
+    print_table([dict(zip(titles, cells)) for cells in table])
     print("most on the object, layer.head: " + " ".join(f"{layer}.{head}" for layer, head in order[:8]))
     if args.out:
         draw(entropy, inside, area, rows, args.out)

@@ -36,8 +36,8 @@ MAX_PIXELS = 50_000_000  # of an upload; every session keeps its picture, 3 byte
 
 @dataclass(frozen=True)
 class RawAnswer:
-    """An answer of which nothing has been dropped. Detectors call it in place of a Selection, whose arguments
-    its fields are."""
+    """An answer of which nothing has been dropped. Detectors make it in place of a Selection: its fields are
+    the arguments that Selection is called with."""
 
     size: tuple[int, int]
     classes: Sequence[str]
@@ -69,7 +69,7 @@ class RawAnswer:
 
 @dataclass(frozen=True)
 class Session:
-    """What the demo knows for one visitor: a picture, and the last answer about it.
+    """What the demo keeps for one visitor: a picture, and the last answer about it.
 
     name: for people; view: of inside.page.picture; prompts: what was asked; form: of a closed-set answer,
     else None; raw or text: the answer; photograph: whether the picture looks like one to a model that knows
