@@ -189,9 +189,8 @@ def branch_target(
     objects = np.column_stack((boxes_to_locs(boxes, width, height), np.asarray(labels, np.int64)[order]))
     own, made_up = (noise.boxes, 0) if noise.own else (0, noise.boxes)
     filler = noise_boxes(rng, boxes, made_up, width, height, grid, noise)
-    filler = np.column_stack(
-        (boxes_to_locs(filler, width, height), np.full(made_up, len(language.classes), np.int64))
-    )
+    no_class = np.full(made_up, len(language.classes), np.int64)
+    filler = np.column_stack((boxes_to_locs(filler, width, height), no_class))
     taught = objects[:limit]
     weights = np.ones((len(taught) + made_up, GROUP), np.float32)
     weights[len(taught) :] = 0, 0, 0, 0, noise.weight

@@ -18,8 +18,9 @@ SIDES = (0.72, 1.0)  # of the window, in those of the scene
 
 
 def frame(rng, scene):
-    """The part of a scene in a random window, at the size of the whole. Boxes are the images of the scene's,
-    cut at the edge, and fall between pixels. An object is left out as a whole, or most of it is there."""
+    """The part of a scene in a random window, resized to the whole. Boxes are cut at the window's edge and
+    scaled with it, so that they fall between pixels. Of an object, either at least MIN_LEFT is inside or
+    nothing; if TRIES windows fail at that, the scene is returned as it is."""
     size = scene.owner.shape[0]
     pixels = np.bincount(scene.owner.ravel() + 1, minlength=len(scene.labels) + 1)[1:]
     for _ in range(TRIES):
@@ -45,9 +46,8 @@ def frame(rng, scene):
     boxes = np.array([tight_box(inside == k) for k in np.flatnonzero(kept)])
     boxes = (boxes - np.tile(low, 2)) * np.tile(size / sides, 2)
     boxes = boxes.clip(0, size).astype(np.float32)
-    return replace(
-        scene, image=np.asarray(image), boxes=boxes, labels=scene.labels[kept], owner=new_id[owner]
-    )
+    kept_things = dict(boxes=boxes, labels=scene.labels[kept], owner=new_id[owner])
+    return replace(scene, image=np.asarray(image), **kept_things)
 
 
 def develop(rng, image):

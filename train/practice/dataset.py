@@ -15,9 +15,7 @@ from train.practice.tasks import TASK_SHARES, make_tasks
 
 PROMPTS_PER_SCENE = 2  # when there are several tasks: the scene is drawn and encoded once
 WORD_TASKS = ("caption", "answer")
-SEQUENCE_SHARE = (
-    0.15  # of the texts beside branches: all objects in sequence, for the answer to be read so too
-)
+SEQUENCE_SHARE = 0.15  # of the texts beside branches: a closed-set answer in sequence, to be decoded so too
 MIN_ANSWER_WEIGHT = 10  # in tokens: a "yes" that weighed one token would drown among boxes
 # The first location or two decide which object is meant: the 16 codes after them must not drown them out.
 LOC_WEIGHT, SEG_WEIGHT = 3.0, 0.5
@@ -45,7 +43,7 @@ def patch_targets(scene: Scene, patch: int, background: int) -> tuple[np.ndarray
 
 
 class PracticeScenes(Dataset):
-    """Endless: item i is scene number first + i.
+    """Endless training scenes: item i is scene number first + i of the split "train".
 
     A sample is one of closed-set detection. With a tokenizer and a mask codec it has PROMPTS_PER_SCENE texts:
     closed-set detection, and random tasks of train/practice/tasks.py. If it is taught in branches, some texts
@@ -58,7 +56,6 @@ class PracticeScenes(Dataset):
         size: int,
         patch: int,
         first: int = 0,
-        split: str = "train",
         tokenizer: Tokenizer | None = None,
         codec: MaskCodec | None = None,
         noise: Noise = NANO_NOISE,
@@ -67,7 +64,7 @@ class PracticeScenes(Dataset):
         """size: pixels a side; patch: of the vision tower, in pixels; noise: of closed-set targets; branches:
         objects that are taught in parallel, None: they are taught in sequence."""
         self.language, self.size, self.patch = language, size, patch
-        self.first, self.split, self.tokenizer = first, split, tokenizer
+        self.first, self.tokenizer = first, tokenizer
         self.noise, self.branches = noise, branches
         self.tasks = make_tasks(codec) if codec else {}
         self.closed_set = not self.tasks
@@ -76,11 +73,11 @@ class PracticeScenes(Dataset):
         """A sample, its texts as lists if there are several; and patch_labels [P], patch_boxes [P, 4] of the
         image, see patch_targets."""
         seed = self.first + key[1]
-        scene = make_scene(seed, self.size, self.split)
+        scene = make_scene(seed, self.size)
         rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
-        shares, drawn = list(TASK_SHARES.values()), ()
+        drawn = ()
         if not self.closed_set:
-            drawn = rng.choice(list(TASK_SHARES), PROMPTS_PER_SCENE - 1, p=shares)
+            drawn = rng.choice(list(TASK_SHARES), PROMPTS_PER_SCENE - 1, p=list(TASK_SHARES.values()))
         size, boxes = scene.owner.shape[::-1], scene.boxes
         grid = float((boxes == boxes.round()).all())  # made-up noise must not be told apart by its fractions
         sample = closed_set_sample(
@@ -111,4 +108,4 @@ class PracticeScenes(Dataset):
         return answer_sample(scene.image, self.tokenizer.encode_prompt(prefix), target)
 
     def name(self, item: int) -> str:
-        return f"practice scene {self.first + item} ({self.split})"
+        return f"practice scene {self.first + item} (train)"

@@ -50,8 +50,8 @@ class Split:
     held_out_sources: bool = False
     held_out_textures: bool = True
     crowding: float = 0.1  # probability that an object is put next to an earlier one
-    framed: float = 0.0  # probability that the edges fall anywhere, and of a camera's effects (camera.py)
-    developed: float = 0.0
+    framed: float = 0.0  # probability that camera.frame cuts a window out of it
+    developed: float = 0.0  # probability of the effects of camera.develop
     surfaces: bool = False  # backgrounds of surfaces.py too
 
 
@@ -87,11 +87,11 @@ class Sprite:
 
 
 @cache
-def load_sprites(held_out=False, folder=SPRITES):
+def load_sprites(held_out):
     """{label: [[sprites of one source], ...]} of the training sources or of the held-out ones."""
-    pack = json.loads((folder / "sprites.json").read_text())
+    pack = json.loads((SPRITES / "sprites.json").read_text())
     sources = [name for name, facts in pack["sources"].items() if facts["held_out"] == held_out]
-    sheets = {name: Image.open(folder / f"{name}.webp").convert("RGBA") for name in sources}
+    sheets = {name: Image.open(SPRITES / f"{name}.webp").convert("RGBA") for name in sources}
     pool = defaultdict(lambda: defaultdict(list))
     for entry in pack["sprites"]:
         if entry["source"] in sheets:
@@ -220,12 +220,11 @@ class Stack:
         return np.array(boxes, np.float32).reshape(-1, 4)
 
 
-def make_scene(seed, size=128, split="train", folder=SPRITES):
-    """Draw scene number `seed` of a split. The same arguments give the same bytes.
-    size: pixels a side; folder: a sprite pack, sprites.json and one sheet per source."""
+def make_scene(seed, size=128, split="train"):
+    """Draw scene number `seed` of a split, size x size pixels. The same arguments give the same bytes."""
     how = SPLITS[split]
     rng = np.random.default_rng([seed, how.stream])
-    pool = load_sprites(how.held_out_sources, folder)
+    pool = load_sprites(how.held_out_sources)
     classes = [label for label in pool if label != DISTRACTOR]
     count = 1 + int(np.searchsorted(np.cumsum(how.counts) / sum(how.counts), rng.random(), side="right"))
     low, high = how.sides[0], min(how.sides[1], 200 / math.sqrt(count))  # many objects must be small
