@@ -96,9 +96,8 @@ def open_upload(file: Path) -> Session:
     try:
         with open_image(file) as header:
             if header.width * header.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{header.width} x {header.height} pixels; the demo's limit is {MAX_PIXELS:,}"
-                )
+                size = f"{header.width} x {header.height} pixels"
+                raise ValueError(f"{size}; the demo's limit is {MAX_PIXELS:,}")
         return Session.of(file.name, load_image(file))
     except ValueError as error:
         raise ValueError(str(error).replace(shown(file), shown(file.name))) from error
@@ -147,8 +146,8 @@ class Asker:
             said = self.model.generate(session.image, text, MAX_ANSWER_TOKENS)
         else:
             [raw] = detect([session.image])
-        seconds = session.seconds | {form if mode == CLOSED_SET else mode: time.perf_counter() - start}
         form = form if mode == CLOSED_SET else None
+        seconds = session.seconds | {form or mode: time.perf_counter() - start}
         [photograph] = are_photographs(self.model, 1)
         answer = dict(prompts=prompts, form=form, raw=raw, text=said, photograph=photograph, seconds=seconds)
         return replace(session, **answer)

@@ -9,12 +9,12 @@ photographs, and of each folder of --test. After any training of the checkpoint 
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from model import PaliGemma
 from model.decoding.batches import network_images
@@ -37,17 +37,9 @@ BATCH = 50
 @torch.inference_mode()
 def mean_tokens(model: PaliGemma, images: Iterable[Image.Image]) -> np.ndarray:
     """The mean image token of each, float64 [n, D]."""
-    means, batch = [], []
-
-    def encode() -> Tensor:
-        return model.encode(network_images(model, batch)).mean(1)
-
-    for image in images:
-        batch.append(image)
-        if len(batch) == BATCH:
-            means.append(encode())
-            batch.clear()
-    means += [encode()] if batch else []
+    rest = iter(images)
+    batches = iter(lambda: list(islice(rest, BATCH)), [])
+    means = [model.encode(network_images(model, batch)).mean(1) for batch in batches]
     if not means:
         raise ValueError("no pictures")
     return torch.cat(means).double().numpy()

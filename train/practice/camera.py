@@ -52,7 +52,7 @@ def frame(rng, scene):
 
 def develop(rng, image):
     """Light, lens and file: uint8 [H, W, 3] -> the same, with one to three random effects."""
-    effects = [light, light, haze, blur, coarse, noise, vignette, jpeg]
+    effects = [light, light, haze, blur, coarse, noise, vignette, jpeg]  # light twice: it varies most
     for k in sorted(rng.choice(len(effects), int(rng.integers(1, 4)), replace=False)):
         image = effects[k](rng, image)
     return image
