@@ -1,4 +1,4 @@
-"""What breaks without a word: invariants of a checkpoint, of an attention or a mask put into it, of data.
+"""What breaks without an error: invariants of a checkpoint, of an attention or mask put into it, and of data.
 
     python infer/doctor.py                                             # nano
     python infer/doctor.py --model SRC --adapter A --attention mine:attend --mask mine:mask
