@@ -91,11 +91,11 @@ def main() -> None:
     if not isinstance(detector.decode, ParallelDecoder):
         how = "give --decode parallel to calibrate it for that"
         raise ValueError(f"{shown(source)} answers in sequence: {how}")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         if args.data:
-            data, images = as_coco(find_data(args.data, args.images, ["val", "test"]), Path(folder))
+            data, images = as_coco(find_data(args.data, args.images, ["val", "test"]), Path(temporary))
         else:
-            scenes = Path(folder, "scenes")
+            scenes = Path(temporary, "scenes")
             write_coco(scenes, args.count, "development", detector.model.config.vision.image_size)
             data, images = scenes / "instances.json", scenes / "images"
         found = [round(x, 4) for x in calibrate(detector, data, images, args.batch_size, args.data)]

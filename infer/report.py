@@ -84,11 +84,8 @@ def figures_table(sets: list[Evaluated]) -> str:
     for key in (key for key in sets[0].figures if key != "calibration"):
         values = (result.figures[key] for result in sets)
         cells = (f"{v}" if key == "images" else f"{v:.3f}" if v >= 0 else "-" for v in values)
-        rows.append(
-            f"<tr><th>{html.escape(shown(key))}</th>"
-            + "".join(f"<td>{html.escape(c)}</td>" for c in cells)
-            + "</tr>"
-        )
+        columns = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr><th>{html.escape(shown(key))}</th>{columns}</tr>")
     return "<table>\n" + "\n".join(rows) + "\n</table>"
 
 

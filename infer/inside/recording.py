@@ -92,10 +92,8 @@ def text_data(
     positions = np.concatenate((np.arange(prefix), prefix + (number % depth if depth else number)))
     # Layers 0, 2, 4, ... are local, the others global (model/gemma.py).
     windows = model.config.text.sliding_window, None
-    cells = [
-        reasons(mask.cpu().numpy(), prefix, positions, branch, window)
-        for mask, window in zip(seen.masks, windows)
-    ]
+    masks = (mask.cpu().numpy() for mask in seen.masks[:2])
+    cells = [reasons(mask, prefix, positions, branch, window) for mask, window in zip(masks, windows)]
     return {
         "prompt_tokens": len(prompt),
         "tokens": [dict(text=token_text(model.tokenizer, i), of="question") for i in prompt] + answer,

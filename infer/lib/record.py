@@ -32,7 +32,7 @@ def as_lists(records: list[dict], names: list[str], classes: Sequence[str]) -> d
             x0, y0, x1, y1 = d["box"]
             box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
             ids = dict(id=len(annotations) + 1, image_id=i, category_id=d["class_id"] + 1)
-            mask = {key: d[key] for key in ("segmentation",) if key in d}
+            mask = {"segmentation": d["segmentation"]} if "segmentation" in d else {}
             annotations.append(ids | dict(bbox=box, area=box[2] * box[3], iscrowd=0, score=d["score"]) | mask)
     categories = [dict(id=i, name=name) for i, name in enumerate(classes, 1)]
     return dict(images=images, annotations=annotations, categories=categories)

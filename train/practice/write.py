@@ -37,14 +37,9 @@ WORKERS_FROM = 200  # scenes: fewer are drawn before worker processes have start
 def object_records(scene: Scene) -> Iterator[dict]:
     """What instances.json says about each object, apart from the ids of object and image."""
     for k, (x0, y0, x1, y1) in enumerate(scene.boxes.tolist()):
-        mask = scene.owner == k
-        yield dict(
-            category_id=COCO_IDS[scene.labels[k]],
-            bbox=[x0, y0, x1 - x0, y1 - y0],
-            area=int(mask.sum()),
-            segmentation=to_rle(mask),
-            iscrowd=0,
-        )
+        mask, box = scene.owner == k, [x0, y0, x1 - x0, y1 - y0]
+        shape = dict(area=int(mask.sum()), segmentation=to_rle(mask), iscrowd=0)
+        yield dict(category_id=COCO_IDS[scene.labels[k]], bbox=box) | shape
 
 
 def answer_lines(rng: np.random.Generator, scene: Scene, codec: MaskCodec) -> Iterator[dict]:
