@@ -5,8 +5,8 @@
 
 Fits three numbers (PaliGemmaConfig.calibration) to the boxes that are found in a set of pictures, and writes
 them to the checkpoint's config.json, or to the adapter's detection.json. The order of the boxes, and with it
-mAP, stays. The pictures must not be those that the model was trained on, where its scores are too high, nor
-those on which it will be measured.
+mAP, stays. The pictures must be none that the model was trained on, where scores are too high, and none on
+which it will be measured.
 """
 
 import json

@@ -133,8 +133,7 @@ def fit_calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, float
     [n], right bool [n]."""
     scores, right = torch.from_numpy(scores).clamp(1e-6, 1 - 1e-6), torch.from_numpy(right).double()
     features = torch.stack((scores.log(), -torch.log1p(-scores)), dim=1)  # [n, 2]
-    logs = torch.zeros(2, dtype=torch.double, requires_grad=True)  # of a and b, which must be positive
-    c = torch.zeros((), dtype=torch.double, requires_grad=True)
+    logs, c = (torch.zeros(shape, dtype=torch.double, requires_grad=True) for shape in (2, ()))
     optimizer = torch.optim.LBFGS([logs, c], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():

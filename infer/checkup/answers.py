@@ -18,9 +18,10 @@ from torch import Tensor
 
 from infer.checkup.finding import Finding
 from model import PaliGemma
+from model.decoding.batches import network_images
 from model.decoding.boxes import box_prompt, boxes_to_locs, format_answer, parse_answer
 from model.decoding.closed_set import ClosedSet
-from model.io.image import load_image, square, to_network
+from model.io.image import load_image
 from model.io.tokenizer import LOCS
 from train.data.coco import CocoIndex
 from train.data.jsonl import read_lines, right_answers
@@ -47,10 +48,9 @@ class Case:
 def network_image(model: PaliGemma, file: Path) -> Tensor | None:
     """[1, 3, S, S]; None for a picture that does not open, which check_data reports."""
     try:
-        pixels = square(load_image(file), model.config.vision.image_size)
+        return network_images(model, [load_image(file)])
     except (ValueError, OSError):
         return None
-    return to_network(pixels)[None].to(model.projector.weight.device)
 
 
 def coco_cases(model: PaliGemma, index: CocoIndex, images: Path, count: int, words: bool) -> list[Case]:

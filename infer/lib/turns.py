@@ -45,16 +45,17 @@ class Ours:
 
     def decode(self, images: Tensor, groups: int) -> Tensor:
         """Images [B, 3, S, S] -> tokens [B, 5 * groups]; self.prefilled: when the prefill ended."""
-        if groups not in self.decoders:
-            self.decoders[groups] = GroupDecoder(self.model, self.language, groups, head=self.head)
-        return self.decoders[groups](images).tokens.flatten(1)
+        return self._decoder(GroupDecoder, groups)(images).tokens.flatten(1)
 
     def decode_parallel(self, images: Tensor) -> Tensor:
         """All boxes in five steps: tokens [B, 5 * branches]."""
-        if "parallel" not in self.decoders:
-            decoder = ParallelDecoder(self.model, self.language, self.branches, head=self.head)
-            self.decoders["parallel"] = decoder
-        return self.decoders["parallel"](images).tokens.flatten(1)
+        return self._decoder(ParallelDecoder, self.branches)(images).tokens.flatten(1)
+
+    def _decoder(self, kind: type, boxes: int | None) -> GroupDecoder | ParallelDecoder:
+        """Made once: it keeps what it captures and allocates."""
+        if (kind, boxes) not in self.decoders:
+            self.decoders[kind, boxes] = kind(self.model, self.language, boxes, head=self.head)
+        return self.decoders[kind, boxes]
 
 
 def transformers(folder: Path, args: argparse.Namespace) -> Transformers:

@@ -109,7 +109,7 @@ class Asker:
     def __init__(self, model: PaliGemma, codec: Callable[[], MaskCodec]):
         self.model, self.read_codec = model, codec
         self.prompter = Prompter(model, MAX_ANSWER_TOKENS)
-        self.decoders = {}  # of each form; a GPU's graph is recorded once
+        self.decoders = {}  # of the form that was asked for last: on a GPU, it keeps its recorded graph
 
     @cached_property
     def codec(self) -> MaskCodec:

@@ -16,7 +16,7 @@ def write_coco_file(data: dict, folder: Path) -> int:
     return 0
 
 
-# For each form, the function that writes it and the folder of its pictures.
+# What writes it, and the folder of its pictures.
 FORMS: dict[str, tuple[Callable[[dict, Path], int], str]] = dict(
     coco=(write_coco_file, "images"),
     yolo=(write_yolo, "images"),

@@ -15,7 +15,7 @@ from train.practice.tasks import TASK_SHARES, make_tasks
 
 PROMPTS_PER_SCENE = 2  # when there are several tasks: the scene is drawn and encoded once
 WORD_TASKS = ("caption", "answer")
-SEQUENCE_SHARE = 0.15  # of the texts beside branches: a closed-set answer in sequence, to be decoded so too
+SEQUENCE_SHARE = 0.15  # of the texts beside branches: closed-set detection in sequence, or it is forgotten
 MIN_ANSWER_WEIGHT = 10  # in tokens: a "yes" that weighed one token would drown among boxes
 # The first location or two decide which object is meant: the 16 codes after them must not drown them out.
 LOC_WEIGHT, SEG_WEIGHT = 3.0, 0.5
@@ -64,8 +64,7 @@ class PracticeScenes(Dataset):
         """size: pixels a side; patch: of the vision tower, in pixels; noise: of closed-set targets; branches:
         objects that are taught in parallel, None: they are taught in sequence."""
         self.language, self.size, self.patch = language, size, patch
-        self.first, self.tokenizer = first, tokenizer
-        self.noise, self.branches = noise, branches
+        self.first, self.tokenizer, self.noise, self.branches = first, tokenizer, noise, branches
         self.tasks = make_tasks(codec) if codec else {}
         self.closed_set = not self.tasks
 
@@ -108,4 +107,4 @@ class PracticeScenes(Dataset):
         return answer_sample(scene.image, self.tokenizer.encode_prompt(prefix), target)
 
     def name(self, item: int) -> str:
-        return f"practice scene {self.first + item} (train)"
+        return f"practice scene {self.first + item}"

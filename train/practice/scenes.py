@@ -87,7 +87,7 @@ class Sprite:
 
 
 @cache
-def load_sprites(held_out):
+def load_sprites(held_out=False):
     """{label: [[sprites of one source], ...]} of the training sources or of the held-out ones."""
     pack = json.loads((SPRITES / "sprites.json").read_text())
     sources = [name for name, facts in pack["sources"].items() if facts["held_out"] == held_out]
@@ -221,7 +221,7 @@ class Stack:
 
 
 def make_scene(seed, size=128, split="train"):
-    """Draw scene number `seed` of a split, size x size pixels. The same arguments give the same bytes."""
+    """Draw scene number `seed` of a split, `size` pixels a side. The same arguments give the same bytes."""
     how = SPLITS[split]
     rng = np.random.default_rng([seed, how.stream])
     pool = load_sprites(how.held_out_sources)
