@@ -19,8 +19,8 @@ SIDES = (0.72, 1.0)  # of the window, in those of the scene
 
 def frame(rng, scene):
     """The part of a scene in a random window, resized to the whole. Boxes are cut at the window's edge and
-    scaled with it, so that they fall between pixels. Of an object, either at least MIN_LEFT is inside or
-    nothing; if TRIES windows fail at that, the scene is returned as it is."""
+    scaled with it, so that they fall between pixels. At least MIN_LEFT of each object is inside, or nothing,
+    and not all are outside; if TRIES windows fail at that, the scene is returned as it is."""
     size = scene.owner.shape[0]
     pixels = np.bincount(scene.owner.ravel() + 1, minlength=len(scene.labels) + 1)[1:]
     for _ in range(TRIES):
@@ -52,7 +52,7 @@ def frame(rng, scene):
 
 def develop(rng, image):
     """Light, lens and file: uint8 [H, W, 3] -> the same, with one to three random effects."""
-    effects = [light, light, haze, blur, coarse, noise, vignette, jpeg]  # light twice: it varies most
+    effects = [light, light, haze, blur, coarse, noise, vignette, jpeg]  # light is twice as likely
     for k in sorted(rng.choice(len(effects), int(rng.integers(1, 4)), replace=False)):
         image = effects[k](rng, image)
     return image
