@@ -10,11 +10,12 @@ import numpy as np
 
 from model.io.names import shown
 from model.io.writing import explain, open_regular, read_json
-from train.measures import match_boxes, read_coco, run_cocoeval, without_images
+from train.measures import FIGURES, match_boxes, read_coco, run_cocoeval, without_images
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 TRUTH, RIGHT, WRONG, MIDDLE = "#4d4d4d", "#0072b2", "#d55e00", "#009e73"
 MOST_BARS = 27  # in a column of classes
+NEEDED = {*FIGURES, "AP any class", "calibration error", "calibration"}  # of figures.json
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -62,6 +63,8 @@ class Evaluated:
         for key, value in self.figures.items():
             if key != "calibration" and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{folder / 'figures.json'}: {key} is {value!r}, not a number")
+        if missing := NEEDED - self.figures.keys():
+            raise ValueError(f"{folder / 'figures.json'} is not evaluate.py's: it has no {min(missing)!r}")
         self.coco = without_images(read_coco(data), skipped)
         if skipped:
             self.name += f" ({len(skipped)} pictures left out as broken)"
