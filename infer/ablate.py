@@ -10,38 +10,36 @@ alone leaves it as it is. A change that does nothing at all would not be in use:
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from infer.lib.knock_out import skip_layer
 from infer.lib.measuring import print_table
 from infer.lib.options import add_device_argument, usable_device
 from infer.lib.plots import RIGHT, WRONG, check_plot, new_figure
-from infer.lib.predictions import evaluate
+from infer.lib.scenes import BATCH, drawn_scenes, evaluate_scenes
 from model import PaliGemma
 from model.attention import attend
 from model.decoding.closed_set import ClosedSet
-from model.decoding.detections import Selection
-from model.decoding.detector import ClosedSetDetector, closed_set_decoder
+from model.decoding.detector import closed_set_decoder
 from model.seam import attention_layers, replace_attention
 from train.data.open import open_data
 from train.data.samples import collate, weight_of
 from train.data.targets import Noise
 from train.loss import Objective
-from train.practice.write import HELD_OUT_SETS, write_coco
+from train.practice.write import HELD_OUT_SETS
 from train.run.program import parser, positive, run
-
-BATCH = 16
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is different: fields of the config, what is done to the loaded model, how it decodes."""
+    """One difference: fields of the config, what is done to the loaded model, or how it decodes."""
 
     name: str
     config: dict = field(default_factory=dict)
@@ -95,20 +93,6 @@ def no_vision_positions(model: PaliGemma) -> None:
     model.vision.position_embedding.weight.data.zero_()
 
 
-def without_layer(tower: str, i: int) -> Callable[[PaliGemma], None]:
-    """Neither the attention nor the MLP of one layer is added."""
-
-    def skip(model: PaliGemma) -> None:
-        block = getattr(model, tower).layers[i]
-        for last in ("attn.o_proj", "mlp.down_proj") if tower == "decoder" else ("attn.out_proj", "mlp.fc2"):
-            linear = block.get_submodule(last)
-            linear.weight.data.zero_()
-            if linear.bias is not None:
-                linear.bias.data.zero_()
-
-    return skip
-
-
 def changes_of(model: PaliGemma) -> list[Change]:
     """All that can be changed in this model; the first one is no change."""
     text, form = model.config.text, model.config.answers
@@ -130,13 +114,13 @@ def changes_of(model: PaliGemma) -> list[Change]:
     if text.version == 2:
         changes.append(Change("norms after attention and MLP left out", model=no_post_norms))
     for tower, name in (("vision", "vision"), ("decoder", "text")):
-        count = len(getattr(model, tower).layers)
-        changes += [Change(f"{name} layer {i} left out", model=without_layer(tower, i)) for i in range(count)]
+        for i in range(len(getattr(model, tower).layers)):
+            skip = partial(skip_layer, tower=tower, layer=i)
+            changes.append(Change(f"{name} layer {i} left out", model=skip))
     other = "sequence" if form == "parallel" else "parallel"
     changes.append(Change(f"decoded in {other}", decoding=dict(decode=other)))
-    changes.append(
-        Change("noise fed back (in sequence)", decoding=dict(decode="sequence", noise_feedback=True))
-    )
+    fed_back = dict(decode="sequence", noise_feedback=True)
+    changes.append(Change("noise fed back (in sequence)", decoding=fed_back))
     counts = (6, 12, 48)
     changes += [Change(f"{k} branches", decoding=dict(decode="parallel", branches=k)) for k in counts]
     return changes
@@ -149,18 +133,15 @@ def measure(source: str, change: Change, data: Path, device: str) -> dict[str, f
     """{"mAP", "AP50", "loss"} of a model with a change."""
     model = PaliGemma.from_pretrained(source, dtype=torch.float32, device=device, **change.config)
     change.model(model)
-    detector = ClosedSetDetector(closed_set_decoder(model, **change.decoding), Selection(nms_iou=0.5))
-    figures = evaluate(detector, data, data.parent / "images", BATCH, change.name)
+    figures = evaluate_scenes(closed_set_decoder(model, **change.decoding), data, change.name)
     return {"mAP": figures["AP"], "AP50": figures["AP50"], "loss": answer_loss(model, data, device)}
 
 
 @torch.inference_mode()
 def answer_loss(model: PaliGemma, data: Path, device: str) -> float:
-    """Of the right answers in the form that the model is taught in: their mean cross-entropy a token."""
-    parallel = model.config.answers == "parallel"
-    samples = open_data(
-        data, None, model, model.tokenizer, noise=Noise(boxes=0), branches=64 if parallel else None
-    )
+    """The mean cross-entropy, a token, of the right answers in the form that the model is taught in."""
+    branches = 64 if model.config.answers == "parallel" else None
+    samples = open_data(data, None, model, model.tokenizer, noise=Noise(boxes=0), branches=branches)
     language = ClosedSet.of(model.config, model.tokenizer)
     objective = Objective(model, language, branches=language).eval()
     loss = weight = 0.0
@@ -180,7 +161,7 @@ def table_row(name: str, found: dict[str, float], usual: dict[str, float] | None
 
 
 def draw(measured: dict[str, dict[str, float]], file: Path) -> None:
-    """A bar for each change, the usual one in another colour, and a line where it ends."""
+    """A bar for each change. The first, of the unchanged model, has another colour and a line at its end."""
     names, values = list(measured), [found["mAP"] for found in measured.values()]
     with new_figure(file, 8, 1 + 0.27 * len(names)) as figure:
         axes = figure.subplots()
@@ -220,9 +201,7 @@ def ablate(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             known = ", ".join(f'"{change.name}"' for change in changes)
             raise ValueError(f"--only: {', '.join(sorted(unknown))} is none of {known}")
         changes = [change for change in changes if change.name in args.only]
-    with tempfile.TemporaryDirectory() as folder:
-        write_coco(Path(folder), args.count, args.set, model.config.vision.image_size)
-        data = Path(folder) / "instances.json"
+    with drawn_scenes(args.count, args.set, model.config.vision.image_size) as data:
         measured = {change.name: measure(args.model, change, data, device) for change in (usual, *changes)}
     first = measured[usual.name]
     rows = [table_row(name, found, None if found is first else first) for name, found in measured.items()]

@@ -91,7 +91,7 @@ def limits(args: argparse.Namespace) -> dict[int, dict[str, float]]:
 
 
 def summary(turns: list[dict], machine: dict, folder: Path, args: argparse.Namespace) -> list[dict]:
-    """The figures of each side, for each number of threads and batch size: medians of its turns."""
+    """A row of figures for each number of threads, batch size and side: medians of its turns."""
     found: dict[tuple, list[dict]] = {}
     for row in turns:
         found.setdefault((row["threads"], row["batch"], row["side"]), []).append(row)
@@ -115,9 +115,10 @@ def summary(turns: list[dict], machine: dict, folder: Path, args: argparse.Names
 def shares(
     side: str, batch: int, prefill: float, whole: float, machine: dict, folder: Path, args: argparse.Namespace
 ) -> dict:
-    """Seconds of a token and of an answer, and how much of the machine is used.
+    """Seconds of a token and of an answer, and the shares of the machine's limits that are used.
 
-    prefill, whole: seconds; whole is of all groups that are timed, or of all boxes in parallel.
+    prefill, whole: measured seconds; whole: of the --groups boxes that are timed, or of all in parallel.
+    machine: of `limits`, with this number of threads.
     """
     config, language = load_config(folder), language_of(folder)
     own, llama, int8 = side.startswith("ours"), side.startswith("llama.cpp"), "int8" in side
@@ -136,15 +137,11 @@ def shares(
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict:
-    """Print all figures of a checkpoint; the same for --json."""
+    """Measure a checkpoint and print its figures; returns what --json writes."""
     on_gpu = args.device.startswith("cuda")
-    asked = {
-        "ours": True,
-        "ours, int8": args.int8,
-        "ours, compiled": args.compile,
-        "ours, plain head": on_gpu,
-    }
-    asked |= dict.fromkeys(args.peers, True) | {"llama.cpp, int8": args.int8 and "llama.cpp" in args.peers}
+    asked = {"ours": True, "ours, int8": args.int8, "ours, compiled": args.compile}
+    asked |= {"ours, plain head": on_gpu, "llama.cpp, int8": args.int8 and "llama.cpp" in args.peers}
+    asked |= dict.fromkeys(args.peers, True)
     names = [name for name in SIDES if asked.get(name)]
     where = torch.cuda.get_device_name(args.device) if on_gpu else f"{os.cpu_count()} cores"
     print(f"{args.model}, {args.dtype}, {args.device} ({where}), torch {torch.__version__}")
@@ -152,9 +149,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
         if name.startswith("llama.cpp") and not (file := gguf_file(name, args)).exists():
             write_gguf(folder, file, "int8" if "int8" in name else args.dtype)
     start, before = time.monotonic(), limits(args)
-    end = 2 * start + 60 * args.minutes - time.monotonic()  # leaves as much for the limits afterwards
+    took = time.monotonic() - start  # and as long again after the turns
+    end = start + 60 * args.minutes - took
     turns = take_turns(names, end, folder, args)
-    after = limits(args)  # on a machine that others use, too, the best is nearer to what it can do
+    after = limits(args)  # others may use the machine too: the better figure is nearer to what it can do
     machine = {n: {name: max(rate, after[n][name]) for name, rate in before[n].items()} for n in before}
     for threads, found in machine.items():
         read, *gemm = (f"{name} {rate / 1e9:.1f}" for name, rate in found.items())
@@ -162,7 +160,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     rows = summary(turns, machine, folder, args)
     if not rows:
         raise ValueError("no side has ended a turn")
-    print_table([as_text(row) for row in rows], left=("side",))
+    print_table([table_row(row) for row in rows], left=("side",))
     done = {(row["side"], row["threads"]) for row in rows}
     for name, threads in itertools.product(names, args.threads):
         if (name, threads) not in done:
@@ -171,8 +169,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     return about | dict(machine=machine, groups_timed=args.groups, rows=rows)
 
 
-def as_text(row: dict) -> dict[str, str]:
-    """A row as it is printed."""
+def table_row(row: dict) -> dict[str, str]:
+    """The cells of a row as they are printed."""
 
     def cell(name: str, form: str, factor: float = 1) -> str:
         return "" if row[name] is None else form.format(factor * row[name])

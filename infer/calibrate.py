@@ -36,7 +36,8 @@ from train.run.program import parser, positive, run
 def calibrate(
     detector, data: Path, images: Path, batch_size: int | None, name: Path | None = None
 ) -> tuple[float, float, float]:
-    """Fit the calibration of a detector to a COCO file, and set it. name: of the file in messages."""
+    """Fit the calibration of a detector to a COCO file and set it; the three numbers. name: of the file in
+    messages."""
     coco, name = read_coco(data, images), name or data
     ids = category_ids(coco, detector.classes, name)
 
@@ -49,20 +50,18 @@ def calibrate(
     detector.decode.calibration = None
     scores, right, _ = match_boxes(before := evaluation())
     if not 0 < right.sum() < len(right):
-        raise ValueError(
-            f"{name}: {right.sum()} of {len(right)} boxes are right, which says nothing of scores"
-        )
+        share = f"{right.sum()} of {len(right)} boxes"
+        raise ValueError(f"{name}: {share} are right, which says nothing of scores")
     detector.decode.calibration = fit_calibration(scores, right)
     after = evaluation()  # boxes that find the same object weigh by their odds, so they may move a little
-    print(
-        f"calibration error {calibration_error(before)[0]:.3f} -> {calibration_error(after)[0]:.3f}", end=""
-    )
-    print(f"   mAP {before.stats[0]:.3f} -> {after.stats[0]:.3f}")
+    errors = "{:.3f} -> {:.3f}".format(*(calibration_error(each)[0] for each in (before, after)))
+    print(f"calibration error {errors}   mAP {before.stats[0]:.3f} -> {after.stats[0]:.3f}")
     return detector.decode.calibration
 
 
 def as_coco(found: Found, folder: Path) -> tuple[Path, Path]:
-    """A COCO file of a set of any form, in that folder if it is of another one; and its images."""
+    """The COCO file of a set and the folder of its images. A set of another form is written as one into
+    `folder`."""
     if found.form == "COCO":
         return found.path, found.images
     file = folder / f"{found.name}.json"
@@ -90,14 +89,13 @@ def main() -> None:
     check_writable(folder)
     detector = load_detector(args)
     if not isinstance(detector.decode, ParallelDecoder):
-        raise ValueError(
-            f"{shown(source)} answers in sequence: give --decode parallel to calibrate it for that"
-        )
-    with tempfile.TemporaryDirectory() as folder:
+        how = "give --decode parallel to calibrate it for that"
+        raise ValueError(f"{shown(source)} answers in sequence: {how}")
+    with tempfile.TemporaryDirectory() as temporary:
         if args.data:
-            data, images = as_coco(find_data(args.data, args.images, ["val", "test"]), Path(folder))
+            data, images = as_coco(find_data(args.data, args.images, ["val", "test"]), Path(temporary))
         else:
-            scenes = Path(folder, "scenes")
+            scenes = Path(temporary, "scenes")
             write_coco(scenes, args.count, "development", detector.model.config.vision.image_size)
             data, images = scenes / "instances.json", scenes / "images"
         found = [round(x, 4) for x in calibrate(detector, data, images, args.batch_size, args.data)]

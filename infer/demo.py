@@ -27,7 +27,7 @@ SCENES, SCENE_SIDE = 4, 384  # how many are offered; pixels
 
 
 def practice_scenes() -> list[tuple[str, Image.Image]]:
-    """The first of the held-out set, and their names; none where the drawings are not installed."""
+    """Names and pictures of the first held-out scenes; none where the drawings are not installed."""
     if not SPRITES.is_dir():
         return []
     scenes = (make_scene(seed, SCENE_SIDE, "same").image for seed in range(SCENES))

@@ -80,8 +80,8 @@ def find_images(names: list[str]) -> tuple[list[Path], list[str]]:
 
 
 class Drawings:
-    """The folder that pictures are written to. None replaces another of this run, read (sources: their
-    real paths) or written, and unless `overwrite` none that is there."""
+    """The folder that pictures are written to. A picture never replaces one that this run reads (sources:
+    their real paths) or has written and, unless `overwrite`, no other file either."""
 
     def __init__(self, folder: Path, sources: set[str], overwrite: bool):
         self.folder, self.overwrite = make_folder(folder, overwrite), overwrite
@@ -99,7 +99,7 @@ class Drawings:
 
 
 def fitting(name: str, ending: str) -> str:
-    """The name and its ending, the name cut to what a file system takes: 255 bytes for both."""
+    """A file name of both. The name is cut so that it has at most 255 bytes, as file systems allow."""
     while len(os.fsencode(name + ending)) > 255:
         name = name[:-1]
     return name + ending
@@ -168,7 +168,7 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
 
 
 def save_sets(args: argparse.Namespace, data: dict, named: dict[str, Path], folder: Path) -> None:
-    """Write what --save asks for, and say so. named: the picture of each name in the data."""
+    """Write the data sets that --save asks for, and say so. named: {name in the data: its picture}."""
     told = [save_set(form, data, named, folder / form, args.overwrite)[0] for form in args.save]
     with tables(args.json, args.quiet):
         for form, what in zip(args.save, told, strict=True):
@@ -178,7 +178,7 @@ def save_sets(args: argparse.Namespace, data: dict, named: dict[str, Path], fold
 def save_found(
     file: Path, image: Image.Image, found: Detections, drawings: Drawings, tokens: bool
 ) -> tuple[dict, Path]:
-    """Write an image with what was found in it; its entry in the JSON file, and the drawn file."""
+    """Draw what was found on an image and write it; returns its entry in the JSON file and the drawn file."""
     record = make_record(file, image, found, tokens)
     captions = [f"{shown(d['label'])} {d['score']:.2f}" for d in record["detections"]]
     picture = draw_boxes(image, found.boxes, captions, found.class_ids, found.masks)

@@ -1,4 +1,4 @@
-"""What breaks without a word: invariants of a checkpoint, of an attention or a mask put into it, of data.
+"""What breaks without an error: invariants of a checkpoint, of an attention or mask put into it, and of data.
 
     python infer/doctor.py                                             # nano
     python infer/doctor.py --model SRC --adapter A --attention mine:attend --mask mine:mask
@@ -11,7 +11,6 @@ finds more and takes more memory."""
 
 import argparse
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +20,13 @@ from infer.checkup.finding import Finding
 from infer.checkup.network import check_network, patient_for
 from infer.lib.measuring import print_table
 from infer.lib.options import add_model_arguments, load_model
+from infer.lib.scenes import drawn_scenes
 from model import PaliGemma
 from model.io.image import image_folder
 from model.io.names import shown
 from train.data.coco import CocoIndex
 from train.data.forms import PART_NAMES, find_data
 from train.data.jsonl import is_jsonl
-from train.practice.write import write_coco
 from train.run.program import parser, positive, run
 
 RESULTS = {True: "passed", False: "BROKEN", None: "-"}
@@ -71,10 +70,8 @@ def examine(model: PaliGemma, args: argparse.Namespace) -> Iterator[Finding]:
         with contextlib.suppress(ValueError, OSError):  # check_data says what is wrong
             cases = find_cases(model, args, args.data, images)
     if len(cases) < 2:
-        with tempfile.TemporaryDirectory() as folder:
-            scenes = Path(folder) / "scenes"
-            write_coco(scenes, 3 * args.count, "same", model.config.vision.image_size)
-            cases = find_cases(model, args, scenes / "instances.json", scenes / "images")
+        with drawn_scenes(3 * args.count, "same", model.config.vision.image_size) as scenes:
+            cases = find_cases(model, args, scenes, scenes.parent / "images")
     yield from check_network(patient_for(model, cases))
     yield from check_answers(model, cases)
     if args.data:
@@ -86,9 +83,8 @@ def find_cases(model: PaliGemma, args: argparse.Namespace, file: Path, images: P
         return jsonl_cases(model, file, images, args.count)
     index, config = CocoIndex.read(file, images, max_classes=None), model.config
     words = args.ask == "words" or (args.ask is None and config.open_vocabulary)
-    return coco_cases(
-        model, index, images, args.count, words or not set(index.classes) <= set(config.classes)
-    )
+    words = words or not set(index.classes) <= set(config.classes)  # the closed-set language lacks some
+    return coco_cases(model, index, images, args.count, words)
 
 
 if __name__ == "__main__":

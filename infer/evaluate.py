@@ -70,7 +70,7 @@ def settings_of(
     args: argparse.Namespace, folder: Path, found: Found | None, instances: str
 ) -> dict[Path, dict]:
     """{folder of results: all that the predictions in it depend on}, for each set. found: --data; instances:
-    what is read of it, if it is no COCO file."""
+    see read_other_form."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_PREDICTIONS}
     settings |= {f"{name} files": file_stamps(settings.get(name)) for name in ("model", "adapter")}
     if found:
@@ -87,12 +87,12 @@ def settings_of(
 
 
 def own_file(found: Found) -> str:
-    """The COCO file that is made of another form, in the folder of results."""
+    """The COCO file made from a set of another form, relative to the folder of results."""
     return f"data/{found.name}.json"
 
 
 def read_other_form(found: Found | None) -> str:
-    """A COCO file of a set of another form; of a COCO file, or of none, nothing."""
+    """The text of a COCO file made from a set of another form; "" for a COCO file, or without --data."""
     if found is None or found.form == "COCO":
         return ""
     return json.dumps(lists_of(found, strict=False))

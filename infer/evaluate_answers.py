@@ -39,13 +39,7 @@ from infer.lib.options import (
     tables,
     write_output,
 )
-from infer.lib.predictions import (
-    add_set_arguments,
-    check_broken,
-    evaluation_sets,
-    left_out,
-    usable_pictures,
-)
+from infer.lib.predictions import add_set_arguments, check_broken, evaluation_sets, left_out, usable_pictures
 from model.decoding.generate import Prompter
 from model.decoding.masks import rle_size
 from model.io.names import shown
@@ -77,8 +71,8 @@ def read_prompts(data: Path, images: Path) -> list[dict]:
 def ask_all(
     prompter: Prompter, records: list[dict], images: Path, title: str, keep_on: bool
 ) -> tuple[list[dict], dict[str, str]]:
-    """The lines with the model's "answer" to each, and {image: what is wrong with it} of those that cannot be
-    used; the lines of those are left out. keep_on: after such a picture; else it is the last."""
+    """The lines, each with the model's "answer", except those of images that cannot be used; and {image: what
+    is wrong with it}. keep_on: go on after such an image; else it is the last."""
     answered, broken = [], []
     by_image = [list(lines) for _, lines in groupby(records, key=lambda record: record["image"])]
     with tqdm(total=len(records), desc=shown(title), unit="answer", leave=False) as bar:
@@ -148,8 +142,8 @@ def main() -> None:
             figures[name] |= dict(skipped=broken) if broken else {}
             if args.sheet and not answered:
                 sheet = answer_sheet(of_set[: args.sheet_count], images, codec, args.bins)
-                with atomic_write(args.sheet) as temporary:
-                    sheet.save(temporary, "PNG")
+                with atomic_write(args.sheet) as unfinished:
+                    sheet.save(unfinished, "PNG")
             answered += of_set
     if args.json:
         write_output(figures, args.json)

@@ -38,17 +38,9 @@ def main() -> None:
     args = options.parse_args()
     check(args)
     selection, image = Selection(args.score_threshold, args.nms_iou), load_image(args.image)
-    data = look_inside(
-        load_model(args),
-        image,
-        args.image.name,
-        prompt=args.prompt.strip(),
-        selection=selection,
-        decode=args.decode,
-        branches=args.branches,
-        groups=args.groups,
-        max_tokens=args.max_tokens,
-    )
+    how = dict(prompt=args.prompt.strip(), selection=selection, max_tokens=args.max_tokens)
+    how |= dict(decode=args.decode, branches=args.branches, groups=args.groups)
+    data = look_inside(load_model(args), image, args.image.name, **how)
     write_lines([page(data)], args.out)
     said = data.get("text") or ", ".join(
         f"{box['label']} {box['score']:.2f}"

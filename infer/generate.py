@@ -86,9 +86,9 @@ class Speaker:
 
 
 def printable(answer: str) -> str:
-    """An answer without the characters that control a terminal: weights may come from anywhere.
+    """An answer with the characters that control a terminal escaped: weights may come from anywhere.
 
-    Those that steer the letters of Persian or Hindi stay, unlike in `shown`.
+    Unlike in `shown`, format characters stay: the scripts of Persian or Hindi need them.
     """
     return "".join(shown(c) if category(c) == "Cc" and c not in "\n\t" else c for c in answer)
 

@@ -12,7 +12,6 @@ without k others: if a few heads did the finding, the first would cost far more.
 
 import argparse
 import math
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +22,17 @@ from infer.lib.knock_out import knock_out
 from infer.lib.measuring import print_table
 from infer.lib.options import add_device_argument, usable_device
 from infer.lib.plots import MIDDLE, RIGHT, WRONG, check_plot, new_figure
-from infer.lib.predictions import evaluate
+from infer.lib.scenes import drawn_scenes, evaluate_scenes
 from model import PaliGemma
 from model.decoding.boxes import boxes_to_locs
 from model.decoding.closed_set import ClosedSet
-from model.decoding.detections import Selection
-from model.decoding.detector import ClosedSetDetector, closed_set_decoder
+from model.decoding.detector import closed_set_decoder
 from model.io.image import to_network
 from train.practice.scenes import make_scene
-from train.practice.write import HELD_OUT_SETS, write_coco
+from train.practice.write import HELD_OUT_SETS
 from train.run.program import not_negative, parser, positive, run
 
 PREDICTED = ("y0", "x0", "y1", "x1", "class")
-BATCH = 16
 KNOCKED_OUT = (1, 2, 4, 8)  # heads
 
 
@@ -55,8 +52,11 @@ def patch_cover(boxes: np.ndarray, side: int) -> np.ndarray:
 
 
 def looks(weights: Tensor, image_tokens: int, start: int, objects: int) -> Tensor:
-    """A layer's weights [1, N, T, S] of image, prompt and branches of four -> [n, 5, N, P]: the attention of
-    what predicts the five tokens of each object, to the image."""
+    """Attention of the positions that predict the five tokens of each object, to the image: [n, 5, N, P].
+
+    weights [1, N, T, S]: of a layer, over image, prompt and branches of four tokens. start: the position
+    where the branches begin. Axes: n objects, N heads, P image tokens.
+    """
     to_image = weights[0, :, :, :image_tokens]  # [N, T, P]
     first = to_image[:, start - 1].expand(objects, -1, -1)  # [n, N, P]: the end of the prompt, for all
     branches = to_image[:, start:].unflatten(1, (objects, 4))  # [N, n, 4, P]
@@ -67,19 +67,16 @@ def looks(weights: Tensor, image_tokens: int, start: int, objects: int) -> Tenso
 def where_it_looks(
     model: PaliGemma, split: str, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Means over the objects of `count` scenes: entropy in bits, share on the image, and of that the share
-    inside the box, each [L, N, 5] by layer, head and predicted token; and the share of the image that a box
-    covers, which is what attention that is the same everywhere would have inside.
+    """Means over the objects of `count` scenes, each [L, N, 5]: the attention's entropy over the image, in
+    bits, its share on the image, and of that the share inside the box; and [5], the share of the image that
+    the box covers, which is what uniform attention would have inside.
 
-    Axes: L layers, N heads. What predicts y0 does not know the object yet: for it, the boxes of all objects
-    of the scene count.
+    Axes: L layers, N heads, 5 predicted tokens. At y0 the object is still open: there, the box stands for the
+    boxes of all objects of the scene.
     """
     language = ClosedSet.of(model.config, model.tokenizer)
-    prompt, size = (
-        torch.tensor(language.prompt, device=model.projector.weight.device),
-        model.config.vision.image_size,
-    )
-    tokens = model.config.vision.tokens
+    prompt = torch.tensor(language.prompt, device=model.projector.weight.device)
+    size, tokens = model.config.vision.image_size, model.config.vision.tokens
     entropies, on_image, inside, areas = [], [], [], []
     for number in range(count):
         scene = make_scene(number, size, split)
@@ -109,18 +106,15 @@ def where_it_looks(
 def mean_ap(args: argparse.Namespace, device: str, heads: list[tuple[int, int]], data: Path) -> float:
     model = PaliGemma.from_pretrained(args.model, dtype=torch.float32, device=device)
     knock_out(model, heads)
-    detector = ClosedSetDetector(closed_set_decoder(model), Selection(nms_iou=0.5))
-    return evaluate(detector, data, data.parent / "images", BATCH, f"without {len(heads)}")["AP"]
+    return evaluate_scenes(closed_set_decoder(model), data, f"without {len(heads)}")["AP"]
 
 
 def draw(entropy: np.ndarray, inside: np.ndarray, area: np.ndarray, rows: list, file: Path) -> None:
     """Two panels: inside the box and entropy by token, each head a line; mAP against heads knocked out."""
     with new_figure(file, 11, 3.6) as figure:
         left, middle, right = figure.subplots(1, 3)
-        for axes, values, label in (
-            (left, entropy, "entropy, bits"),
-            (middle, inside, "share inside the box"),
-        ):
+        panels = (left, entropy, "entropy, bits"), (middle, inside, "share inside the box")
+        for axes, values, label in panels:
             for head in values.reshape(-1, len(PREDICTED)):
                 axes.plot(PREDICTED, head, color="#bbbbbb", linewidth=0.8)
             axes.plot(PREDICTED, values.mean((0, 1)), "o-", color=RIGHT, label="mean of all heads")
@@ -151,36 +145,25 @@ def main() -> None:
     device = usable_device(args.device)
     model = PaliGemma.from_pretrained(args.model, dtype=torch.float32, device=device)
     entropy, on_image, inside, area = where_it_looks(model, args.set, args.count)
-    means = [x.mean((0, 1)) for x in (entropy, on_image, inside)]
-    most = inside.reshape(-1, len(PREDICTED)).max(0)
-    print_table(
-        [
-            {"predicts": token, "entropy, bits": f"{means[0][i]:.2f}", "on the image": f"{means[1][i]:.2f}"}
-            | {"of that in the box": f"{means[2][i]:.2f}", "of the best head": f"{most[i]:.2f}"}
-            | {"area of the box": f"{area[i]:.2f}"}
-            for i, token in enumerate(PREDICTED)
-        ]
-    )
-    # How much a head is on the object, once it is known which one it is.
+    columns = {"entropy, bits": entropy.mean((0, 1)), "on the image": on_image.mean((0, 1))}
+    columns |= {"of that in the box": inside.mean((0, 1)), "of the best head": inside.max((0, 1))}
+    columns |= {"area of the box": area}
+    table = [{name: f"{values[i]:.2f}" for name, values in columns.items()} for i in range(len(PREDICTED))]
+    print_table([{"predicts": token} | row for token, row in zip(PREDICTED, table)])
+    # How much a head is on the object after y0, when it is settled which object it is.
     on_object = inside[..., 1:].mean(-1)  # [L, N]
     order = [divmod(int(i), on_object.shape[1]) for i in on_object.flatten().argsort()[::-1]]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        write_coco(Path(folder), args.count, args.set, model.config.vision.image_size)
-        data = Path(folder) / "instances.json"
+    with drawn_scenes(args.count, args.set, model.config.vision.image_size) as data:
         usual = mean_ap(args, device, [], data)
         rows.append(dict(heads=0, best=usual, others=usual))
         for k in (k for k in KNOCKED_OUT if 2 * k <= len(order)):
             others = np.random.default_rng(args.seed).permutation(np.array(order[k:]))[:k].tolist()
             found = [mean_ap(args, device, heads, data) for heads in (order[:k], others)]
             rows.append(dict(heads=k, best=found[0], others=found[1]))
-    print_table(
-        [
-            {"knocked out": str(row["heads"]), "most on the object: mAP": f"{row['best']:.3f}"}
-            | {"others: mAP": f"{row['others']:.3f}"}
-            for row in rows
-        ]
-    )
+    titles = "knocked out", "most on the object: mAP", "others: mAP"
+    table = [(str(row["heads"]), f"{row['best']:.3f}", f"{row['others']:.3f}") for row in rows]
+    print_table([dict(zip(titles, cells)) for cells in table])
     print("most on the object, layer.head: " + " ".join(f"{layer}.{head}" for layer, head in order[:8]))
     if args.out:
         draw(entropy, inside, area, rows, args.out)

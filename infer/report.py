@@ -70,7 +70,7 @@ def save_contact_sheet(result: Evaluated, rows: np.ndarray, file: Path) -> None:
 
 
 def save_plot(draw, subject, file: Path) -> str:
-    """Let a function draw on new axes; the HTML of the picture and of the caption that it returns."""
+    """Save what `draw` draws on new axes; returns the plot's HTML, with the caption that draw returned."""
     with new_figure(file, 7.5, 4.8) as figure:
         caption = draw(figure.subplots(), subject)
     return figure_tag(file, caption)
@@ -86,16 +86,13 @@ def figures_table(sets: list[Evaluated]) -> str:
     for key in (key for key in sets[0].figures if key != "calibration"):
         values = (result.figures[key] for result in sets)
         cells = (f"{v}" if key == "images" else f"{v:.3f}" if v >= 0 else "-" for v in values)
-        rows.append(
-            f"<tr><th>{html.escape(shown(key))}</th>"
-            + "".join(f"<td>{html.escape(c)}</td>" for c in cells)
-            + "</tr>"
-        )
+        columns = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr><th>{html.escape(shown(key))}</th>{columns}</tr>")
     return "<table>\n" + "\n".join(rows) + "\n</table>"
 
 
 def report_set(result: Evaluated, prefix: str, out: Path, count: int) -> list[str]:
-    """The pictures of one set; their HTML."""
+    """Draw the pictures of one set into `out`; returns their HTML."""
     parts = [f"<h2>{html.escape(result.name)}</h2>"]
     for draw in EVALUATION_PLOTS:
         parts.append(save_plot(draw, result, out / f"{prefix}{draw.__name__}.png"))
@@ -109,7 +106,7 @@ def report_set(result: Evaluated, prefix: str, out: Path, count: int) -> list[st
 
 
 def report_run(folder: Path, out: Path) -> list[str]:
-    """The curves of what a training run has logged; their HTML."""
+    """Draw the curves of what a training run has logged into `out`; returns their HTML."""
     with explain(f"--run {folder}: its metrics.jsonl cannot be read", OSError, ValueError):
         lines = [line for _, _, line in each_line(folder / "metrics.jsonl")]
         metrics = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be half written

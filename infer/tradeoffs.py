@@ -15,7 +15,6 @@ the decode loop.
 
 import argparse
 import copy
-import tempfile
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,14 +25,12 @@ from torch import Tensor, nn
 from infer.lib.measuring import print_table, seconds
 from infer.lib.options import add_device_argument, usable_device
 from infer.lib.plots import check_plot, new_figure
-from infer.lib.predictions import evaluate
+from infer.lib.scenes import drawn_scenes, evaluate_scenes
 from model import PaliGemma
 from model.config import COCO_CLASSES, VARIANTS
 from model.decoding import layouts as kinds
 from model.decoding.batches import network_images
 from model.decoding.closed_set import GROUP, ClosedSet, EarlyStop, GroupDecoder, Head, capture_graph
-from model.decoding.detections import Selection
-from model.decoding.detector import ClosedSetDetector
 from model.decoding.generate import GREEDY
 from model.decoding.parallel import ParallelDecoder
 from model.gemma import Block
@@ -41,11 +38,9 @@ from model.io.hub import NANO
 from model.io.image import load_image
 from model.io.tokenizer import LOCS
 from model.io.weights import DTYPES, load_config
-from train.practice.write import write_coco
 from train.run.program import parser, positive, run
 
 # early-stop
-BATCH = 16
 TIMED = 60  # images, one at a time
 # head
 LOC0, CLASS0, CAP = 256_000, 7, 30.0  # official
@@ -68,10 +63,8 @@ def early_stop(args: argparse.Namespace) -> None:
     model, language = load_nano()
     stops = [None] + [EarlyStop(noise, patience) for patience in args.patience for noise in args.noise]
     decoders = [GroupDecoder(model, language, early_stop=stop) for stop in stops]
-    with tempfile.TemporaryDirectory() as temporary:
-        scenes = Path(temporary) / "scenes"
-        write_coco(scenes, args.count, "same", model.config.vision.image_size)
-        files = sorted((scenes / "images").iterdir())[:TIMED]
+    with drawn_scenes(args.count, "same", model.config.vision.image_size) as data:
+        files = sorted((data.parent / "images").iterdir())[:TIMED]
         images = network_images(model, [load_image(file) for file in files])
 
         def one_at_a_time(decoder: GroupDecoder) -> None:
@@ -84,8 +77,7 @@ def early_stop(args: argparse.Namespace) -> None:
                 taken.append(seconds(partial(one_at_a_time, decoder), "cpu"))
         rows, curves = [], {}
         for stop, decoder, taken in zip(stops, decoders, times, strict=True):
-            detector = ClosedSetDetector(decoder, Selection(nms_iou=0.5))
-            ap = evaluate(detector, scenes / "instances.json", scenes / "images", BATCH, "same")["AP"]
+            ap = evaluate_scenes(decoder, data, "same")["AP"]
             boxes = decoder(images).live.sum(-1).float().mean().item()
             noise, patience = (str(stop.noise), str(stop.patience)) if stop else ("-", "-")
             row = {"noise >": noise, "in a row": patience, "mAP": f"{ap:.3f}", "boxes": f"{boxes:.1f}"}
@@ -116,8 +108,7 @@ def growth(args: argparse.Namespace) -> None:
         return make(model, language, boxes or usual)
 
     def mean_ap(form: str, boxes: int) -> float:
-        detector = ClosedSetDetector(decoder_of(form, model, boxes), Selection(nms_iou=0.5))
-        return evaluate(detector, scenes / "instances.json", scenes / "images", BATCH, form)["AP"]
+        return evaluate_scenes(decoder_of(form, model, boxes), data, form)["AP"]
 
     def measure(form: str, boxes: int | None = None, batch: int = 1, model: PaliGemma = model) -> float:
         decoder, side = decoder_of(form, model, boxes), model.config.vision.image_size
@@ -135,9 +126,8 @@ def growth(args: argparse.Namespace) -> None:
         ("images a batch", "milliseconds", args.batch_size, lambda form, n: measure(form, batch=n)),
         ("image tokens", "milliseconds", sides, lambda form, n: measure(form, model=resized(n))),
     ]
-    with tempfile.TemporaryDirectory() as temporary, new_figure(args.out, 9, 6) as figure:
-        scenes = Path(temporary) / "scenes"
-        write_coco(scenes, args.count, "same", model.config.vision.image_size)
+    scenes = drawn_scenes(args.count, "same", model.config.vision.image_size)
+    with scenes as data, new_figure(args.out, 9, 6) as figure:
         for axes, (x, y, points, value) in zip(figure.subplots(2, 2).flat, panels, strict=True):
             # The forms take turns at each point, as the machine's speed drifts.
             rows = [[value(form, point) for form in forms] for point in points]

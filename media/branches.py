@@ -41,7 +41,7 @@ class Branch:
 
 
 class Found:
-    """What nano reads in a picture in parallel, best box first."""
+    """What nano finds in a picture in parallel, best box first."""
 
     def __init__(self, file):
         detector = Detector.from_pretrained("nano", device="cpu", decode="parallel")
@@ -60,7 +60,7 @@ class Found:
         self.kept = [i for i in nms(self.boxes, self.scores, labels, NMS_IOU) if self.scores[i] >= SCORE]
 
     def after(self, *locs: int) -> Tensor:
-        """Probabilities [1, 1024] of the coordinate after these, in a text of their own."""
+        """Probabilities [1, 1024] of the coordinate that follows `locs`, decoded on their own."""
         cache = self.model.new_cache(1, len(self.language.prompt) + COORDINATES)
         hidden = self.model.prefill(self.image_tokens, torch.tensor([self.language.prompt]), cache)
         first = self.language.loc0
@@ -69,7 +69,7 @@ class Found:
         return self.model.decoder.logits(hidden, first, first + LOCS).softmax(-1)
 
     def branches(self) -> list[Branch]:
-        """Four of the boxes that are kept: first two that share their y0, if any do, then the best others."""
+        """Four of the boxes that are kept: first those that share the commonest y0, then the best others."""
         y0_of = [self.locs[i, 0].item() for i in self.kept]
         shared = max(y0_of, key=y0_of.count)
         order = sorted(self.kept, key=lambda i: self.locs[i, 0].item() != shared)[: len(COLOURS)]
@@ -138,7 +138,7 @@ def tree(axes, found: Found, branches: list[Branch]) -> None:
 
 
 def shared_colour(branches: list[Branch], locs: list[int]) -> str | None:
-    """The colour of a token that several branches begin with; None if it is of one alone."""
+    """The colour of a token that several branches share; None if it belongs to one alone."""
     return NETWORK if sum(branch.locs[: len(locs)] == locs for branch in branches) > 1 else None
 
 
@@ -208,9 +208,8 @@ def pictures(panels, found: Found, branches: list[Branch]) -> None:
 
     picture(y0s, found, f"1. {K} peaks of y0", FADED)
     bars = found.after()[0].view(-1, BAR).sum(-1).numpy()
-    y0s.barh(
-        BAR * (np.arange(len(bars)) + 0.5), bars / bars.max() * 0.3 * LOCS, BAR * 0.9, color=IMAGE, zorder=3
-    )
+    middles, lengths = BAR * (np.arange(len(bars)) + 0.5), bars / bars.max() * 0.3 * LOCS
+    y0s.barh(middles, lengths, BAR * 0.9, color=IMAGE, zorder=3)
     for y0, mass in zip(found.y0, found.y0_mass, strict=True):
         strength = (mass / max(found.y0_mass)) ** 0.5
         style = dict(color=colour_of([y0]) or "#333", alpha=0.3 + 0.7 * strength)

@@ -47,16 +47,16 @@ def below(axes, x, y, text, colour):
     axes.text(x, y - 0.08, text, ha="center", va="top", fontsize=8, color=colour)
 
 
-def tokens(axes, x, y, texts, colour, w=0.62, h=0.34):
+def tokens(axes, x, y, texts, colour):
     """A row of token cells; returns the x after the last one."""
+    w, h = 0.62, 0.34
     for text in texts:
         if text == "...":
             axes.text(x + 0.17, y + h / 2, "...", ha="center", va="center", color=colour)
             x += 0.34
             continue
-        axes.add_patch(
-            Rectangle((x, y), w, h, facecolor=matplotlib.colors.to_rgba(colour, 0.15), edgecolor=colour)
-        )
+        fill = matplotlib.colors.to_rgba(colour, 0.15)
+        axes.add_patch(Rectangle((x, y), w, h, facecolor=fill, edgecolor=colour))
         axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=7.5, color="#222")
         x += w + 0.04
     return x
@@ -79,9 +79,8 @@ def architecture(axes, nano, big, picture: Image.Image) -> None:
         at = 2 * i / side
         axes.plot([0.1 + at] * 2, [3.6, 5.6], color="white", linewidth=0.5)
         axes.plot([0.1, 2.1], [3.6 + at] * 2, color="white", linewidth=0.5)
-    axes.text(
-        1.1, 3.42, sizes("{}  |  {} patches", lambda c: c.vision.tokens), ha="center", va="top", fontsize=8
-    )
+    patches = sizes("{}  |  {} patches", lambda c: c.vision.tokens)
+    axes.text(1.1, 3.42, patches, ha="center", va="top", fontsize=8)
     axes.set(xlim=(0, 13.3), ylim=(0.2, 6.0))
 
     box(axes, 2.9, 3.75, 2.5, 1.7, "SigLIP", [

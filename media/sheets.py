@@ -1,4 +1,4 @@
-"""Draw the sheets of the READMEs: the first ten scenes of held-out sets, and what nano says of them.
+"""Draw the sheets of the READMEs: the first ten scenes of two held-out sets, and nano's answers about them.
 
 python media/sheets.py    # writes detections, unseen_vendor, open_set, segmentation and answers.jpg
 """
@@ -54,9 +54,8 @@ def wrapped(text: str, colour: str, font) -> list[tuple[str, str]]:
 
 
 def said(answer: str, right: str) -> tuple[str, str]:
-    """An answer and what it is worth, in words too: with the right one beside it if it is another."""
-    same = answer == right
-    return (f"{answer} (right)", GOOD) if same else (f"{answer} (wrong: it is {right})", BAD)
+    """A line of (text, colour): an answer, and whether it is right, in words too as not all see colours."""
+    return (f"{answer} (right)", GOOD) if answer == right else (f"{answer} (wrong: it is {right})", BAD)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Fixtures are in conftest.py, the models of transformers in reference.py.
 """
 
+import base64
 import copy
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,6 +225,12 @@ def random_objects(rng, n: int, width: int, height: int, classes: int) -> tuple[
     sides = rng.integers(4, 41, (n, 2))
     low = (rng.random((n, 2)) * (np.array([width, height]) - sides + 1)).astype(int)
     return np.concatenate((low, low + sides), axis=1).astype(np.float32), rng.integers(0, classes, n)
+
+
+def unpack(packed: dict) -> np.ndarray:
+    """The array that infer/inside/page.py packed, as web/page.js unpacks it."""
+    raw = zlib.decompress(base64.b64decode(packed["data"]))
+    return np.frombuffer(raw, f"<u{packed['bits'] // 8}").reshape(packed["shape"])
 
 
 def disc(width, height, x, y, r) -> np.ndarray:

@@ -47,7 +47,8 @@ from train.run.program import complain, not_negative, parser, positive, run
 def lines_of(
     rng: np.random.Generator, index: CocoIndex, item: int, absent: int, most: int | None
 ) -> Iterator[dict]:
-    """The lines of an image: its classes and `absent` others in random order, at most `most` in a line."""
+    """The lines of an image. They ask for its classes and `absent` others in random order, for at most `most`
+    in a line (None: for all in one)."""
     boxes, labels = index.objects(item)
     names = [index.classes[label] for label in labels]
     others = [name for name in dict.fromkeys(index.classes) if name not in names]
@@ -62,7 +63,7 @@ def lines_of(
 
 
 def find(args: argparse.Namespace) -> Found:
-    """--data, said in one line if it was searched for, or is no COCO file."""
+    """The set that --data names; a note says which, if it had to be looked for or is of a form of folders."""
     found = find_data(args.data, args.images, [args.part or "train"])
     if found.path != args.data or found.read:
         note(str(found))
@@ -90,13 +91,10 @@ def coco_to_jsonl(args: argparse.Namespace) -> str:
         for item in range(len(index)):
             rng = np.random.default_rng([args.seed, item])
             records = list(lines_of(rng, index, item, args.absent, args.classes_per_line))
-            counts.update(lines=len(records), without=not records, short=added(index, item) < args.absent)
-            counts["added"] += min(added(index, item), args.absent)
+            not_shown = len(index.classes) - len(set(index.objects(item)[1].tolist()))
+            counts.update(lines=len(records), without=int(not records))
+            counts.update(short=int(not_shown < args.absent), added=min(not_shown, args.absent))
             yield from (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-    def added(index: CocoIndex, item: int) -> int:
-        """How many classes an image does not show."""
-        return len(index.classes) - len(set(index.objects(item)[1].tolist()))
 
     write_lines(lines(), args.out)
     if counts["short"]:
@@ -182,9 +180,8 @@ def label_studio(args: argparse.Namespace) -> str:
             predicted = file.read(100).lstrip().startswith(b"[")
     kind = "predictions" if predicted else "annotations"
     tasks, boxes = [], 0
-    for name, size, objects in (
-        predicted_objects(args.data) if predicted else annotated_objects(index_of(args))
-    ):
+    images = predicted_objects(args.data) if predicted else annotated_objects(index_of(args))
+    for name, size, objects in images:
         result = [studio_box(number, size, *each) for number, each in enumerate(objects)]
         image = args.url + urllib.parse.quote(name, errors="surrogatepass")
         tasks.append({"data": {"image": image}, kind: [{"result": result}]})
@@ -218,12 +215,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--seed", type=not_negative, default=0, help="of the absent classes and the order")
     add = command("masks-to-jsonl", masks_to_jsonl, "segmentation lines from outlines or mask pictures")
     add("--codec", type=Path, default=NANO / CODEC, help="vae-oid.npz, or nano's own")
-    add(
-        "--most",
-        type=positive,
-        default=8,
-        help="objects of a class and image; classes with more are left out",
-    )
+    most = "objects of a class and image; classes with more are left out"
+    add("--most", type=positive, default=8, help=most)
     add("--skip-bad", action="store_true", help="leave bad masks out instead of stopping")
     add("--sheet", type=Path, metavar="PNG", help="a picture of masks before and after")
     add = command("label-studio", label_studio, "a file for Label Studio, from a set or detect.py's JSON")

@@ -119,9 +119,8 @@ def calibration_error(evaluation: COCOeval) -> tuple[float, list[dict]]:
     table = []
     for b in np.unique(bins).tolist():
         inside = bins == b
-        row = dict(
-            bin=f"{b / CALIBRATION_BINS:.1f}-{(b + 1) / CALIBRATION_BINS:.1f}", boxes=int(inside.sum())
-        )
+        row = dict(bin=f"{b / CALIBRATION_BINS:.1f}-{(b + 1) / CALIBRATION_BINS:.1f}")
+        row["boxes"] = int(inside.sum())
         row["mean_score"] = round(float(scores[inside].mean()), 4)
         row["right"] = round(float(right[inside].mean()), 4)
         table.append(row)
@@ -130,7 +129,8 @@ def calibration_error(evaluation: COCOeval) -> tuple[float, list[dict]]:
 
 
 def fit_calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, float, float]:
-    """The most likely PaliGemmaConfig.calibration of boxes with these scores [n], some of them right [n]."""
+    """The PaliGemmaConfig.calibration that makes it likeliest that just these boxes are right. scores float
+    [n], right bool [n]."""
     scores, right = torch.from_numpy(scores).clamp(1e-6, 1 - 1e-6), torch.from_numpy(right).double()
     features = torch.stack((scores.log(), -torch.log1p(-scores)), dim=1)  # [n, 2]
     logs, c = (torch.zeros(shape, dtype=torch.double, requires_grad=True) for shape in (2, ()))
@@ -155,7 +155,7 @@ def task_of(record: dict) -> str:
 
 
 def folded(text: str) -> str:
-    """A text as it is compared: in one case, with single spaces."""
+    """A text in the form in which answers are compared: case folded, with single spaces."""
     return " ".join(text.casefold().split())
 
 
@@ -191,10 +191,8 @@ def judge_answers(
         if task == "caption":
             figures[task]["CIDEr-D"] = round(cider_d([answer for _, answer in pairs], references), 3)
         if len(kinds) > 1:
-            figures[task]["kinds"] = {
-                kind: dict(exact=round(sum(hits) / len(hits), 4), lines=len(hits))
-                for kind, hits in kinds.items()
-            }
+            exact_of = {kind: round(sum(hits) / len(hits), 4) for kind, hits in kinds.items()}
+            figures[task]["kinds"] = {k: dict(exact=x, lines=len(kinds[k])) for k, x in exact_of.items()}
     return figures
 
 
@@ -205,7 +203,7 @@ def first_mask_iou(answer: str, mask: np.ndarray, codec: MaskCodec, bins: int = 
     return 0.0 if found is None else float(mask_iou(found, mask))
 
 
-def first_mask(answer: str, shape: tuple[int, int], codec: MaskCodec, bins: int = LOCS) -> np.ndarray | None:
+def first_mask(answer: str, shape: tuple[int, int], codec: MaskCodec, bins: int) -> np.ndarray | None:
     """An answer's first mask, bool [H, W], or None if its first object has none. shape: H, W."""
     objects = parse_answer(answer)
     if not objects or not objects[0].seg:
@@ -229,13 +227,11 @@ def cider_d(answers: list[str], references: list[list[str]]) -> float:
 
     def weigh(grams: list[Counter]) -> list[dict]:
         """TF-IDF weights of the n-grams of each length."""
-        return [
-            {
-                g: count * (math.log(len(references)) - math.log(max(1, images_with[g])))
-                for g, count in of_n.items()
-            }
-            for of_n in grams
-        ]
+
+        def idf(gram: tuple[str, ...]) -> float:
+            return math.log(len(references)) - math.log(max(1, images_with[gram]))
+
+        return [{gram: count * idf(gram) for gram, count in of_n.items()} for of_n in grams]
 
     def similarity(a: dict, b: dict) -> float:
         """Cosine, in which repeating an n-gram more often than the reference does brings nothing."""

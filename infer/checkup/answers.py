@@ -18,9 +18,10 @@ from torch import Tensor
 
 from infer.checkup.finding import Finding
 from model import PaliGemma
+from model.decoding.batches import network_images
 from model.decoding.boxes import box_prompt, boxes_to_locs, format_answer, parse_answer
 from model.decoding.closed_set import ClosedSet
-from model.io.image import load_image, square, to_network
+from model.io.image import load_image
 from model.io.tokenizer import LOCS
 from train.data.coco import CocoIndex
 from train.data.jsonl import read_lines, right_answers
@@ -32,8 +33,8 @@ MARGIN = 0.5  # nats a token that the right picture must save of a box: a model 
 
 @dataclass(frozen=True)
 class Case:
-    """A picture [1, 3, S, S] as the network takes it, a prompt, and the answers that begin it: the ids of
-    each object that may come first, or of each right answer."""
+    """A picture [1, 3, S, S] as the network takes it, the ids of a prompt, and those of its answers: each
+    object that may come first, or each right answer."""
 
     name: str
     image: Tensor
@@ -45,12 +46,11 @@ class Case:
 
 
 def network_image(model: PaliGemma, file: Path) -> Tensor | None:
-    """None for a picture that does not open, which check_data reports."""
+    """[1, 3, S, S]; None for a picture that does not open, which check_data reports."""
     try:
-        pixels = square(load_image(file), model.config.vision.image_size)
+        return network_images(model, [load_image(file)])
     except (ValueError, OSError):
         return None
-    return to_network(pixels)[None].to(model.projector.weight.device)
 
 
 def coco_cases(model: PaliGemma, index: CocoIndex, images: Path, count: int, words: bool) -> list[Case]:
@@ -118,8 +118,8 @@ def losses(
 
 
 def compared(check: str, right: list[float], wrong: list[float], margin: float, meaning: str) -> Finding:
-    """Whether right answers cost less than wrong ones, pair by pair, by more than a margin and than chance
-    could explain; with a negative margin, whether they may do so for all that chance could explain."""
+    """Whether right answers cost less than wrong ones, pair by pair, by more than the margin and by more than
+    chance explains. With a negative margin they only must not cost more than chance explains."""
     if len(right) < 2:
         return Finding(check, None, where="too few answers")
     gap = torch.tensor(wrong) - torch.tensor(right)
@@ -131,10 +131,9 @@ def compared(check: str, right: list[float], wrong: list[float], margin: float, 
 
 @torch.inference_mode()
 def check_answers(model: PaliGemma, cases: list[Case]) -> Iterator[Finding]:
-    """A model that reads its pictures, and data that belongs to them, make right answers likelier than those
-    of the next picture; a box likelier than the one with x and y exchanged. And where the labels leave n
-    things open, which of n objects comes first, no model can know: a mean loss below their entropy has seen
-    them."""
+    """If a model reads its pictures and the answers belong to them, an answer costs less with its own picture
+    than with another one, and a box less than with x and y exchanged. Which of n objects comes first no model
+    can know: a mean loss below the entropy of that choice shows that it has seen the answer."""
     encoded = [model.encode(case.image) for case in cases]
     right, shuffled, kept, exchanged, lowest = [], [], [], [], (math.inf, 0.0, 0.0, "")
     for i, (case, image_tokens) in enumerate(zip(cases, encoded)):

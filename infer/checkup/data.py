@@ -22,11 +22,11 @@ from train.data.records import read_records
 from train.run.pictures import broken_pictures
 
 SLACK = 1.0  # pixels by which boxes of COCO itself leave their pictures
-SLIPS = 0.1  # share of boxes that fit in another order only, up to which they are mistakes of their own
-MANY_PIECES = 8  # of a label: it is spelt letter by letter
+SLIPS = 0.1  # share of boxes: if no more fit in another order only, these are single mistakes
+MANY_PIECES = 8  # tokens of a label: with more, it is spelt nearly letter by letter
 GRID = 0.5  # share of the location tokens that so many coordinates should use: with fewer, they lie on a grid
-MANY_PICTURES = 2000  # that are worth starting other processes for
-SAMPLES = 16  # that are made as training makes them
+MANY_PICTURES = 2000  # with more, worker processes open them
+SAMPLES = 16  # to look at as training makes them
 _SPECIAL = re.compile(r"<(?:loc|seg)[^<>]*>?")
 _EXISTS = re.compile(LOC_PATTERN + r"|<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>")
 

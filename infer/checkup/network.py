@@ -53,7 +53,7 @@ class Patient:
 
     @cached_property
     def usual(self) -> Tensor:
-        """Of its own text, all at once."""
+        """Hidden states [1, T, D] of its own text, all at once."""
         return self.hidden(self.text)
 
     @cached_property
@@ -61,8 +61,8 @@ class Patient:
         return self.decoded()
 
     def decoded(self, pads: int = 0) -> Tensor:
-        """Those of the end of the prompt and of the answer, [1, 1 + n, D], token by token with a cache. pads:
-        padding after the prompt, as a shorter one has it in a batch."""
+        """Hidden states [1, 1 + n, D] of the end of the prompt and of the answer, computed token by token
+        with a cache. pads: padding after the prompt, as in a batch with a longer one."""
         model, prompt = self.model, self.prompt + [self.model.config.pad] * pads
         cache = model.new_cache(1, len(prompt) + len(self.answer))
         states = [model.prefill(model.encode(self.images[:1]), self.tokens(prompt), cache)]
@@ -89,7 +89,7 @@ def patient_for(model: PaliGemma, cases: list[Case]) -> Patient:
 
 
 def gaps(a: Tensor, b: Tensor) -> Tensor:
-    """Of hidden states [..., D] each: [...]. What is not finite is infinitely far from everything."""
+    """Gaps [...] between hidden states [..., D]. What is not finite is infinitely far from everything."""
     a, b = a.float(), b.float()
     return ((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-9)).nan_to_num(nan=torch.inf, posinf=torch.inf)
 

@@ -1,4 +1,4 @@
-"""What is to be seen of a closed-set answer.
+"""What the page shows of a closed-set answer.
 
 Axes: n boxes, R = 1,024 coordinates, C classes, D width.
 """
@@ -32,7 +32,7 @@ def closed_set(
     branches: int | None = None,
     groups: int | None = None,
 ) -> dict:
-    """images [1, 3, S, S]; for the others see closed_set_decoder."""
+    """The page's data, a dict that JSON can hold. images [1, 3, S, S]; the others: see closed_set_decoder."""
     form = decode or model.config.answers
     sequence = form == "sequence"
     if groups and not sequence:
@@ -99,8 +99,8 @@ def closed_set(
 
 
 def boxes_of(answer: Answer, classes: tuple[str, ...], nms_iou: float) -> list[dict]:
-    """Every box of an answer. "fate" is "stays" if only its score decides whether it is kept, "empty" if it
-    ends before it begins, or the number of the better box of its class that it overlaps too much."""
+    """Every box of an answer, in shares of the picture's sides. "fate": "stays" if only its score decides
+    whether it is kept, "empty" if it has no area, or the number of the better box that suppresses it."""
     scores, labels = answer.scores[0].cpu().numpy(), answer.labels[0].cpu().numpy()
     check_finite(np.isfinite(scores).all())
     boxes = locs_to_boxes(answer.locs[0].cpu().numpy(), 1, 1)
@@ -113,15 +113,14 @@ def boxes_of(answer: Answer, classes: tuple[str, ...], nms_iou: float) -> list[d
         if i in real and i not in stays:
             better = (labels[stays] == labels[i]) & (overlaps[stays, i] > nms_iou)
             fate = int(stays[better.argmax()])
-        numbers = dict(
-            score=round(float(scores[i]), 4), noise=round(noise, 4), box=boxes[i].round(5).tolist()
-        )
+        numbers = dict(score=round(float(scores[i]), 4), noise=round(noise, 4))
+        numbers["box"] = boxes[i].round(5).tolist()
         found.append({"label": shown(classes[labels[i]]), "fate": fate, **numbers})
     return found
 
 
 def staying(boxes: list[dict]) -> list[dict]:
-    """Those that only their scores could remove, best first."""
+    """The boxes that NMS keeps, best first."""
     return sorted((box for box in boxes if box["fate"] == "stays"), key=lambda box: -box["score"])
 
 
@@ -132,8 +131,8 @@ def found_classes(boxes: list[dict], names: list[str]) -> list[int]:
 
 
 def compare(boxes: list[dict], others: list[dict]) -> dict:
-    """What another answer makes of the boxes that stay: the best score of each there, None if it is not among
-    them; and what only the other has, with its score."""
+    """What another answer makes of the boxes that stay. "left": {number of a box: its best score there, or
+    None if it is not found}; "new": [label, score] of the boxes that only the other has."""
 
     def is_same(a: dict, b: dict) -> bool:
         return a["label"] == b["label"] and iou(np.array([a["box"]]), np.array([b["box"]]))[0, 0] >= SAME_BOX

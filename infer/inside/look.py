@@ -1,4 +1,4 @@
-"""Collect what is to be seen of one answer to one picture: a dict of numbers, texts and packed arrays.
+"""Collect what the page shows of one answer to one picture: a dict of numbers, texts and packed arrays.
 
     data = look_inside(model, image, "photo.jpg")                         # closed-set, as it was taught
     data = look_inside(model, image, "photo.jpg", prompt="caption en")    # in words
@@ -37,7 +37,7 @@ def look_inside(
     groups: int | None = None,
     max_tokens: int = 100,
 ) -> dict:
-    """image: upright RGB; name: how the page calls it. selection, decode, branches, groups: of closed-set
+    """image: upright RGB; name: what the page calls it. selection, decode, branches, groups: for closed-set
     answers, see closed_set_decoder; max_tokens: of answers in words."""
     text, vision, pixels = model.config.text, model.config.vision, network_images(model, [image])
     if prompt == PROMPT:

@@ -20,16 +20,10 @@ def pack(codes: np.ndarray) -> dict:
 
 
 def pack_probabilities(p: np.ndarray, bits: int = 8) -> dict:
-    """Probabilities as whole numbers of 8 or 16 bits, (2^bits - 1) times their square roots: the root spends
-    more of the numbers on what is small, as most attention is."""
+    """Probabilities as whole numbers of 8 or 16 bits: (2^bits - 1) times their square roots, as these keep
+    more of small values, which most attention has."""
     whole = np.round(np.sqrt(np.asarray(p, np.float32).clip(0, 1)) * (2**bits - 1))
     return pack(whole.astype(np.uint8 if bits == 8 else np.uint16))
-
-
-def unpack(packed: dict) -> np.ndarray:
-    """The reverse of `pack`."""
-    raw = zlib.decompress(base64.b64decode(packed["data"]))
-    return np.frombuffer(raw, f"<u{packed['bits'] // 8}").reshape(packed["shape"])
 
 
 def picture(image: Image.Image) -> dict:
@@ -44,9 +38,8 @@ def picture(image: Image.Image) -> dict:
 def page(data: dict) -> str:
     """What look_inside collects -> the HTML file."""
     web = files("infer.inside") / "web"
-    html, css, *scripts = (
-        (web / name).read_text("utf-8") for name in ("page.html", "page.css", "panels.js", "page.js")
-    )
+    names = "page.html", "page.css", "panels.js", "page.js"
+    html, css, *scripts = ((web / name).read_text("utf-8") for name in names)
     # "<" could end the script element that holds the data, wherever in a name it stands.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     html = html.replace("{{css}}", css).replace("{{js}}", "\n".join(scripts))

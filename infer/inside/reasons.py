@@ -29,18 +29,9 @@ def reasons(
     t, s = np.ogrid[: len(mask), : len(mask)]
     answer_t, answer_s = t >= prefix, s >= prefix
     far = positions[:, None] - positions[None] >= window if window else np.zeros_like(mask)
-    cells = np.select(
-        [
-            t == s,
-            ~answer_t & ~answer_s,
-            ~answer_t,
-            answer_s & (branch[:, None] != branch[None]),
-            s > t,
-            far,
-            ~answer_s,
-        ],
-        [0, 1, 4, 6, 5, 7, 2],
-        3,
-    )
+    other = answer_s & (branch[:, None] != branch[None])
+    # By number in REASONS; the first that holds counts.
+    conditions = {0: t == s, 1: ~answer_t & ~answer_s, 4: ~answer_t, 6: other, 5: s > t, 7: far, 2: ~answer_s}
+    cells = np.select(list(conditions.values()), list(conditions), default=3)
     # A mask of another function (model/seam.py) has reasons of its own.
     return np.where(_OPEN[cells] == mask, cells, np.where(mask, 8, 9)).astype(np.uint8)

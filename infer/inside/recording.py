@@ -1,4 +1,4 @@
-"""One pass through the decoder, with what its layers did written down.
+"""One pass through the decoder, recorded: attention, states and masks of its layers.
 
 Axes: L layers, N heads, S positions of [image | text], T of them text, P image tokens, D width, C classes.
 """
@@ -52,10 +52,10 @@ def recording(model: PaliGemma) -> Iterator[Recording]:
 
 
 def logit_lens(model: PaliGemma, states: list[Tensor], image_tokens: int, ids: Tensor | slice) -> Tensor:
-    """What the image tokens would say if the decoder ended after each layer: float32 [L + 1, C, P].
+    """The "logit lens": probabilities at the image tokens if the decoder ended after each layer, float32
+    [L + 1, C, P]. The last norm and the head are applied to the states between the layers.
 
-    The last norm and the head are applied to the states between the layers (the "logit lens"). ids: a slice
-    of the vocabulary, among which the probabilities then are; or int64 [C], whose probabilities are those
+    ids: a slice of the vocabulary, whose probabilities add up to 1; or int64 [C], with their probabilities
     among all ids.
     """
     found = []
@@ -83,8 +83,8 @@ def text_data(
 ) -> dict:
     """The text's tokens, what they read, and the mask with its reasons.
 
-    prompt: its ids; answer: of each token that was read of it, {"text", "of": what it is}; depth: how many
-    tokens a branch of the answer has, None if it does not branch.
+    prompt: its ids; answer: {"text", "of": what it is} for each of its tokens that was read; depth: tokens of
+    a branch of the answer, None if it does not branch.
     """
     P = model.config.vision.tokens
     prefix, number = P + len(prompt), np.arange(len(answer))
@@ -92,10 +92,8 @@ def text_data(
     positions = np.concatenate((np.arange(prefix), prefix + (number % depth if depth else number)))
     # Layers 0, 2, 4, ... are local, the others global (model/gemma.py).
     windows = model.config.text.sliding_window, None
-    cells = [
-        reasons(mask.cpu().numpy(), prefix, positions, branch, window)
-        for mask, window in zip(seen.masks, windows)
-    ]
+    masks = (mask.cpu().numpy() for mask in seen.masks[:2])
+    cells = [reasons(mask, prefix, positions, branch, window) for mask, window in zip(masks, windows)]
     return {
         "prompt_tokens": len(prompt),
         "tokens": [dict(text=token_text(model.tokenizer, i), of="question") for i in prompt] + answer,

@@ -7,7 +7,7 @@ from infer.lib.knock_out import without_head, without_layer
 from model import PaliGemma
 
 Found = TypeVar("Found")
-CHEAP = 1 << 28  # weights up to which an answer may be repeated for every head and layer
+CHEAP = 1 << 28  # weights: with more, an answer is not repeated for every head and layer
 
 
 def is_cheap(model: PaliGemma) -> bool:
@@ -15,7 +15,8 @@ def is_cheap(model: PaliGemma) -> bool:
 
 
 def what_if(model: PaliGemma, answer: Callable[[], Found]) -> Iterator[tuple[dict, Found]]:
-    """Where something is missing, {"tower", "layer", "head"} (None: the whole layer), and the answer then."""
+    """For each head and layer: where it is, {"tower", "layer", "head"} (head None: the whole layer), and the
+    answer without it."""
     for tower, blocks in (("vision", model.vision.layers), ("decoder", model.decoder.layers)):
         for layer in range(len(blocks)):
             heads = range(model.config.text.heads) if tower == "decoder" else ()

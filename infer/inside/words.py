@@ -1,4 +1,4 @@
-"""What is to be seen of an answer in words, in which there may be boxes."""
+"""What the page shows of an answer in words, in which there may be boxes."""
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ BEST = 10  # tokens that could have stood at each place
 
 
 def words(model: PaliGemma, images: Tensor, prompt: str, max_tokens: int) -> dict:
-    """images [1, 3, S, S]."""
+    """The page's data, a dict that JSON can hold. images [1, 3, S, S]; max_tokens: of the answer."""
     check_prompt(prompt, model.config)
     tokenizer, asked = model.tokenizer, model.tokenizer.encode_prompt(prompt)
 
@@ -52,9 +52,9 @@ def words(model: PaliGemma, images: Tensor, prompt: str, max_tokens: int) -> dic
         {"label": shown(box.label), "box": locs_to_boxes(np.array(box.locs), 1, 1).round(5).tolist()}
         for box in parse_answer(said)
     ]
-    seen_in = list(dict.fromkeys(i for i in ids if i < tokenizer.loc0))  # of the lens: words, not locations
-    lens = logit_lens(model, seen.states, image_tokens.shape[1], torch.tensor(seen_in, dtype=torch.int64))
-    names = [token_text(tokenizer, i) for i in seen_in]
+    words_in = list(dict.fromkeys(i for i in ids if i < tokenizer.loc0))  # without locations: for the lens
+    lens = logit_lens(model, seen.states, image_tokens.shape[1], torch.tensor(words_in, dtype=torch.int64))
+    names = [token_text(tokenizer, i) for i in words_in]
     read = [dict(text=token_text(tokenizer, i), of="answer") for i in ids]
     changes = what_if(model, answer) if is_cheap(model) else []
     return {

@@ -17,7 +17,8 @@ FONT, LINE, LETTERS, MOST = 13, 17, 36, 4  # of the text: pixels, pixels a line,
 
 
 def answer_sheet(lines: list[dict], images: Path, codec: MaskCodec | None, bins: int) -> Image.Image:
-    """Lines of JSONL with the model's "answer". Of masks, what lies outside of the answer's is darkened."""
+    """A sheet of lines of JSONL that have the model's "answer". Where that is a mask, the picture outside of
+    it is darkened. bins: see locs_to_boxes."""
     tiles = [answer_tile(line, load_image(images / line["image"]), codec, bins) for line in lines]
     texts = [
         [row for part in text for row in textwrap.wrap(part, LETTERS, max_lines=MOST, placeholder=" ...")]
@@ -29,9 +30,8 @@ def answer_sheet(lines: list[dict], images: Path, codec: MaskCodec | None, bins:
     for k, ((picture, _), text) in enumerate(zip(tiles, texts, strict=True)):
         tile = Image.new("RGB", (SIDE, height), "white")  # its text stays on it
         tile.paste(picture)
-        ImageDraw.Draw(tile).text(
-            (0, SIDE + 2), "\n".join(text), fill="black", font=font, spacing=LINE - FONT
-        )
+        style = dict(fill="black", font=font, spacing=LINE - FONT)
+        ImageDraw.Draw(tile).text((0, SIDE + 2), "\n".join(text), **style)
         sheet.paste(tile, (k % PER_ROW * width + GAP, k // PER_ROW * height + GAP))
     return sheet
 
@@ -39,7 +39,7 @@ def answer_sheet(lines: list[dict], images: Path, codec: MaskCodec | None, bins:
 def answer_tile(
     line: dict, image: Image.Image, codec: MaskCodec | None, bins: int
 ) -> tuple[Image.Image, list[str]]:
-    """The picture, square, and what is written below it."""
+    """The picture, SIDE pixels a side, and the texts below it."""
     if "mask" in line:
         right = from_rle(line["mask"])
         found = first_mask(line["answer"], right.shape, codec, bins)

@@ -56,8 +56,8 @@ def draw_boxes(image: Image.Image, boxes, captions: list[str], labels, masks=Non
 def place(
     box: list[int], size: tuple[int, int], canvas: tuple[int, int], taken: list[tuple[int, int, int, int]]
 ) -> tuple[int, int]:
-    """Where the upper left corner of a caption goes, so that it covers as little as possible of those that
-    are there: above the box, else inside its top, below it or inside its bottom, at its left or right end."""
+    """The upper left corner of a caption, where it covers least of those in `taken`: above its box, inside
+    its top, below it or inside its bottom, at its left or right end."""
     (x0, y0, x1, y1), (w, h) = box, size
 
     def hidden(at: tuple[int, int]) -> int:
@@ -73,7 +73,7 @@ def place(
 
 
 def framed(image: Image.Image) -> Image.Image:
-    """With a thin grey line inside its edge: dark or white pictures end where they end."""
+    """A copy with a thin grey line along its edge, so that a white picture can be told from the page."""
     image = image.copy()
     ImageDraw.Draw(image).rectangle([0, 0, image.width - 1, image.height - 1], outline=FRAME)
     return image

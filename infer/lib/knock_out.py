@@ -3,13 +3,15 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
+from torch.utils.hooks import RemovableHandle
+
 from model import PaliGemma
 from model.gemma import at
 from model.seam import attention_layers, attention_restored
 
 
 def knock_out(model: PaliGemma, heads: list[tuple[int, int]]) -> None:
-    """Let some of the decoder's heads, (layer, head), read nothing."""
+    """Let these heads of the decoder, each (layer, head), read nothing: their output is 0."""
     layers = attention_layers(model)
 
     def without(function: Callable, gone: list[int]) -> Callable:
@@ -33,15 +35,21 @@ def without_head(model: PaliGemma, layer: int, head: int) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def without_layer(model: PaliGemma, tower: str, layer: int) -> Iterator[None]:
-    """Inside, a layer of the "vision" tower or of the "decoder" adds nothing to what it is given."""
+def skip_layer(model: PaliGemma, tower: str, layer: int) -> RemovableHandle:
+    """Let a layer of the "vision" tower or of the "decoder" add nothing to its input. Remove the handle to
+    undo it."""
 
     def skip(block, args, out):
         x = args[0]
         return x if len(args) < 5 or args[4] is None else at(x, args[4])  # the last block of the prefill
 
-    handle = getattr(model, tower).layers[layer].register_forward_hook(skip)
+    return getattr(model, tower).layers[layer].register_forward_hook(skip)
+
+
+@contextlib.contextmanager
+def without_layer(model: PaliGemma, tower: str, layer: int) -> Iterator[None]:
+    """Inside, one layer adds nothing, see skip_layer."""
+    handle = skip_layer(model, tower, layer)
     try:
         yield
     finally:

@@ -65,6 +65,7 @@ def build_checkpoint(variant: str, folder: Path) -> None:
 
 
 def language_of(folder: Path) -> ClosedSet:
+    """The closed-set language of a checkpoint; of a random one, which has no tokenizer, by OFFICIAL_IDS."""
     config = load_config(folder)
     if (folder / "tokenizer.model").exists():
         return ClosedSet.of(config, Tokenizer(folder))
@@ -108,19 +109,19 @@ def seconds(function: Callable[[], object], device: str) -> float:
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes a second, read as a token reads its matrices: a vector times a float32 matrix too large for any
-    cache, of which nothing but 32 KB is written. The best of seven."""
+    """Bytes a second, read as a decoding step reads its weights: a float32 matrix too large for any cache,
+    times a vector. The best of seven."""
     rows = 1 << (15 if device.startswith("cuda") else 13)
     matrix, vector = torch.ones(rows, 1 << 13, device=device), torch.ones(1 << 13, device=device)
     return 4 * matrix.numel() / min(seconds(lambda: matrix @ vector, device) for _ in range(7))
 
 
 def gemm_rates(device: str, longest: float) -> dict[str, float]:
-    """The best rates of products of square matrices, in operations a second, by the weights' dtype. longest:
-    sizes grow until a product takes so many seconds.
+    """{dtype of the weights: the best rate of a product of square matrices, in operations a second}. longest:
+    sizes grow until a product takes this many seconds.
 
-    What is asked is what the machine can do with such weights, so the product may be computed in a wider
-    dtype: without instructions for bfloat16, a CPU multiplies far faster in float32.
+    A product counts for narrower weights too if it is computed in a wider dtype: without instructions for
+    bfloat16, a CPU multiplies far faster in float32.
     """
     rate = partial(_best_rate, device, longest)
     found = {"float32": [rate(torch.float32, F.linear)], "bfloat16": [rate(torch.bfloat16, F.linear)]}
@@ -131,7 +132,7 @@ def gemm_rates(device: str, longest: float) -> dict[str, float]:
         found["int8"] = [rate(torch.float32, int8, lambda weight: pack_int8(weight.to(torch.int8)))]
     else:
         found["int8"] = [rate(torch.int8, torch._int_mm, Tensor.t)]
-    best = accumulate((max(rates) for rates in found.values()), max)  # int8 may be widened to bfloat16, too
+    best = accumulate((max(rates) for rates in found.values()), max)  # from the widest dtype to the narrowest
     return dict(zip(found, best))
 
 
@@ -154,8 +155,8 @@ def _best_rate(
 def run_child(program: str, *options, limit: float | None = None) -> list[dict]:
     """The lines of JSON that a program prints, run in a process of its own.
 
-    Peak memory needs this, as it is the highest of a process so far, whatever it did before. limit: after so
-    many seconds the process is killed, and what it printed by then is all.
+    Peak memory needs this, as it is the highest of a process's whole life. limit: seconds after which the
+    process is killed; the lines that it has printed by then are returned.
     """
     try:
         command = [sys.executable, program, *map(str, options)]
@@ -176,8 +177,8 @@ def installed(package: str) -> bool:
 
 
 def print_table(rows: list[dict[str, str]], left: tuple[str, ...] = ()) -> None:
-    """Rows of texts by column, aligned: the first column and those of `left` to the left, others to the
-    right."""
+    """Print rows of cells, {column: text}. The first column and those in `left` are aligned to the left, the
+    others to the right."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = [columns, *([row.get(name, "") for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]

@@ -32,7 +32,6 @@ OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")
 CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop", "branches")
 SEQUENCE_ONLY = ("groups", "noise_feedback", "early_stop", "temperature")
 
-
 STDOUT = Path("-")  # of --json: standard output
 
 
@@ -137,7 +136,7 @@ def write_output(value: dict | list, file: Path, quiet: bool = False) -> None:
 
 @contextlib.contextmanager
 def tables(file: Path | None, quiet: bool = False) -> Iterator[None]:
-    """Where what is printed inside goes: to stderr if `file` leaves stdout to JSON, or if quiet nowhere."""
+    """Inside, what is printed goes to stderr if `file`, of --json, is stdout, and nowhere if quiet."""
     with contextlib.ExitStack() as stack:
         if quiet:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -228,8 +227,8 @@ def sampling_options(args: argparse.Namespace) -> Sampling:
 
 
 def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDetector | OpenSetDetector:
-    """The detector that the options ask for: closed-set, or open-set if there are --classes. masks: a
-    segmenter."""
+    """The detector that the options ask for: closed-set, or open-set with --classes. masks: open-set, with
+    masks."""
     sampling = sampling_options(args)
     selection = Selection(args.score_threshold, args.nms_iou, args.min_size)
     if not masks:
@@ -251,15 +250,15 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
 
 
 def sequence_options(args: argparse.Namespace, sampling: Sampling) -> dict:
-    """What only decoding in sequence has: arguments of GroupDecoder."""
+    """The arguments of GroupDecoder, which decodes in sequence, that ParallelDecoder does not have."""
     stop = EarlyStop(*args.early_stop) if args.early_stop else None
     own = dict(groups=args.groups, noise_feedback=args.noise_feedback)
     return own | dict(sampling=sampling, early_stop=stop)
 
 
 def check_mode(args: argparse.Namespace, form: str | None) -> None:
-    """Refuse options of the mode that --classes, or its absence, or the form of closed-set answers does not
-    choose. form: one of FORMS, or None if only the checkpoint will say."""
+    """Refuse options that have no effect: those of open-set detection without --classes, of closed-set
+    detection with it, and of the other form of closed-set answers. form: of FORMS; None: not known yet."""
     open_set = args.classes is not None
     for name in CLOSED_SET_ONLY if open_set else OPEN_SET_ONLY:
         if getattr(args, name):

@@ -19,17 +19,16 @@ from model.io.tokenizer import LOCS
 from model.io.weights import DTYPES, load_config
 from model.io.writing import atomic_write
 
-PEERS = {  # the packages of each, and what one should know about them
+PEERS = {  # the packages of each, and a remark on installing them
     "transformers": (["transformers"], ""),
     "llama.cpp": (["llama-cpp-python", "gguf"], " (which compiles C++ for several minutes)"),
 }
 
 
 def choose_peers(asked: list[str] | None, device: str) -> list[str]:
-    """Those that are asked for, which must be installed; None: those that are. llama.cpp is for CPUs only."""
-    missing = {
-        peer: [name for name in packages if not installed(name)] for peer, (packages, _) in PEERS.items()
-    }
+    """The peers to compare with: those asked for, which must be installed; by default (None) all that are
+    installed. llama.cpp is timed on CPUs only."""
+    missing = {peer: [name for name in names if not installed(name)] for peer, (names, _) in PEERS.items()}
     on_cpu = torch.device(device).type == "cpu"
     if asked is None:
         return [peer for peer in PEERS if not missing[peer] and (on_cpu or peer != "llama.cpp")]
@@ -65,7 +64,7 @@ class Transformers:
 
     @torch.inference_mode()
     def decode(self, images: Tensor, groups: int) -> Tensor:
-        """Images [B, 3, S, S] -> tokens [B, 5 * groups]; self.prefilled: when the first was to be chosen."""
+        """Images [B, 3, S, S] -> tokens [B, 5 * groups]; self.prefilled: when the prefill ended."""
         prompt = torch.tensor(self.language.prompt, device=images.device).expand(len(images), -1)
         image_tokens = self.model.config.text_config.num_image_tokens
         image = prompt.new_full((len(images), image_tokens), self.model.config.image_token_index)
@@ -115,7 +114,8 @@ class LlamaCpp:
         self._set_threads(self.model.ctx, threads, threads)
 
     def decode(self, images: Tensor, groups: int) -> Tensor:
-        """Read a prefix of random tokens, until self.prefilled, and more of them one by one; returns none."""
+        """Read a prefix of random tokens, then more of them one by one. self.prefilled: when the prefix was
+        read. Returns no tokens: they say nothing."""
         generator = torch.Generator().manual_seed(0)
         count = self.prefix + GROUP * groups - 1  # the last one that is chosen is not read
         ids = torch.randint(self.vocab_size, (count,), generator=generator).tolist()

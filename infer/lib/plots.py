@@ -11,11 +11,12 @@ import numpy as np
 from infer.lib.options import check_output
 from model.io.names import shown
 from model.io.writing import atomic_write, explain, open_regular, read_json
-from train.measures import match_boxes, read_coco, run_cocoeval, without_images
+from train.measures import FIGURES, match_boxes, read_coco, run_cocoeval, without_images
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 TRUTH, RIGHT, WRONG, MIDDLE = "#4d4d4d", "#0072b2", "#d55e00", "#009e73"
 MOST_BARS = 27  # in a column of classes
+NEEDED = {*FIGURES, "AP any class", "calibration error", "calibration"}  # of figures.json
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -74,6 +75,8 @@ class Evaluated:
         for key, value in self.figures.items():
             if key != "calibration" and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{folder / 'figures.json'}: {key} is {value!r}, not a number")
+        if missing := NEEDED - self.figures.keys():
+            raise ValueError(f"{folder / 'figures.json'} is not evaluate.py's: it has no {min(missing)!r}")
         self.coco = without_images(read_coco(data), skipped)
         if skipped:
             self.name += f" ({len(skipped)} pictures left out as broken)"
@@ -108,9 +111,7 @@ class Evaluated:
         occurs = np.flatnonzero(precision[0, 0] > -1)
         self.precision = precision[:, :, occurs]  # [IoU, recall, class]
         self.classes = [self.evaluation.params.catIds[k] for k in occurs]  # the category id of each
-        self.names = {
-            category_id: shown(category["name"]) for category_id, category in self.coco.cats.items()
-        }
+        self.names = {i: shown(category["name"]) for i, category in self.coco.cats.items()}
 
 
 # ---- an evaluation -----------------------------------------------------------------------------------------
@@ -262,12 +263,6 @@ def validation_curve(axes, metrics: list[dict]) -> str:
     return f"Validation during training; at the end: {', '.join(last)}."
 
 
-EVALUATION_PLOTS = (
-    precision_recall,
-    score_distribution,
-    boxes_per_image,
-    box_sizes,
-    calibration,
-    ap_per_class,
-)
-RUN_PLOTS = {learning_curve: ("loss",), validation_curve: ("val_loss", "val_mAP")}  # and what they need of it
+EVALUATION_PLOTS = precision_recall, score_distribution, boxes_per_image, box_sizes
+EVALUATION_PLOTS += calibration, ap_per_class
+RUN_PLOTS = {learning_curve: ("loss",), validation_curve: ("val_loss", "val_mAP")}  # one of these is needed

@@ -96,11 +96,11 @@ def evaluate(
     out: Path | None = None,
     skip_broken: bool = False,
 ) -> dict:
-    """All figures of a set, in the first process; in the other processes of torchrun, nothing.
+    """All figures of a set, in the first process; in the other processes of torchrun, {}.
 
     batch_size: None for what memory holds. title: of the progress bar. out: where to keep the predictions.
-    skip_broken: pictures that cannot be used are left out, of what is to be found too; the figures then say
-    which, as "skipped", {image id: what is wrong with it}.
+    skip_broken: leave out pictures that cannot be used, and the objects in them; the figures then have
+    "skipped", {image id: what is wrong with it}.
     """
     coco = read_coco(data, images)
     ids = category_ids(coco, detector.classes, data)
@@ -147,7 +147,7 @@ def predict(
 
     ids: the set's category id of each class. With out, the results of an image are written there as they
     come, and an image whose results are there, whichever process wrote them, is not decoded again.
-    keep_on: after an image that cannot be used; else it is the last.
+    keep_on: go on after an image that cannot be used; else it is the last.
     """
     known = read_predictions(out) if out else {}
     share = sorted(coco.dataset["images"], key=lambda record: record["id"])[rank::world]
@@ -155,23 +155,19 @@ def predict(
     log = open_log(out / f"predictions-{rank}.jsonl") if out else contextlib.nullcontext()
     bar = tqdm(total=len(todo), desc=shown(title), unit="image", leave=False, disable=rank > 0)
     broken = []
+    size = batch_size or detector.fitting_batch()
+
+    def file_of(record: dict) -> Path:
+        return images / record["file_name"]
+
     with log as lines, bar:
-        pictures_of = usable_pictures(
-            todo,
-            lambda record: images / record["file_name"],
-            check_record,
-            batch_size or detector.fitting_batch(),
-            broken,
-            keep_on,
-        )
-        for of_batch, pictures in pictures_of:
+        for of_batch, pictures in usable_pictures(todo, file_of, check_record, size, broken, keep_on):
             for found, record in zip(detector(pictures), of_batch, strict=True):
                 results = known[record["id"]] = to_results(found, record["id"], ids)
                 if lines:
+                    line = json.dumps(dict(image_id=record["id"], results=results))
                     with named(Path(lines.name)):
-                        print(
-                            json.dumps(dict(image_id=record["id"], results=results)), file=lines, flush=True
-                        )
+                        print(line, file=lines, flush=True)
             bar.update(len(pictures))
     faults = {record["id"]: fault for record, fault in broken}
     return [result for record in share for result in known.get(record["id"], [])], faults
@@ -191,10 +187,10 @@ def usable_pictures(
     broken: list[tuple[Any, str]],
     keep_on: bool,
 ) -> Iterator[tuple[list, list[Image.Image]]]:
-    """Up to `size` items and their pictures, again and again. Those whose pictures cannot be read, or are
-    refused by check(item, picture, file), are put into `broken`, with what is wrong.
+    """Batches of up to `size` items and their pictures. Items whose picture cannot be read, or is refused by
+    check(item, picture, file), are added to `broken`, each with what is wrong.
 
-    keep_on: after such a picture; else nothing follows it.
+    keep_on: go on after such a picture; else the batch before it is the last.
     """
     rest = iter(items)
     for batch in read_ahead(map(file_of, items), size):
@@ -212,8 +208,8 @@ def usable_pictures(
 
 
 def check_broken(faults: list[str], count: int, data: Path, skip: bool) -> None:
-    """Name the pictures of a set that cannot be used, and end the program: without `skip`, or if there are
-    none besides. faults: what is wrong with each; count: of all pictures."""
+    """Print which pictures of a set cannot be used. ValueError without `skip`, or if no others are left.
+    faults: what is wrong with each; count: of all pictures of the set."""
     found = name_broken(faults, skip)
     if not skip:
         why = "which would be those of other pictures; --skip-broken measures without what is broken"
@@ -223,7 +219,7 @@ def check_broken(faults: list[str], count: int, data: Path, skip: bool) -> None:
 
 
 def left_out(skipped: int, used: int) -> str:
-    """What is said beside figures about the pictures that they are without."""
+    """A remark beside figures: how many pictures they leave out. "" for none."""
     return f"; {skipped} of {used + skipped} pictures left out as broken" if skipped else ""
 
 

@@ -23,8 +23,8 @@ def make_record(file: Path, image: Image.Image, found: Detections, tokens: bool)
 
 
 def as_lists(records: list[dict], names: list[str], classes: Sequence[str]) -> dict:
-    """COCO's lists of such entries, for train/data/save.py. names: of the pictures. Each box keeps its score,
-    and its mask if it has one; classes are numbered from 1."""
+    """Such entries as COCO's images, annotations and categories, for train/data/save.py. names: file names of
+    the pictures. Each box keeps its score, and its mask if it has one; classes are numbered from 1."""
     images, annotations = [], []
     for i, (record, name) in enumerate(zip(records, names, strict=True), 1):
         images.append(dict(id=i, file_name=name, width=record["width"], height=record["height"]))
@@ -32,7 +32,7 @@ def as_lists(records: list[dict], names: list[str], classes: Sequence[str]) -> d
             x0, y0, x1, y1 = d["box"]
             box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
             ids = dict(id=len(annotations) + 1, image_id=i, category_id=d["class_id"] + 1)
-            mask = {key: d[key] for key in ("segmentation",) if key in d}
+            mask = {"segmentation": d["segmentation"]} if "segmentation" in d else {}
             annotations.append(ids | dict(bbox=box, area=box[2] * box[3], iscrowd=0, score=d["score"]) | mask)
     categories = [dict(id=i, name=name) for i, name in enumerate(classes, 1)]
     return dict(images=images, annotations=annotations, categories=categories)

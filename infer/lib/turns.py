@@ -1,4 +1,4 @@
-"""A side of the benchmark and its turn: passes over the same images, timed."""
+"""The sides of the benchmark, and a turn of one of them: timed passes over the same images."""
 
 import argparse
 import statistics
@@ -18,7 +18,7 @@ from model.decoding.parallel import ParallelDecoder
 from model.io.weights import DTYPES, load_config
 from train.run.processes import peak_memory
 
-LONG = 10  # seconds: a first pass that takes longer counts, as warming up is little of it
+LONG = 10  # seconds: a first pass that takes longer is counted, as little of it is warming up
 PARALLEL = ", parallel"  # after a side's name: its boxes in five steps
 
 
@@ -45,29 +45,29 @@ class Ours:
 
     def decode(self, images: Tensor, groups: int) -> Tensor:
         """Images [B, 3, S, S] -> tokens [B, 5 * groups]; self.prefilled: when the prefill ended."""
-        if groups not in self.decoders:
-            self.decoders[groups] = GroupDecoder(self.model, self.language, groups, head=self.head)
-        return self.decoders[groups](images).tokens.flatten(1)
+        return self._decoder(GroupDecoder, groups)(images).tokens.flatten(1)
 
     def decode_parallel(self, images: Tensor) -> Tensor:
         """All boxes in five steps: tokens [B, 5 * branches]."""
-        if "parallel" not in self.decoders:
-            decoder = ParallelDecoder(self.model, self.language, self.branches, head=self.head)
-            self.decoders["parallel"] = decoder
-        return self.decoders["parallel"](images).tokens.flatten(1)
+        return self._decoder(ParallelDecoder, self.branches)(images).tokens.flatten(1)
+
+    def _decoder(self, kind: type, boxes: int | None) -> GroupDecoder | ParallelDecoder:
+        """Made once: it keeps what it captures and allocates."""
+        if (kind, boxes) not in self.decoders:
+            self.decoders[kind, boxes] = kind(self.model, self.language, boxes, head=self.head)
+        return self.decoders[kind, boxes]
 
 
 def transformers(folder: Path, args: argparse.Namespace) -> Transformers:
     return Transformers(folder, args.device, args.dtype)
 
 
-def llama_cpp(folder: Path, args: argparse.Namespace, int8: bool = False) -> LlamaCpp:
-    file = gguf_file("llama.cpp, int8" if int8 else "llama.cpp", args)
-    return LlamaCpp(file, load_config(folder), len(language_of(folder).prompt), args.groups)
+def llama_cpp(folder: Path, args: argparse.Namespace, name: str = "llama.cpp") -> LlamaCpp:
+    return LlamaCpp(gguf_file(name, args), load_config(folder), len(language_of(folder).prompt), args.groups)
 
 
 def gguf_file(name: str, args: argparse.Namespace) -> Path:
-    """Of a side, llama.cpp's."""
+    """The file that this side, one of llama.cpp's, reads."""
     return args.scratch / f"{'int8' if 'int8' in name else args.dtype}.gguf"
 
 
@@ -77,7 +77,7 @@ SIDES = {
     "ours, compiled": partial(Ours, compiled=True),
     "ours, plain head": partial(Ours, fused_head=False),
     "llama.cpp": llama_cpp,
-    "llama.cpp, int8": partial(llama_cpp, int8=True),
+    "llama.cpp, int8": partial(llama_cpp, name="llama.cpp, int8"),
     "transformers": transformers,
 }
 
@@ -92,15 +92,15 @@ def random_images(folder: Path, batch: int, device: str) -> Tensor:
 
 
 def timed_pass(side, decode: Callable[[], Tensor], device: str) -> tuple[float, float, Tensor]:
-    """Seconds of the prefill, of all, and the tokens."""
+    """Seconds of the prefill, seconds of the whole pass, and its tokens."""
     start = now(device)
     tokens = decode()
     return side.prefilled - start, now(device) - start, tokens
 
 
 def turn(name: str, folder: Path, args: argparse.Namespace) -> Iterator[dict]:
-    """A row for each batch size, number of threads and form: medians of as many passes as --seconds hold.
-    The peak of memory is that of the first pass."""
+    """A row for each batch size, number of threads and form of answer: the medians of passes that are
+    repeated for --seconds. Peak memory is that of loading and of the first pass."""
     side, peak = SIDES[name](folder, args), None
     compiles = name == "ours, compiled" or args.device.startswith("cuda")  # there, graphs are captured
     for batch in [batch for batch in args.batch_size if batch == 1 or side.batches]:

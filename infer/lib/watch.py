@@ -7,7 +7,7 @@ from model.decoding.detections import Detections
 from train.collapse import FEW, REMEDY, SAMPLE, collapse
 
 SIDE = 16  # pixels of the small grey copies by which pictures are compared
-DIFFERENT = 4  # grey levels, of 255: less apart are two copies of one picture; with less in it, it is blank
+DIFFERENT = 4  # grey levels of 255, mean: pictures less apart are copies; one that varies less is blank
 MOSTLY = 0.8  # of the pictures
 
 

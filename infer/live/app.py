@@ -110,13 +110,8 @@ def build(asker: Asker, scenes: Sequence[tuple[str, Image.Image]], selection: Se
         mode.change(follow, mode, [text, form], **private)
         gr.on([go.click, text.submit], ask, [session, mode, text, form, *filters], changed, **one_model)
         quick = private | dict(show_progress="hidden", trigger_mode="always_last")
-        gr.on(
-            [threshold.change, overlap.change, names.input],
-            refilter,
-            [session, names, *filters],
-            view,
-            **quick,
-        )
+        moved = [threshold.change, overlap.change, names.input]
+        gr.on(moved, refilter, [session, names, *filters], view, **quick)
         inside_button.click(look, [session, *filters], [inside, message], **one_model)
     return page.queue(max_size=WAITING)
 

@@ -36,8 +36,8 @@ MAX_PIXELS = 50_000_000  # of an upload; every session keeps its picture, 3 byte
 
 @dataclass(frozen=True)
 class RawAnswer:
-    """An answer of which nothing has been dropped. Detectors call it in place of a Selection, whose arguments
-    its fields are."""
+    """An answer of which nothing has been dropped. Detectors make it in place of a Selection: its fields are
+    the arguments that Selection is called with."""
 
     size: tuple[int, int]
     classes: Sequence[str]
@@ -69,7 +69,7 @@ class RawAnswer:
 
 @dataclass(frozen=True)
 class Session:
-    """What the demo knows for one visitor: a picture, and the last answer about it.
+    """What the demo keeps for one visitor: a picture, and the last answer about it.
 
     name: for people; view: of inside.page.picture; prompts: what was asked; form: of a closed-set answer,
     else None; raw or text: the answer; photograph: whether the picture looks like one to a model that knows
@@ -96,9 +96,8 @@ def open_upload(file: Path) -> Session:
     try:
         with open_image(file) as header:
             if header.width * header.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{header.width} x {header.height} pixels; the demo's limit is {MAX_PIXELS:,}"
-                )
+                size = f"{header.width} x {header.height} pixels"
+                raise ValueError(f"{size}; the demo's limit is {MAX_PIXELS:,}")
         return Session.of(file.name, load_image(file))
     except ValueError as error:
         raise ValueError(str(error).replace(shown(file), shown(file.name))) from error
@@ -110,7 +109,7 @@ class Asker:
     def __init__(self, model: PaliGemma, codec: Callable[[], MaskCodec]):
         self.model, self.read_codec = model, codec
         self.prompter = Prompter(model, MAX_ANSWER_TOKENS)
-        self.decoders = {}  # of each form; a GPU's graph is recorded once
+        self.decoders = {}  # of the form that was asked for last: on a GPU, it keeps its recorded graph
 
     @cached_property
     def codec(self) -> MaskCodec:
@@ -147,8 +146,8 @@ class Asker:
             said = self.model.generate(session.image, text, MAX_ANSWER_TOKENS)
         else:
             [raw] = detect([session.image])
-        seconds = session.seconds | {form if mode == CLOSED_SET else mode: time.perf_counter() - start}
         form = form if mode == CLOSED_SET else None
+        seconds = session.seconds | {form or mode: time.perf_counter() - start}
         [photograph] = are_photographs(self.model, 1)
         answer = dict(prompts=prompts, form=form, raw=raw, text=said, photograph=photograph, seconds=seconds)
         return replace(session, **answer)

@@ -48,12 +48,11 @@ def drawing(session: Session, found: Detections | None) -> str:
     # Large boxes first: a small one inside can be pointed at.
     for i in np.argsort(-areas(found.boxes), kind="stable") if found else ():
         x0, y0, x1, y1 = found.boxes[i]
-        colour = "rgb({},{},{})".format(*class_colour(int(found.class_ids[i])))
+        rgb = class_colour(int(found.class_ids[i]))
+        colour = "rgb({},{},{})".format(*rgb)
         caption = f"{text(found.labels[i])} {found.scores[i]:.2f}"
         frame = f'x="0" y="0" width="{width}" height="{height}"'
-        mask = found.masks and (
-            f'<image {frame} href="{mask_url(found.masks[i], class_colour(int(found.class_ids[i])))}"/>'
-        )
+        mask = found.masks and f'<image {frame} href="{mask_url(found.masks[i], rgb)}"/>'
         top = y0 - 0.3 * size if y0 > 1.3 * size else y0 + 1.1 * size  # above the box, or inside it
         groups.append(
             f'<g class="box" tabindex="0" role="img" aria-label="{caption}">{mask or ""}'

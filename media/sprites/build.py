@@ -56,7 +56,8 @@ class Icons:
         self.numbered = name == "streamline-emojis"  # several drawings of an emoji have numbers
 
     def of_emoji(self, code, words):
-        """The names of this source's drawings of an emoji. words: the names that other sources give it."""
+        """Names of this source's drawings of an emoji, given by its code points. words: the names that other
+        sources have for it."""
         if code in self.renamed:
             return [name for name in self.renamed[code] if self.icon(name)]
         names = [self.chars[code]] if code in self.chars else list(dict.fromkeys(words))

@@ -78,7 +78,7 @@ def test_other_tokens_show(model):
     args = argparse.Namespace(groups=1, dtype="float32", device="cpu")
     rows = benchmark.summary(turns, {1: dict(read=1.0, float32=1.0, int8=1.0)}, model, args)
     assert [row["tokens_equal"] for row in rows] == [True, None, False]
-    assert "other tokens than ours" in benchmark.as_text(rows[-1]).values()
+    assert "other tokens than ours" in benchmark.table_row(rows[-1]).values()
 
 
 def test_sides_in_parallel(model):

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, PlainSteps, apart, call, complaint, load, picture
+from helpers import ROOT, PlainSteps, apart, call, complaint, load, picture, unpack
 from PIL import Image
 
 from infer import explain
-from infer.ablate import without_layer as layer_of_zeros
 from infer.inside import closed_set as inside
 from infer.inside.look import look_inside
-from infer.inside.page import pack, pack_probabilities, page, unpack
+from infer.inside.page import pack, pack_probabilities, page
 from infer.inside.reasons import REASONS, reasons
 from infer.lib.knock_out import without_head, without_layer
 from model.attention import prefix_lm_mask
@@ -232,6 +231,13 @@ def zero_head(model, layer, head):
     model.decoder.layers[layer].attn.o_proj.weight.data[:, H * head : H * (head + 1)] = 0
 
 
+def layer_of_zeros(model, tower, layer):
+    block = getattr(model, tower).layers[layer]
+    for last in ("attn.o_proj", "mlp.down_proj") if tower == "decoder" else ("attn.out_proj", "mlp.fc2"):
+        for weight in block.get_submodule(last).parameters():
+            weight.data.zero_()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
 def test_what_if(tiny, model, image, form):
@@ -244,7 +250,7 @@ def test_what_if(tiny, model, image, form):
     for change in data["what_if"]:
         other = load(model)
         if change["head"] is None:
-            layer_of_zeros(change["tower"], change["layer"])(other)
+            layer_of_zeros(other, change["tower"], change["layer"])
         else:
             zero_head(other, change["layer"], change["head"])
         decoder = closed_set_decoder(other, form, **FORMS[form])
@@ -273,7 +279,7 @@ def test_knocked_out(tiny, model, part):
         zero_head(other, part, 2)
     else:
         missing = without_layer(tiny, *part)
-        layer_of_zeros(*part)(other)
+        layer_of_zeros(other, *part)
     expected = other(images, tokens, 3)
     with missing:
         full = tiny(images, tokens, 3)

@@ -6,12 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import edit_json, load, picture
+from helpers import edit_json, load, picture, unpack
 from PIL import Image
 
 from infer.inside.look import look_inside
 from infer.inside.page import page as html_of
-from infer.inside.page import unpack
 from model.decoding.detections import Selection
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -15,7 +15,7 @@ from PIL import Image
 from infer import ablate, heads, report, tradeoffs
 from infer.lib import predictions
 from infer.lib.draw import place
-from infer.lib.plots import Evaluated, ap_per_class, new_figure
+from infer.lib.plots import NEEDED, Evaluated, ap_per_class, new_figure
 from model.decoding.detections import Detections
 from train.measures import FIGURES
 
@@ -93,7 +93,7 @@ def test_best_and_worst(data, tmp_path):
     results.append(dict(image_id=3, category_id=1, bbox=[90, 70, 5, 5], score=0.9))
     results += [dict(image_id=2, category_id=1, bbox=[0, 0, 3, 3], score=0.01)] * 20
     settings = dict(name="x", data=str(data), images=str(data.parent / "images"))
-    for name, value in (("settings", settings), ("figures", {}), ("results", results)):
+    for name, value in (("settings", settings), ("figures", dict.fromkeys(NEEDED, 0)), ("results", results)):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     e = Evaluated(tmp_path)
     n = len(of_image[1])
@@ -131,6 +131,9 @@ def test_hostile_names(evaluate_data, run_report, data, tmp_path):
     edit_json(figures, lambda content: content.update(images="<script>"))
     code, err = run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page")
     assert code == 1 and "figures.json: images is '<script>', not a number" in err
+    edit_json(figures, lambda content: content.update(images=1) or content.pop("AP50"))
+    code, err = run_report("--eval", tmp_path / "eval", "--out", tmp_path / "page")
+    assert code == 1 and "figures.json is not evaluate.py's: it has no 'AP50'" in err
     edit_json(settings, lambda content: content.pop("name"))
     assert (
         "settings.json is not evaluate.py's ('name')"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import call, write_jsonl
+from helpers import call, edit_json, write_jsonl
 from PIL import Image
 from training import CAT, HEIGHT, LIGHT, WIDTH, broken
 
@@ -40,6 +40,15 @@ def test_round_trip(folder, capsys):
         assert [after.classes[i] for i in labels] == [before.classes[i] for i in old_labels]
         bins = before.sizes[old].repeat(2).numpy() / LOCS
         assert (np.abs(boxes - old_boxes) <= bins / 2 + 1e-9).all()
+
+
+def test_counts_of_one_image(folder, capsys):
+    source = folder / "instances.json"
+    edit_json(source, lambda data: data.update(images=data["images"][:1], annotations=[]))
+    convert.main(["to-jsonl", "--data", str(source), "--out", str(folder / "out.jsonl"), "--absent", "9"])
+    printed = capsys.readouterr()
+    assert "1 lines of 1 images; 0 images without a line" in printed.out
+    assert "1 of 1 images lack fewer" in printed.err
 
 
 @pytest.mark.parametrize("most", [None, 1, 2])

@@ -63,17 +63,11 @@ class CocoIndex:
         ids = sorted(categories)
         names = [record["file_name"].encode() for record in pictures.values()]
         sizes = [[record["width"], record["height"]] for record in pictures.values()]
-        crowd, owners, labels, boxes = 0, [], [], []
         image_rows, category_rows = ({i: row for row, i in enumerate(keys)} for keys in (pictures, ids))
-        for record in annotations.values():
-            if record["iscrowd"]:
-                crowd += 1
-                continue
-            owners.append(image_rows[record["image_id"]])
-            labels.append(category_rows[record["category_id"]])
-            boxes.append(record["bbox"])
-
-        owners, boxes = np.array(owners, np.int64), np.array(boxes, np.float64).reshape(-1, 4)
+        objects = [record for record in annotations.values() if not record["iscrowd"]]
+        owners = np.array([image_rows[record["image_id"]] for record in objects], np.int64)
+        labels = np.array([category_rows[record["category_id"]] for record in objects], np.int64)
+        boxes = np.array([record["bbox"] for record in objects], np.float64).reshape(-1, 4)
         boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)  # x0, y0, x1, y1
         boxes = boxes.clip(0, np.tile(np.array(sizes), 2)[owners])
         order = np.argsort(owners, kind="stable")  # by image, and within it as in the file
@@ -82,14 +76,14 @@ class CocoIndex:
             sizes=np.array(sizes, np.int64),
             offsets=np.searchsorted(owners[order], np.arange(len(pictures) + 1)),
             boxes=boxes[order],
-            labels=np.array(labels, np.int64)[order],
+            labels=labels[order],
             names=np.frombuffer(bytearray(b"".join(names)), np.uint8),
             name_offsets=np.cumsum([0, *map(len, names)]),
         )
         return cls(
             classes=tuple(categories[i]["name"] for i in ids),
             **{name: torch.from_numpy(array).share_memory_() for name, array in arrays.items()},
-            skipped_crowd=crowd,
+            skipped_crowd=len(annotations) - len(objects),
             skipped_degenerate=len(boxes) - len(order),
         )
 
@@ -116,10 +110,9 @@ class CocoDetections(Dataset):
         branches: objects of a picture that are taught in parallel; None: they are taught in sequence.
         flip_vertical: as a part of augment."""
         self.label_of = np.asarray(label_of, np.int64)
-        if self.label_of.shape != (len(index.classes),):
-            raise ValueError(
-                f"label_of must have {len(index.classes)} entries, one for each class of the file"
-            )
+        count = len(index.classes)
+        if self.label_of.shape != (count,):
+            raise ValueError(f"label_of must have {count} entries, one for each class of the file")
         for name, label in zip(index.classes, self.label_of, strict=True):
             if not 0 <= label < len(language.classes):
                 raise ValueError(f"class {name!r} of the file: the model has no class number {label}")

@@ -130,8 +130,8 @@ class JsonlPairs(Dataset):
         return int(self.pictures[item])
 
     def keep(self, items: Sequence[int]) -> None:
-        """Leave out all other items, for which all lines of a picture stay or go; those that stay are
-        numbered anew."""
+        """Leave out all other items and number those that stay anew. All lines of a picture must stay or go
+        together."""
         items = torch.as_tensor(items, dtype=torch.int64)
         self.offsets = self.offsets[items].share_memory_()
         self.pictures = torch.searchsorted(items, self.pictures[items])

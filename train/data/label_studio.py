@@ -18,7 +18,7 @@ def annotated_objects(index: CocoIndex) -> Iterator[tuple[str, tuple, list[tuple
 
 
 def predicted_objects(file: Path) -> Iterator[tuple[str, tuple, list[tuple]]]:
-    """The same of what detect.py writes."""
+    """The same of the boxes in a file of detect.py --json, with their scores."""
     with explain(f"{file} is not what detect.py writes with --json", ValueError, RecursionError, *WRONG_FORM):
         for image in json.loads(file.read_bytes()):
             width, height = (int(image[side]) for side in ("width", "height"))
@@ -29,7 +29,7 @@ def predicted_objects(file: Path) -> Iterator[tuple[str, tuple, list[tuple]]]:
             yield str(image["image"]), (width, height), rows
 
 
-WRONG_FORM = KeyError, TypeError, AttributeError  # what values of another form end in
+WRONG_FORM = KeyError, TypeError, AttributeError  # raised by JSON of another form
 
 
 def studio_box(number: int, size: tuple[int, int], box: list[float], label: str, score: float | None) -> dict:

@@ -27,7 +27,7 @@ from train.data.records import read_records
 
 # The contact sheet: pixels of a cell's side, pairs of cells in a row, pairs at most.
 CELL, PAIRS_PER_ROW, MAX_PAIRS = 160, 4, 24
-HEAD, FRAME = 22, "#9a9a9a"  # pixels above the pairs for what their sides are; around each picture
+HEAD, FRAME = 22, "#9a9a9a"  # pixels above the pairs, for their titles; the line around each picture
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,12 @@ def to_mask(outline: Outline, width: int, height: int) -> np.ndarray:
     with located(outline.where):
         check_label(outline.label)
         if outline.size not in (None, (width, height)):
-            raise ValueError(
-                "the file gives the image {} x {} pixels, it has {} x {}".format(*outline.size, width, height)
-            )
+            given = "{} x {}".format(*outline.size)
+            raise ValueError(f"the file gives the image {given} pixels, it has {width} x {height}")
         mask = np.ascontiguousarray(_pixels(outline.mask, width, height)).astype(bool)
         if mask.shape != (height, width):
-            raise ValueError(
-                f"the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}"
-            )
+            own = "{1} x {0}".format(*mask.shape)
+            raise ValueError(f"the mask has {own} pixels, its image {width} x {height}")
         if not mask.any():
             raise ValueError("the mask is empty")
         if mask.all():

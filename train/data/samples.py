@@ -28,13 +28,13 @@ from torch import Tensor
 from model.decoding.closed_set import GROUP, ClosedSet
 from train.data.targets import Noise, Target, branch_target, closed_set_target
 
-TEXT_MULTIPLE = 16  # to which texts of many lengths are padded, where each costs a compilation
-BRANCH_MULTIPLE = 4  # and so are branches
+TEXT_MULTIPLE = 16  # texts are padded to multiples of it where every new length costs a compilation
+BRANCH_MULTIPLE = 4  # branches are padded to multiples of it
 NOTHING = -1  # the class number of padding among objects
 
 
 def answer_sample(image: np.ndarray, prompt: Sequence[int], target: Target) -> dict[str, Tensor]:
-    """A sample made of uint8 [S, S, 3], the ids of the prompt, and the answer, which ends in eos.
+    """A sample of an image uint8 [S, S, 3], the ids of a prompt, and an answer, which ends in eos.
 
     Labels of weight 0 within the answer are kept: they say which range of ids the position has.
     """
@@ -59,8 +59,11 @@ def closed_set_sample(
     grid: float,
     noise: Noise,
 ) -> dict[str, Tensor]:
-    """A sample of closed-set detection: in sequence, or of that many branches. Boxes are in pixels of a
-    picture of `size`, width and height; image is uint8 [S, S, 3]. grid, noise: see closed_set_target."""
+    """A sample of closed-set detection: in sequence (branches None), or of at most that many branches.
+
+    image: uint8 [S, S, 3]. boxes [n, 4]: in pixels of a picture of `size`, width and height. labels [n]:
+    class numbers. grid, noise: see noise_boxes.
+    """
     if branches is None:
         target = closed_set_target(rng, boxes, labels, *size, language, grid, noise)
         return answer_sample(image, language.prompt, target)
@@ -78,7 +81,8 @@ def closed_set_sample(
 def closed_set_lengths(
     prompt: int, groups: int, objects: int, branches: int | None, noise: Noise
 ) -> tuple[int, int]:
-    """The tokens of prompt and answer, and their last position. objects: the most that a picture has."""
+    """How many tokens prompt and answer have, and their last position. prompt: its tokens; groups: of an
+    answer in sequence; objects: the most that a picture has."""
     if branches is None:
         return prompt + GROUP * groups, prompt + GROUP * groups
     # Each branch has the positions right after the prompt.

@@ -115,7 +115,7 @@ def noise_boxes(
 
 
 def _choose_apart(boxes: np.ndarray, badness: np.ndarray, count: int) -> list[int]:
-    """The rows of `count` boxes, chosen one by one: overlap with those already chosen counts as badness."""
+    """The rows of `count` boxes, the least bad first. Overlap with those already chosen makes a box worse."""
     taken = []
     for _ in range(count):
         taken.append(int(badness.argmin()))
@@ -135,7 +135,8 @@ def closed_set_target(
     grid: float = 0,
     noise: Noise = NANO_NOISE,
 ) -> Target:
-    """Boxes [n, 4] in pixels and labels [n] -> target. Of more than G objects a random G are kept."""
+    """Boxes [n, 4] in pixels and labels [n] -> target. Of more than G objects a random G are kept. grid: see
+    noise_boxes."""
     order = rng.permutation(len(boxes))[: language.groups]
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     real, labels = boxes[order], np.asarray(labels)[order]
@@ -182,16 +183,15 @@ def branch_target(
     grid: float = 0,
     noise: Noise = NANO_NOISE,
 ) -> BranchTarget:
-    """Boxes [n, 4] in pixels and labels [n] -> target. Of more than `limit` objects a random choice is
-    taught."""
+    """Boxes [n, 4] in pixels and labels [n] -> target. Of more than `limit` objects a random `limit` are
+    taught. grid: see noise_boxes."""
     order = rng.permutation(len(boxes))
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)[order]
     objects = np.column_stack((boxes_to_locs(boxes, width, height), np.asarray(labels, np.int64)[order]))
     own, made_up = (noise.boxes, 0) if noise.own else (0, noise.boxes)
     filler = noise_boxes(rng, boxes, made_up, width, height, grid, noise)
-    filler = np.column_stack(
-        (boxes_to_locs(filler, width, height), np.full(made_up, len(language.classes), np.int64))
-    )
+    no_class = np.full(made_up, len(language.classes), np.int64)
+    filler = np.column_stack((boxes_to_locs(filler, width, height), no_class))
     taught = objects[:limit]
     weights = np.ones((len(taught) + made_up, GROUP), np.float32)
     weights[len(taught) :] = 0, 0, 0, 0, noise.weight

@@ -9,12 +9,12 @@ photographs, and of each folder of --test. After any training of the checkpoint 
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from model import PaliGemma
 from model.decoding.batches import network_images
@@ -26,30 +26,20 @@ from train.practice.scenes import make_scene
 from train.practice.write import HELD_OUT_SETS
 from train.run.program import complain, parser, positive, run
 
-CROPS, SHARES = 25, (0.35, 1.0)  # of each photograph; the sides of a crop as shares of its own
+CROPS, SHARES = 25, (0.35, 1.0)  # crops of each photograph; range of their sides, in those of the photograph
 RIDGE = 0.3
 FALSE_ALARMS = 0.005  # of the scenes that set the threshold
-FIRST = {
-    "train": 50_000_000,
-    "development": 100_000,
-}  # scenes that no training and no other decision has seen
+# The first of the scenes, which no training and no other decision has seen.
+FIRST = {"train": 50_000_000, "development": 100_000}
 BATCH = 50
 
 
 @torch.inference_mode()
 def mean_tokens(model: PaliGemma, images: Iterable[Image.Image]) -> np.ndarray:
     """The mean image token of each, float64 [n, D]."""
-    means, batch = [], []
-
-    def encode() -> Tensor:
-        return model.encode(network_images(model, batch)).mean(1)
-
-    for image in images:
-        batch.append(image)
-        if len(batch) == BATCH:
-            means.append(encode())
-            batch.clear()
-    means += [encode()] if batch else []
+    rest = iter(images)
+    batches = iter(lambda: list(islice(rest, BATCH)), [])
+    means = [model.encode(network_images(model, batch)).mean(1) for batch in batches]
     if not means:
         raise ValueError("no pictures")
     return torch.cat(means).double().numpy()
@@ -69,7 +59,7 @@ def photographs(folder: Path) -> Iterator[Image.Image]:
 
 
 def crops(rng: np.random.Generator, images: Iterable[Image.Image]) -> Iterator[Image.Image]:
-    """Of each image itself, and CROPS - 1 parts of it in nearly its form, half of them mirrored."""
+    """Each image, and CROPS - 1 random parts of it with nearly its aspect ratio, half of them mirrored."""
     for image in images:
         yield image
         for _ in range(CROPS - 1):
@@ -81,8 +71,8 @@ def crops(rng: np.random.Generator, images: Iterable[Image.Image]) -> Iterator[I
 
 
 def ridge(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weight [D] and bias that are as near as possible to 1 on the one and to -1 on the other, [n, D] each;
-    both weigh the same, however many they are."""
+    """Weight [D] and bias of a linear test that should give 1 on `positive` and -1 on `negative`, [n, D].
+    Both weigh the same, however many they are."""
     x = np.concatenate((positive, negative))
     mean, deviation = x.mean(0), x.std(0) + 1e-6
     x = np.c_[(x - mean) / deviation, np.ones(len(x))]
@@ -99,12 +89,8 @@ def main() -> None:
     add("--model", default="nano", help="the folder of a checkpoint, or nano")
     add("--photographs", type=Path, required=True, metavar="DIR", help="those that the test is fitted to")
     add("--test", type=Path, nargs="*", default=[], metavar="DIR", help="others, on which it is tried")
-    add(
-        "--count",
-        type=positive,
-        default=2000,
-        help="scenes to fit to, to set the threshold, of held-out sets",
-    )
+    count = "scenes to fit to, and to set the threshold; half as many of each held-out set"
+    add("--count", type=positive, default=2000, help=count)
     args = options.parse_args()
     folder = resolve(args.model)
     check_writable(folder)

@@ -33,10 +33,7 @@ from train.practice.sentences import plural, random_sentences
 from train.run.program import not_negative, parser, run
 
 MAX_TEXT_PIECES = 900  # the trainer may find fewer worth having
-_TAGS = (
-    ["table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td"],
-    ["h1", "h2", "h3", "h4", "h5", "h6", "blockquote"],
-)
+_TABLES, _BLOCKS = "table caption thead tbody tfoot tr th td".split(), "h1 h2 h3 h4 h5 h6 blockquote".split()
 _INLINE = "strong em b i u s sub sup code".split()
 
 
@@ -45,7 +42,7 @@ def special_pieces() -> list[str]:
     pieces = ["<mask>", "<2mass>", "[@BOS@]"] + [f"<unused{i}>" for i in range(99)]
     pieces += ["<start_of_turn>", "<end_of_turn>"]
     pieces += ["\n" * n for n in range(1, 32)] + ["▁" * n for n in range(2, 32)]
-    for tags in (*_TAGS, _INLINE):
+    for tags in (_TABLES, _BLOCKS, _INLINE):
         pieces += [f"<{tag}>" for tag in tags] + [f"</{tag}>" for tag in tags]
     return pieces
 
@@ -109,7 +106,6 @@ def fourier_features(count: int, width: int) -> Tensor:
 def initialise(model: PaliGemma, tokenizer: Tokenizer, seed: int = 0) -> None:
     """Normal weights scaled by fan-in; location embeddings and vision positions start as Fourier features."""
     generator = torch.Generator().manual_seed(seed)
-    depth = {model.vision: model.config.vision.layers, model.decoder: model.config.text.layers}
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fan_in = module.weight[0].numel()
@@ -117,10 +113,10 @@ def initialise(model: PaliGemma, tokenizer: Tokenizer, seed: int = 0) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     # The last matrix of each branch starts small, so that the residual stream keeps its scale.
-    for tower, layers in depth.items():
+    for tower in (model.vision, model.decoder):
         for name, weight in tower.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
-                weight.data *= (2 * layers) ** -0.5
+                weight.data *= (2 * len(tower.layers)) ** -0.5
     width = model.config.text.width
     embed = model.decoder.embed.weight.data
     nn.init.normal_(embed, std=width**-0.5, generator=generator)

@@ -18,8 +18,9 @@ SIDES = (0.72, 1.0)  # of the window, in those of the scene
 
 
 def frame(rng, scene):
-    """The part of a scene in a random window, at the size of the whole. Boxes are the images of the scene's,
-    cut at the edge, and fall between pixels. An object is left out as a whole, or most of it is there."""
+    """The part of a scene in a random window, resized to the whole. Boxes are cut at the window's edge and
+    scaled with it, so that they fall between pixels. At least MIN_LEFT of each object is inside, or nothing,
+    and not all are outside; if TRIES windows fail at that, the scene is returned as it is."""
     size = scene.owner.shape[0]
     pixels = np.bincount(scene.owner.ravel() + 1, minlength=len(scene.labels) + 1)[1:]
     for _ in range(TRIES):
@@ -45,14 +46,13 @@ def frame(rng, scene):
     boxes = np.array([tight_box(inside == k) for k in np.flatnonzero(kept)])
     boxes = (boxes - np.tile(low, 2)) * np.tile(size / sides, 2)
     boxes = boxes.clip(0, size).astype(np.float32)
-    return replace(
-        scene, image=np.asarray(image), boxes=boxes, labels=scene.labels[kept], owner=new_id[owner]
-    )
+    kept_things = dict(boxes=boxes, labels=scene.labels[kept], owner=new_id[owner])
+    return replace(scene, image=np.asarray(image), **kept_things)
 
 
 def develop(rng, image):
     """Light, lens and file: uint8 [H, W, 3] -> the same, with one to three random effects."""
-    effects = [light, light, haze, blur, coarse, noise, vignette, jpeg]
+    effects = [light, light, haze, blur, coarse, noise, vignette, jpeg]  # light is twice as likely
     for k in sorted(rng.choice(len(effects), int(rng.integers(1, 4)), replace=False)):
         image = effects[k](rng, image)
     return image

@@ -1,9 +1,9 @@
 """Two lines that cross 0, 1 or 2 times: small for a person, hard for models ("Vision language models are
 blind", arXiv 2407.06581).
 
-A blue and a red line have two straight parts each, and bend at the same x, as those of
-github.com/ariG23498/fine-tune-paligemma do. So they cross between two of the three x where the one that is
-above has changed. Positions are fractions of the picture's side.
+A blue and a red line have two straight parts each and bend at the same x, as in
+github.com/ariG23498/fine-tune-paligemma. They cross between two neighbours of the three x if another line is
+above at the second than at the first. Positions are fractions of the picture's side.
 """
 
 import numpy as np

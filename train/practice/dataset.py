@@ -43,7 +43,7 @@ def patch_targets(scene: Scene, patch: int, background: int) -> tuple[np.ndarray
 
 
 class PracticeScenes(Dataset):
-    """Endless: item i is scene number first + i.
+    """Endless training scenes: item i is scene number first + i of the split "train".
 
     A sample is one of closed-set detection. With a tokenizer and a mask codec it has PROMPTS_PER_SCENE texts:
     closed-set detection, and random tasks of train/practice/tasks.py. If it is taught in branches, some texts
@@ -74,9 +74,9 @@ class PracticeScenes(Dataset):
         seed = self.first + key[1]
         scene = make_scene(seed, self.size)
         rng = np.random.default_rng([seed, 1])  # another stream than the scene's own
-        shares, drawn = list(TASK_SHARES.values()), ()
+        drawn = ()
         if not self.closed_set:
-            drawn = rng.choice(list(TASK_SHARES), PROMPTS_PER_SCENE - 1, p=shares)
+            drawn = rng.choice(list(TASK_SHARES), PROMPTS_PER_SCENE - 1, p=list(TASK_SHARES.values()))
         size, boxes = scene.owner.shape[::-1], scene.boxes
         grid = float((boxes == boxes.round()).all())  # made-up noise must not be told apart by its fractions
         sample = closed_set_sample(

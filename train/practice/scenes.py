@@ -50,8 +50,8 @@ class Split:
     held_out_sources: bool = False
     held_out_textures: bool = True
     crowding: float = 0.1  # probability that an object is put next to an earlier one
-    framed: float = 0.0  # probability that the edges fall anywhere, and of a camera's effects (camera.py)
-    developed: float = 0.0
+    framed: float = 0.0  # probability that camera.frame cuts a window out of it
+    developed: float = 0.0  # probability of the effects of camera.develop
     surfaces: bool = False  # backgrounds of surfaces.py too
 
 

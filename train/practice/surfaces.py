@@ -32,9 +32,8 @@ def octaves(rng, size, slope, count=7):
 
 def shade(colour, *parts):
     """A colour [3] plus fields [H, W], each times its own colour or number -> uint8 [H, W, 3]."""
-    image = np.asarray(colour, np.float32) + sum(
-        field[..., None] * np.asarray(by, np.float32) for field, by in parts
-    )
+    varied = sum(field[..., None] * np.asarray(by, np.float32) for field, by in parts)
+    image = np.asarray(colour, np.float32) + varied
     return image.clip(0, 255).astype(np.uint8)
 
 
@@ -107,9 +106,8 @@ def litter(rng, size):
     corners = centres + np.stack((long, broad, -long, -broad), 1)  # [count, 4, 2]: diamonds
     picture = Image.fromarray(np.full((size, size, 3), colours[0].clip(0, 255), np.uint8))
     draw = ImageDraw.Draw(picture)
-    for outline, colour in zip(
-        corners.reshape(count, 8).tolist(), colours.clip(0, 255).astype(int).tolist(), strict=True
-    ):
+    outlines, fills = corners.reshape(count, 8).tolist(), colours.clip(0, 255).astype(int).tolist()
+    for outline, colour in zip(outlines, fills, strict=True):
         draw.polygon(outline, fill=tuple(colour))
     if rng.random() < 0.4:
         picture = picture.filter(ImageFilter.BoxBlur(size / 128 * rng.uniform(0.4, 3)))

@@ -24,7 +24,7 @@ MIN_COLOUR_SHARE = 0.55  # of an object's pixels: fewer do not give the object i
 
 
 def colour_of(pixels: np.ndarray) -> str | None:
-    """The name of the colour that most of some pixels, uint8 [n, 3], have; None if no colour prevails."""
+    """The name of the colour that most of these pixels, uint8 [n, 3], have; None if no colour prevails."""
     rgb = pixels.astype(np.float32) / 255
     value, low = rgb.max(1), rgb.min(1)
     chroma = value - low

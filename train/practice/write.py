@@ -37,14 +37,9 @@ WORKERS_FROM = 200  # scenes: fewer are drawn before worker processes have start
 def object_records(scene: Scene) -> Iterator[dict]:
     """What instances.json says about each object, apart from the ids of object and image."""
     for k, (x0, y0, x1, y1) in enumerate(scene.boxes.tolist()):
-        mask = scene.owner == k
-        yield dict(
-            category_id=COCO_IDS[scene.labels[k]],
-            bbox=[x0, y0, x1 - x0, y1 - y0],
-            area=int(mask.sum()),
-            segmentation=to_rle(mask),
-            iscrowd=0,
-        )
+        mask, box = scene.owner == k, [x0, y0, x1 - x0, y1 - y0]
+        shape = dict(area=int(mask.sum()), segmentation=to_rle(mask), iscrowd=0)
+        yield dict(category_id=COCO_IDS[scene.labels[k]], bbox=box) | shape
 
 
 def answer_lines(rng: np.random.Generator, scene: Scene, codec: MaskCodec) -> Iterator[dict]:
@@ -65,8 +60,8 @@ def answer_lines(rng: np.random.Generator, scene: Scene, codec: MaskCodec) -> It
 
 
 class Drawn(Dataset):
-    """Scenes, each drawn and written where it is asked for, in worker processes too: the name of its picture,
-    its objects' records and, with a codec, its lines."""
+    """Scenes that are drawn, and their pictures written, when they are asked for, by worker processes too. An
+    item: the picture's name, the records of its objects and, with a codec, its lines (else none)."""
 
     def __init__(self, folder: Path, count: int, split: str, size: int, seed: int, codec: MaskCodec | None):
         self.folder, self.count, self.split, self.size = folder, count, split, size
@@ -86,12 +81,7 @@ class Drawn(Dataset):
 
 
 def write_coco(
-    out: Path,
-    count: int,
-    split: str = "same",
-    size: int = 128,
-    seed: int = 0,
-    codec: MaskCodec | None = None,
+    out: Path, count: int, split: str = "same", size: int = 128, seed: int = 0, codec: MaskCodec | None = None
 ) -> None:
     """Write OUT/images and OUT/instances.json, and with a codec OUT/answers.jsonl. Nothing is left behind if
     it fails. size: pixels a side; seed: the number of the first scene. OUT must be new or empty."""
@@ -104,11 +94,9 @@ def write_coco(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
         work = Path(partial) / "set"
         (work / "images").mkdir(parents=True)
-        drawn = DataLoader(
-            Drawn(work / "images", count, split, size, seed, codec),
-            batch_size=None,
-            num_workers=min(os.cpu_count() or 1, 8) if count >= WORKERS_FROM else 0,
-        )
+        scenes = Drawn(work / "images", count, split, size, seed, codec)
+        workers = min(os.cpu_count() or 1, 8) if count >= WORKERS_FROM else 0
+        drawn = DataLoader(scenes, batch_size=None, num_workers=workers)
         for i, (name, records, answers) in enumerate(tqdm(drawn, desc=split, unit="scene")):
             images.append(dict(id=i, file_name=name, width=size, height=size))
             for record in records:  # ids from 1: pycocotools takes 0 for "no match"
