@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from infer.lib.knock_out import skip_layer
 from infer.lib.measuring import print_table
 from infer.lib.options import add_device_argument, usable_device
-from infer.lib.plots import RIGHT, WRONG, new_figure, require_matplotlib
+from infer.lib.plots import RIGHT, WRONG, check_plot, new_figure
 from infer.lib.scenes import BATCH, drawn_scenes, evaluate_scenes
 from model import PaliGemma
 from model.attention import attend
@@ -192,7 +192,7 @@ def main() -> None:
 def ablate(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Measure, print and draw; returns {name of a change: its figures}."""
     if args.out:
-        require_matplotlib()
+        check_plot(args.out)
     device = usable_device(args.device)
     model = PaliGemma.from_pretrained(args.model, dtype=torch.float32)
     usual, *changes = changes_of(model)

@@ -4,9 +4,9 @@
     python infer/calibrate.py    # nano, on scenes of the practice set's development split
 
 Fits three numbers (PaliGemmaConfig.calibration) to the boxes that are found in a set of pictures, and writes
-them to the checkpoint's config.json, or to the adapter's detection.json. The order of the boxes, and with it
-mAP, stays. The pictures must be none that the model was trained on, where scores are too high, and none on
-which it will be measured.
+them to the checkpoint's config.json, or to the adapter's detection.json. The order of the boxes stays; mAP
+changes a little, as boxes of one object are averaged by their scores. The pictures must be none that the
+model was trained on, where scores are too high, and none on which it will be measured.
 """
 
 import json

@@ -44,6 +44,8 @@ def main() -> None:
     add_codec_arguments(options)
     add_model_arguments(options)
     args = options.parse_args()
+    if (args.port or 0) > 65535:
+        raise ValueError(f"--port {args.port}: the last one is 65535")
     selection = Selection(args.score_threshold, args.nms_iou)
     if find_spec("gradio") is None:
         raise ValueError('gradio is not installed; install it with: python -m pip install -e ".[demo]"')

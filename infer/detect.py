@@ -46,10 +46,11 @@ from train.run.program import complain, parser, run
 def add_file_arguments(options: argparse.ArgumentParser) -> None:
     """The options of what is read and written."""
     add = options.add_argument
-    add("--image", nargs="+", required=True, metavar="FILE_OR_DIR", help="pictures or folders")
+    several = dict(nargs="+", action="extend")
+    add("--image", **several, required=True, metavar="FILE_OR_DIR", help="pictures or folders")
     add("--json", type=Path, metavar="FILE",
         help="write all boxes there, in place of what it holds; -: print them")  # fmt: skip
-    add("--save", nargs="+", choices=FORMS, default=[], help="write data sets too, OUT/yolo and so on")
+    add("--save", **several, choices=FORMS, default=[], help="write data sets too, OUT/yolo and so on")
     add("--quiet", action="store_true", help="print no table and no progress, complaints only")
     add("--tokens", action="store_true", help="put the raw generated ids into the JSON file")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="folder of the drawn pictures")
@@ -117,14 +118,12 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
     files, complaints = find_images(args.image)
     for message in complaints:
         complain(message, program)
-    check_output(args.json)
     check_folder(args.out, args.overwrite)
     if args.overwrite:
         for form in args.save:
             check_new(args.out / form, replace=True)
     sources = {os.path.realpath(file) for file in files if os.path.isfile(file)}
-    if args.json and os.path.realpath(args.json) in sources:
-        raise ValueError(f"--json {shown(args.json)} is one of the pictures")
+    check_output(args.json, read=sources)
     detector = load_detector(args, masks)
     drawings, records, photographs, finished = Drawings(args.out, sources, args.overwrite), [], [], False
     named = {}  # in the data sets of --save: {name: file}
@@ -146,7 +145,8 @@ def detect_files(args: argparse.Namespace, masks: bool = False) -> int:
                     record, drawn = save_found(file, image, found, drawings, args.tokens)
                     records.append(record)
                     photographs += [file] if found.photograph else []
-                    named[as_text(drawn.stem + file.suffix)] = file
+                    suffix = file.suffix if file.suffix.lower() in SUFFIXES else ".png"  # readers want one
+                    named[as_text(drawn.stem + suffix)] = file
                     watch.add(image, found)
                     bar.clear()
                     print(f"{shown(file)}  {image.width} x {image.height}  ->  {shown(drawn)}")

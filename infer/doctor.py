@@ -42,7 +42,9 @@ def main() -> int:
     add("--ask", choices=["words", "all"], help="for boxes by the names of classes, or in the closed-set "
         "language (default: in words if the model knows any)")  # fmt: skip
     args = options.parse_args()
-    if args.data and args.data.is_dir():
+    if args.count < 2:
+        raise ValueError(f"--count {args.count}: must be at least 2, as pictures are compared")
+    if args.data:
         found = find_data(args.data, args.images, PART_NAMES)
         if found.form not in ("COCO", "JSONL"):
             raise ValueError(

@@ -50,9 +50,9 @@ NOT_IN_PREDICTIONS = ("out", "json", "sets", "data", "images", "part", "device",
 
 def print_figures(name: str, figures: dict) -> None:
     skipped = len(figures.get("skipped", ()))
-    print(f"mAP {figures['AP']:.3f} ({shown(name)}{left_out(skipped, figures['images'])})")
-    others = [key for key in figures if key not in ("AP", "images", "calibration", "skipped")]
-    texts = [f"{key} {figures[key]:.3f}" if figures[key] >= 0 else f"{key} -" for key in others]
+    values = {key: x for key, x in figures.items() if key not in ("images", "calibration", "skipped")}
+    ap, *texts = (f"{key} {x:.3f}" if x >= 0 else f"{key} -" for key, x in values.items())
+    print(f"m{ap} ({shown(name)}{left_out(skipped, figures['images'])})")
     for row in (texts[:5], texts[5:11], texts[11:]):  # precision, recall, ours
         print("   " + "   ".join(row))
 
@@ -107,12 +107,12 @@ def main() -> None:
     options.add_argument("--out", type=Path, metavar="DIR", help=note)
     add_detection_arguments(options)
     args = options.parse_args()
-    check_output(args.json)
     if args.out:
         check_writable(args.out)
     join_torchrun(args)
     parts = [args.part] if args.part else ["test", "val"]
     found = find_data(args.data, args.images, parts) if args.data else None
+    check_output(args.json, read=[found and found.path])
     instances = read_other_form(found)
     if found and (instances or found.path != args.data) and rank_and_world()[0] == 0:
         print(found, file=sys.stderr)

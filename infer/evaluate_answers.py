@@ -118,9 +118,8 @@ def main() -> None:
     add_model_arguments(options)
     add_sampling_arguments(options)
     args = options.parse_args()
-    check_output(args.json)
-    check_output(args.answers, "--answers")
-    check_output(args.sheet, "--sheet")
+    for option in ("json", "answers", "sheet"):
+        check_output(getattr(args, option), f"--{option}", [args.data])
     sampling = sampling_options(args)
     codec = None if args.data else load_codec(args)
     model = load_model(args)

@@ -53,9 +53,7 @@ def main() -> None:
 
 def check(args) -> None:
     """Refuse what cannot be, before the model is loaded."""
-    check_output(args.out, "--out")
-    if args.out.exists() and args.image.exists() and args.out.samefile(args.image):
-        raise ValueError(f"--out {shown(args.out)} is the picture")
+    check_output(args.out, "--out", [args.image])
     if not args.prompt.strip():
         raise ValueError('--prompt is empty; write --prompt "caption en", or leave it out')
     if args.prompt.strip() != PROMPT and (args.decode or args.branches or args.groups):

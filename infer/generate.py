@@ -103,7 +103,7 @@ def converse(speaker: Speaker) -> None:
         try:
             line = input("> ").strip()
             command, _, rest = line.partition(" ")
-            if command == "/image":
+            if command == "/image" and rest:
                 speaker.look(Path(rest.strip()))
             elif line.startswith("/"):
                 print(HELP)
@@ -134,7 +134,7 @@ def main() -> None:
     if args.prompt is None:
         converse(speaker)
     else:
-        speaker.answer(args.prompt)
+        speaker.answer(args.prompt.strip())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 from infer.lib.knock_out import knock_out
 from infer.lib.measuring import print_table
 from infer.lib.options import add_device_argument, usable_device
-from infer.lib.plots import MIDDLE, RIGHT, WRONG, new_figure, require_matplotlib
+from infer.lib.plots import MIDDLE, RIGHT, WRONG, check_plot, new_figure
 from infer.lib.scenes import drawn_scenes, evaluate_scenes
 from model import PaliGemma
 from model.decoding.boxes import boxes_to_locs
@@ -30,7 +30,7 @@ from model.decoding.detector import closed_set_decoder
 from model.io.image import to_network
 from train.practice.scenes import make_scene
 from train.practice.write import HELD_OUT_SETS
-from train.run.program import parser, positive, run
+from train.run.program import not_negative, parser, positive, run
 
 PREDICTED = ("y0", "x0", "y1", "x1", "class")
 KNOCKED_OUT = (1, 2, 4, 8)  # heads
@@ -137,11 +137,11 @@ def main() -> None:
     add("--set", choices=list(HELD_OUT_SETS), default="same", help="held-out practice set")
     add("--count", type=positive, default=500, help="scenes of it")
     add("--out", type=Path, metavar="FILE", help="draw it there")
-    add("--seed", type=int, default=0, help="of which other heads are knocked out")
+    add("--seed", type=not_negative, default=0, help="of which other heads are knocked out")
     add_device_argument(options)
     args = options.parse_args()
     if args.out:
-        require_matplotlib()
+        check_plot(args.out)
     device = usable_device(args.device)
     model = PaliGemma.from_pretrained(args.model, dtype=torch.float32, device=device)
     entropy, on_image, inside, area = where_it_looks(model, args.set, args.count)

@@ -17,7 +17,7 @@ from infer.lib.draw import draw_boxes, framed
 from infer.lib.plots import EVALUATION_PLOTS, RUN_PLOTS, Evaluated, new_figure, points, require_matplotlib
 from model.io.image import load_image
 from model.io.names import shown
-from model.io.writing import each_line, explain, write_lines
+from model.io.writing import atomic_write, each_line, explain, write_lines
 from train.practice.write import HELD_OUT_SETS
 from train.run.program import parser, positive, run
 
@@ -64,7 +64,9 @@ def save_contact_sheet(result: Evaluated, rows: np.ndarray, file: Path) -> None:
             tile.paste(framed(side), (x, TITLE))
             ImageDraw.Draw(tile).text((x, 10), text, font=font, fill="black")
         tiles.append(tile)
-    Image.fromarray(np.concatenate([np.asarray(tile) for tile in tiles])).save(file, quality=90)
+    sheet = Image.fromarray(np.concatenate([np.asarray(tile) for tile in tiles]))
+    with atomic_write(file) as temporary:
+        sheet.save(temporary, "JPEG", quality=90)
 
 
 def save_plot(draw, subject, file: Path) -> str:
@@ -108,6 +110,8 @@ def report_run(folder: Path, out: Path) -> list[str]:
     with explain(f"--run {folder}: its metrics.jsonl cannot be read", OSError, ValueError):
         lines = [line for _, _, line in each_line(folder / "metrics.jsonl")]
         metrics = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be half written
+        if not all(isinstance(line, dict) and "step" in line for line in metrics):
+            raise ValueError("a line has no step")
     parts = ["<h2>training</h2>"]
     for draw, keys in RUN_PLOTS.items():
         if any(points(metrics, key)[0].size for key in keys):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from infer.lib.measuring import print_table, seconds
 from infer.lib.options import add_device_argument, usable_device
-from infer.lib.plots import new_figure, require_matplotlib
+from infer.lib.plots import check_plot, new_figure
 from infer.lib.scenes import drawn_scenes, evaluate_scenes
 from model import PaliGemma
 from model.config import COCO_CLASSES, VARIANTS
@@ -59,7 +59,7 @@ def load_nano() -> tuple[PaliGemma, ClosedSet]:
 
 def early_stop(args: argparse.Namespace) -> None:
     """mAP on held-out scenes, boxes decoded for an image, and images a second, one at a time."""
-    require_matplotlib()
+    check_plot(args.out)
     model, language = load_nano()
     stops = [None] + [EarlyStop(noise, patience) for patience in args.patience for noise in args.noise]
     decoders = [GroupDecoder(model, language, early_stop=stop) for stop in stops]
@@ -99,7 +99,7 @@ def early_stop(args: argparse.Namespace) -> None:
 def growth(args: argparse.Namespace) -> None:
     """Of both forms of decoding: mAP on held-out scenes against the number of boxes, and milliseconds of a
     call against boxes, images and image tokens, each varied alone."""
-    require_matplotlib()
+    check_plot(args.out)
     model, language = load_nano()
     forms = {"in sequence": (GroupDecoder, 12), "in parallel": (ParallelDecoder, model.config.branches)}
 

@@ -22,9 +22,9 @@ def prefix_lm_mask(valid: Tensor, is_suffix: Tensor) -> Tensor:
                                         query 3   x x x x .
                                         query 4   x x x x x
 
-    Another function in its place (model/seam.py) takes and returns the same. It is asked about whole
-    sequences, and in decoding about the slots of the cache that are read, where empty ones are not valid: a
-    row must be what it is without the tokens after it. The window narrows the mask in local layers.
+    A function put in its place (model/seam.py) takes and returns the same. It is called with whole sequences,
+    and in decoding with the slots of the cache, of which the empty ones are not valid: so a row must not
+    depend on later tokens. In local layers the window narrows the mask afterwards.
     """
     block = is_suffix.cumsum(-1)  # [B, S]: the prefix is block 0, every suffix token a block of its own
     return (block[:, None, :] <= block[:, :, None]) & valid[:, None, :]
@@ -33,18 +33,16 @@ def prefix_lm_mask(valid: Tensor, is_suffix: Tensor) -> Tensor:
 def branch_mask(parents: Tensor) -> Tensor:
     """Parents int64 [B, N] -> bool [B, N, N]: True where key s is query t itself or one of its ancestors.
 
-    For answers that branch: of N tokens after a common prefix, each has the token before it in its branch as
-    parent, and the first of a branch itself. Branches do not read each other:
+    The N tokens follow a common prefix. The parent of a token is the one before it in its branch; the first
+    token of a branch is its own parent. A branch has at most four tokens, and reads no other branch:
 
         parents    0 1 0 0 1          token 0 reads 0, 1 reads 1, 2 reads 0 2, 3 reads 0 3, 4 reads 1 4
     """
     ids = torch.arange(parents.shape[1], device=parents.device)
     reads, ancestor = ids[:, None] == ids, parents
-    # The ancestors one, two and four steps up, where a step from the first token stays there: all that a
-    # branch of at most four tokens has.
-    for _ in range(3):
+    for _ in range(3):  # one step up each time, from the first token of a branch to itself
         reads = reads | (ancestor[..., None] == ids)  # [B, N, N]
-        ancestor = ancestor.gather(1, ancestor)
+        ancestor = parents.gather(1, ancestor)
     return reads
 
 
@@ -93,15 +91,15 @@ def attend(
     """Softmax attention: q [B, T, N, H], k and v [B, K, S, H] -> [B, T, N, H].
 
     Query heads j * N/K to (j + 1) * N/K - 1 share kv head j. mask: bool [B, T, S], True where reading is
-    allowed; None: everywhere (the vision tower); or a BlockMask of model/flex.py, which no other function is
+    allowed; None: everywhere (the vision tower); or a BlockMask of model/flex.py, which only this function is
     given. cap: scores become cap * tanh(scores / cap).
 
-    Another function in its place (model/seam.py) takes and returns the same. q and k come rotated and not
-    scaled. In decoding T is 1, or the number of branches, and S counts the slots of the cache that are read,
-    of which the mask leaves out the empty ones. For answers to be the same with a cache as without, a query's
-    output must not depend on other queries, nor a row of the batch on another. Its weights are recorded by
-    passing an identity matrix [S, S] as the values of each head, so it must be linear in v, whose width may
-    differ.
+    A function put in its place (model/seam.py) takes and returns the same. q and k are rotated, but not
+    scaled. In decoding, T is 1 or the number of branches, S is the number of cache slots that are read, and
+    the mask excludes the empty ones. For answers to be the same with a cache as without, the output for a
+    query must not depend on other queries or on other rows of the batch. Weights are recorded by passing an
+    identity matrix [S, S] as the values of each head: so the function must be linear in v and accept any
+    width of v.
     """
     training_on_cpu = q.requires_grad and q.device.type == "cpu"  # where the fused kernel's gradient is slow
     if mask is None and cap is None and not training_on_cpu:  # the vision tower: one fused kernel does it
@@ -126,6 +124,5 @@ def attend(
         scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)  # [B, K, N/K, T, S]
     out = weights.view(B, K, -1, weights.shape[-1]) @ v  # [B, K, N/K * T, H]
-    return (
-        out.view(B, K, N // K, T, -1).permute(0, 3, 1, 2, 4).reshape(B, T, N, -1)
-    )  # heads side by side again
+    out = out.view(B, K, N // K, T, -1).permute(0, 3, 1, 2, 4)  # [B, T, K, N/K, H]
+    return out.reshape(B, T, N, -1)

@@ -19,7 +19,7 @@ class KVCache:
     """Room for `slots` positions of every layer, filled from the left.
 
     Rows of a batch may have different lengths: padding fills a slot, but is not `valid` and has no position.
-    whole: steps read all slots.
+    whole: steps read all slots, used or not.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class KVCache:
         # The newest token's slot. A graph would keep a Python number as it was at the capture; this one it
         # reads from memory at every replay.
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self.slots: Tensor | None = None  # of the newest tokens; None after the prefill
+        self.new_slots: Tensor | None = None  # of the newest tokens; None after the prefill
         self.used = self.prefix = 0  # slots in use, and of the prefix
         self.whole = whole
 
@@ -48,41 +48,41 @@ class KVCache:
         """Forget everything, and take the first T slots for tokens with valid and positions [B, T]."""
         T = valid.shape[1]
         self.used = self.prefix = self._room_for(T)
-        self.slots = None
+        self.new_slots = None
         self._valid.zero_()[:, :T] = valid
-        # A slot that is not valid has weight 0, but 0 times a NaN that an earlier batch left there is NaN.
+        # A slot that is not valid gets weight 0, but 0 times a NaN left there by an earlier batch is NaN.
         self.values[:, :, :, T:].zero_()
         self._positions[:, :T] = positions
         self.last.copy_(positions.amax(-1, keepdim=True))
         self.slot.fill_(T - 1)
 
     def extend(self, count: int = 1) -> Tensor:
-        """Take the next slots for `count` tokens of every sequence; returns their positions [B, count].
+        """Take the next slots for `count` tokens of every sequence; returns their positions int64 [B, count].
 
-        Several tokens belong to branches, not to one text: all of them have the next position.
+        Several tokens are one each of several branches: all of them have the next position.
         """
         self.used = self._room_for(self.used + count)
-        self.slots = self.slot + torch.arange(1, count + 1, device=self.slot.device)
+        self.new_slots = self.slot + torch.arange(1, count + 1, device=self.slot.device)
         self.slot += count
         self.last += 1
         positions = self.last.expand(-1, count)
-        self._valid.index_fill_(1, self.slots, True)
-        self._positions.index_copy_(1, self.slots, positions)
+        self._valid.index_fill_(1, self.new_slots, True)
+        self._positions.index_copy_(1, self.new_slots, positions)
         return positions
 
     @property
     def slots_read(self) -> int:
         """How many slots, from the left, the newest tokens read: S."""
-        return self.keys.shape[3] if self.whole and self.slots is not None else self.used
+        return self.keys.shape[3] if self.whole and self.new_slots is not None else self.used
 
     @property
     def valid(self) -> Tensor:
-        """bool [B, S]: the slots that hold a token, not padding or nothing."""
+        """bool [B, S]: the slots that hold a token, neither empty nor padding."""
         return self._valid[:, : self.slots_read]
 
     @property
     def positions(self) -> Tensor:
-        """int64 [B, S]"""
+        """int64 [B, S]: of the tokens in the slots, from 1; undefined where a slot is not valid."""
         return self._positions[:, : self.slots_read]
 
     @property
@@ -98,30 +98,30 @@ class KVCache:
 
     def of_layers(self) -> list["LayerCache"]:
         """What each layer writes and reads, as of now."""
-        layers = range(len(self.keys))  # indexed, as autograd lets nobody write to what iteration yields
-        return [LayerCache(self.keys[i], self.values[i], self.slots, self.slots_read) for i in layers]
+        layers = range(len(self.keys))  # indexed: autograd forbids writing to the views that iteration yields
+        return [LayerCache(self.keys[i], self.values[i], self.new_slots, self.slots_read) for i in layers]
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """A layer's part of a KVCache. Nothing in it says which layer: compiled for one, a block serves all.
+    """A layer's part of a KVCache. It does not say which layer, so a block compiled for one serves all.
 
-    keys, values [B, K, all slots, H]; slots int64 [T]: of the newest tokens, None in the prefill, whose T is
-    S; slots_read: S.
+    keys, values [B, K, all slots, H]; new_slots int64 [T]: those of the newest tokens, None in the prefill,
+    where T = S; slots_read: S.
     """
 
     keys: Tensor
     values: Tensor
-    slots: Tensor | None
+    new_slots: Tensor | None
     slots_read: int
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, K, T, H] into the slots just taken; returns what the queries read, [B, K, S, H]."""
         keys, values = self.keys[:, :, : self.slots_read], self.values[:, :, : self.slots_read]
-        if self.slots is None:
+        if self.new_slots is None:
             keys.copy_(k)
             values.copy_(v)
         else:  # a step, which a graph may replay: the slots are read on the device
-            keys.index_copy_(2, self.slots, k)
-            values.index_copy_(2, self.slots, v)
+            keys.index_copy_(2, self.new_slots, k)
+            values.index_copy_(2, self.new_slots, v)
         return keys, values

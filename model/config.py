@@ -17,8 +17,8 @@ COCO_CLASSES = tuple(
 )
 MAX_CLASSES = 98  # class c is the token <unused c>, noise the one after: Gemma has <unused0> to <unused98>
 
-# Far above every real model. A damaged file must be refused before memory is asked for or a loop is entered:
-# with these, the size of every tensor still fits in 63 bits.
+# Far above every real model. A damaged file must be refused before memory is allocated or a loop is entered;
+# within these limits the size of every tensor fits in 63 bits.
 MAX_SIZE = 1 << 20  # widths, vocabulary, positions
 MAX_LAYERS = 1000
 MAX_IMAGE_SIZE, MAX_IMAGE_TOKENS, MAX_CHANNELS = 1 << 13, 1 << 16, 16
@@ -32,7 +32,7 @@ def _check(condition, config, name, why):
 
 
 def is_number(value) -> bool:
-    """Whether a value of a JSON file is a finite number; true and 10**400 are none."""
+    """Whether a JSON value is a number of magnitude MAX_NUMBER or less: no boolean, NaN or infinity."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
@@ -69,13 +69,11 @@ class VisionConfig:
         _check_positive(self, "image_size", "patch_size", most=MAX_IMAGE_SIZE)
         _check_positive(self, "channels", most=MAX_CHANNELS)
         _check_positive(self, "norm_eps", kind=int | float, most=1)
-        below = max(1, self.image_size // self.patch_size) * self.patch_size
-        nearest = f"the nearest are {below} and {below + self.patch_size}"
-        why = f"not a multiple of patch_size {self.patch_size}; {nearest}"
-        _check(self.image_size % self.patch_size == 0, self, "image_size", why)
-        many = (
-            f"{self.tokens:,} patches of {self.patch_size} pixels are too many: at most {MAX_IMAGE_TOKENS:,}"
-        )
+        patch = self.patch_size
+        below = max(1, self.image_size // patch) * patch
+        why = f"not a multiple of patch_size {patch}; the nearest are {below} and {below + patch}"
+        _check(self.image_size % patch == 0, self, "image_size", why)
+        many = f"{self.tokens:,} patches of {patch} pixels are too many: at most {MAX_IMAGE_TOKENS:,}"
         _check(self.tokens <= MAX_IMAGE_TOKENS, self, "image_size", many)
         _check_multiple(self, "width", "heads")
 
@@ -96,8 +94,8 @@ class TextConfig:
     kv_heads: int
     head_dim: int
     mlp: int
-    # A field of its own, because it is not always head_dim ** -0.5: the 28B was trained with
-    # (width / heads) ** -0.5 = 144 ** -0.5, although its head_dim is 128.
+    # Not always head_dim ** -0.5: the 28B was trained with (width / heads) ** -0.5 = 144 ** -0.5, although
+    # its head_dim is 128.
     query_scale: float
     attn_cap: float | None = None  # attention scores become cap * tanh(score / cap)
     final_cap: float | None = None  # and so do the logits
@@ -128,6 +126,8 @@ FORMS = "sequence", "parallel"  # of closed-set answers: one box after the other
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
+    """Both towers, the special ids, and what the model was taught to detect."""
+
     vision: VisionConfig
     text: TextConfig
     # Never fed to the network: it only marks the image's place in transformers' prompts.
@@ -136,9 +136,10 @@ class PaliGemmaConfig:
     eos: int = 1
     pad: int = 0
     groups: int = 51  # boxes in a closed-set answer
-    answers: str = "sequence"  # which of FORMS closed-set answers were taught in
-    branches: int = BRANCHES  # boxes decoded in parallel, unless others are asked for
-    # (a, b, c): of parallel boxes of score s, sigmoid(a ln s - b ln(1 - s) + c) are right. None: s itself
+    answers: str = "sequence"  # one of FORMS: how closed-set answers were taught
+    branches: int = BRANCHES  # boxes decoded in parallel by default
+    # (a, b, c): of parallel boxes with score s, sigmoid(a ln s - b ln(1 - s) + c) is the share that is right.
+    # None: s itself
     calibration: tuple[float, float, float] | None = None
     classes: tuple[str, ...] = field(default=COCO_CLASSES, repr=False)
     open_vocabulary: bool = True  # False: it knows no words except its classes, like nano
@@ -169,8 +170,8 @@ class PaliGemmaConfig:
         _check_positive(self, "image_token")
 
     def override(self, **changes) -> "PaliGemmaConfig":
-        """A copy with fields replaced wherever they live, e.g. override(attn_cap=None, groups=20). Of the
-        vision tower there is only image_size, which lengthens the sliding window too."""
+        """A copy with fields of this config or of `text` replaced, e.g. override(attn_cap=None, groups=20).
+        Of the vision tower, only image_size can be changed: see at_image_size."""
         config = self.at_image_size(changes.pop("image_size")) if "image_size" in changes else self
         for name, value in changes.items():
             if name in _OWN_FIELDS:
@@ -185,10 +186,9 @@ class PaliGemmaConfig:
     def at_image_size(self, image_size: int) -> "PaliGemmaConfig":
         """A copy for images of another size.
 
-        The window of the local layers grows by the image tokens that are added: a token of the answer then
-        has no more of them out of its reach than at the old size. Nano's window, 112 positions, would end in
-        the middle of an image of 224 px; an official one, 4,096, above 896 px. It does not shrink for smaller
-        images, of which it leaves out less.
+        The local layers' window grows by the number of image tokens added, so that no more of them are out of
+        an answer token's reach than at the old size: nano's window of 112 positions would end in the middle
+        of an image of 224 px, the official one of 4,096 above 896 px. It does not shrink for smaller images.
         """
         vision = replace(self.vision, image_size=image_size)
         added = max(0, vision.tokens - self.vision.tokens)

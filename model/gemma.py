@@ -18,7 +18,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, of model/attention.py
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight): a weight of zero leaves the scale as it is.
 
-    In float32 whatever comes in: 1 + weight in bfloat16 would be a multiple of 1/128.
+    Always computed in float32: 1 + weight in bfloat16 would be a multiple of 1/128.
     """
 
     def __init__(self, width: int, eps: float):
@@ -31,13 +31,13 @@ class RMSNorm(nn.Module):
         scale = 1 + self.weight.float() if self.scale is None else self.scale
         return F.rms_norm(x.float(), self.weight.shape, scale, self.eps).to(x.dtype)
 
-    def _apply(self, *args, **kwargs):  # PyTorch's, of .to() and its like: the weight moves, or is rounded
+    def _apply(self, *args, **kwargs):  # called by .to() and its like: the weight may move or be rounded
         self.scale = None
         return super()._apply(*args, **kwargs)
 
 
 def at(x: Tensor, only: Tensor) -> Tensor:
-    """[B, T, ...], one position of each row [B] -> [B, 1, ...]"""
+    """[B, T, ...] and one position of each row, int64 [B] -> [B, 1, ...]"""
     return x[torch.arange(len(x), device=x.device), only][:, None]
 
 
@@ -64,15 +64,18 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(-2))  # [B, T, D]
 
     def _projected(self, x: Tensor, rope: Rope, only: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]; q and k rotated."""
+        """[B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]; q and k rotated. only [B]: q [B, 1, N, H] of
+        these positions."""
         heads = (-1, self.head_dim)
         if self.qkv_proj is not None:
             split = (self.heads + self.kv_heads, self.kv_heads)
             qk, v = self.qkv_proj(x).unflatten(-1, heads).split(split, dim=2)
             q, k = self.rotate(qk, rope).split((self.heads, self.kv_heads), dim=2)
             return q if only is None else at(q, only), k, v
-        readers, q_rope = (x, rope) if only is None else (at(x, only), (at(rope[0], only), at(rope[1], only)))
-        q = self.rotate(self.q_proj(readers).unflatten(-1, heads), q_rope)
+        queries, q_rope = x, rope
+        if only is not None:
+            queries, q_rope = at(x, only), tuple(at(part, only) for part in rope)
+        q = self.rotate(self.q_proj(queries).unflatten(-1, heads), q_rope)
         k = self.rotate(self.k_proj(x).unflatten(-1, heads), rope)
         return q, k, self.v_proj(x).unflatten(-1, heads)
 
@@ -156,7 +159,7 @@ class Gemma(nn.Module):
         """
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)  # once for all layers
         caches = [None] * len(self.layers) if cache is None else cache.of_layers()
-        run = Block.__call__ if cache is None or cache.slots is None else self.run_step
+        run = Block.__call__ if cache is None or cache.new_slots is None else self.run_step
         *blocks, last = self.layers
         for i, block in enumerate(blocks):
             x = run(block, x, rope, masks[i % 2], caches[i])

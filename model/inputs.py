@@ -1,4 +1,4 @@
-"""What the network is given, refused with words where it would be misread."""
+"""Checks of the network's inputs: what it would misread without an error is refused with words."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,7 @@ from model.config import PaliGemmaConfig
 
 
 def check_images(images: Tensor, config: PaliGemmaConfig) -> None:
-    """Refuse images that the vision tower would misread: bytes, or the same number of patches in another
-    shape."""
+    """Refuse images that are not float [B, channels, S, S] with the config's S."""
     if not images.is_floating_point():
         raise ValueError(f"images are {_form(images)}, the model takes floats in [-1, 1]: pixels / 127.5 - 1")
     shape = [config.vision.channels, config.vision.image_size, config.vision.image_size]

@@ -23,9 +23,9 @@ TARGETS = {  # regular expressions for full paths of modules, such as decoder.la
 class LoRALinear(nn.Module):
     """Replaces a Linear: x W^T + b + scale * dropout(x) A^T B^T. It holds the Linear's own W and b.
 
-    A [rank, in] starts random and B [out, rank] at zero, so at first nothing changes. Both are float32
-    whatever W is, so that small steps are not rounded away; they compute in the dtype of x. scale: alpha /
-    rank, or with rsLoRA (arXiv 2312.03732) alpha / sqrt(rank).
+    A [rank, in] starts random and B [out, rank] at zero, so at first nothing changes. Both are float32,
+    whatever the dtype of W, so that small steps are not rounded away; they compute in the dtype of x. scale:
+    alpha / rank, or with rsLoRA (arXiv 2312.03732) alpha / sqrt(rank).
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):

@@ -38,7 +38,7 @@ class PaliGemma(nn.Module):
         self.decoder = Gemma(config.text)
         self.mask = prefix_lm_mask  # or what model/seam.py puts in its place
         self.folder: Path | None = None  # where it was loaded from
-        self.photograph_test = None  # of model/decoding/photographs.py, on checkpoints that know none
+        self.photograph_test = None  # set by model/decoding/photographs.py
 
     # ---- training: image and text at once ------------------------------------------------------------------
 
@@ -70,9 +70,9 @@ class PaliGemma(nn.Module):
         return self.decoder(x, positions, masks)[:, image_tokens.shape[1] :]
 
     def read_branches(self, image_tokens: Tensor, prompt: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens [B, P, D], a prompt [T], and K branches of N tokens, int64 [B, K, N], each of which
-        follows the prompt as if there were no other -> hidden states at the end of the prompt [B, D] and of
-        the branches [B, K, N, D]. N is at most 4 (attention.branch_mask)."""
+        """Image tokens [B, P, D], a prompt int64 [T], and K branches of N tokens, int64 [B, K, N] -> hidden
+        states at the end of the prompt [B, D] and of the branches [B, K, N, D]. Each branch follows the
+        prompt as if it were the only one. N is at most 4 (attention.branch_mask)."""
         (B, P, D), (K, N) = image_tokens.shape, branches.shape[1:]
         start, ids = P + len(prompt), torch.arange(K * N, device=prompt.device)
         positions = torch.cat((torch.arange(1, start + 1, device=prompt.device), start + 1 + ids % N))[None]
@@ -82,7 +82,8 @@ class PaliGemma(nn.Module):
         return hidden[:, start - 1], hidden[:, start:].view(B, K, N, D)
 
     def _branch_masks(self, positions: Tensor, start: int, N: int) -> tuple:
-        """_masks of `start` tokens that all read and branches of N tokens each; positions [B, S]."""
+        """The masks of read_branches, as `_masks` returns them: `start` tokens of image and prompt, then
+        branches of N tokens each. positions int64 [B, S]."""
         window, is_suffix = self.config.text.sliding_window, positions > start
         ids = torch.arange(positions.shape[1] - start, device=positions.device)
         if self._is_fused(positions):
@@ -91,7 +92,7 @@ class PaliGemma(nn.Module):
             branch = F.pad(ids // N + 1, (start, 0)).expand_as(positions)
             there = torch.ones_like(is_suffix)
             return tuple(block_mask(there, is_suffix, positions, width, branch) for width in (window, None))
-        # The prefix is read as by the first token of a text after it, which is one more row.
+        # Each branch token reads of the prefix what the first token of an answer reads: one more row.
         first = torch.arange(start + 1, device=positions.device)[None] == start
         reads = self.mask(torch.ones_like(first), first)[..., :start]  # [1, start + 1, start]
         own = branch_mask(torch.where(ids % N > 0, ids - 1, ids)[None])  # [1, K * N, K * N]
@@ -155,10 +156,7 @@ class PaliGemma(nn.Module):
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token [B] to every sequence of the cache; returns its hidden state [B, D]."""
         positions = cache.extend()  # [B, 1]
-        mask = self._newest_rows(cache)  # [B, 1, S]
-        is_suffix = torch.ones_like(positions, dtype=torch.bool)
-        local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
-        return self.decoder(self.decoder.embed_tokens(tokens[:, None]), positions, (local, mask), cache)[:, 0]
+        return self._decode(tokens[:, None], positions, self._newest_rows(cache), cache)[:, 0]
 
     def step_branches(self, tokens: Tensor, parents: Tensor, cache: KVCache) -> Tensor:
         """Append one token to each of K branches, tokens [B, K]; returns their hidden states [B, K, D].
@@ -171,15 +169,20 @@ class PaliGemma(nn.Module):
         prefix = self._newest_rows(cache)[..., : cache.used - N].expand(-1, K, -1)
         mask = torch.cat((prefix, branch_mask(parents)[:, -K:]), dim=-1)
         mask = F.pad(mask, (0, cache.slots_read - mask.shape[-1]))  # [B, K, S]: later slots hold nothing
+        return self._decode(tokens, positions, mask, cache)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+        """The tokens that the cache took last, their positions [B, T], their mask [B, T, S] -> hidden states
+        [B, T, D]."""
         is_suffix = torch.ones_like(positions, dtype=torch.bool)
         local = window_mask(mask, positions, cache.positions, is_suffix, self.config.text.sliding_window)
         return self.decoder(self.decoder.embed_tokens(tokens), positions, (local, mask), cache)
 
     def _newest_rows(self, cache: KVCache) -> Tensor:
-        """bool [B, 1 or T, S]: what the T tokens that the cache took last may read, as those of one text."""
+        """bool [B, 1 or T, S]: what the T tokens that the cache took last may read, if they are one text."""
         if self.mask is prefix_lm_mask:
             return cache.valid[:, None]  # whatever was read before, and the token itself
-        return self.mask(cache.valid, cache.is_suffix)[:, cache.slots]
+        return self.mask(cache.valid, cache.is_suffix)[:, cache.new_slots]
 
     # ---- the seam ------------------------------------------------------------------------------------------
 
@@ -191,9 +194,9 @@ class PaliGemma(nn.Module):
 
     @cached_property
     def tokenizer(self):
-        """The model.io.tokenizer.Tokenizer of the folder that the model was loaded from. Read when it is
-        first asked for; another may be assigned. The embedding may have more rows than it has ids, as that of
-        official checkpoints has, but not fewer."""
+        """The model.io.tokenizer.Tokenizer of the folder that the model was loaded from, read at its first
+        use; another may be assigned. The embedding may have more rows than the tokenizer has ids, as in
+        official checkpoints, but not fewer."""
         from model.io.tokenizer import Tokenizer
 
         if self.folder is None or not (self.folder / "tokenizer.model").exists():
@@ -201,10 +204,10 @@ class PaliGemma(nn.Module):
             raise ValueError(f"{self.folder or 'the model'} has no tokenizer.model: {how}")
         tokenizer, rows = Tokenizer(self.folder), self.config.text.vocab_size
         if tokenizer.size > rows:
-            why = (
-                f"{tokenizer.size:,} ids, locations and codes of masks included, the embedding {rows:,} rows"
+            raise ValueError(
+                f"{self.folder / 'tokenizer.model'} is of another checkpoint: it has {tokenizer.size:,} ids, "
+                f"locations and codes of masks included, the embedding {rows:,} rows"
             )
-            raise ValueError(f"{self.folder / 'tokenizer.model'} is of another checkpoint: it has {why}")
         return tokenizer
 
     @torch.inference_mode()

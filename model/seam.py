@@ -5,10 +5,10 @@
         model(images, tokens, prefix_len)
     maps[0]    # of the first layer: float [B, N, T, S]
 
-Every layer calls the function that its `attend` holds, `attention.attend` unless another was put there, and
-the decoder's mask is whatever the model's `mask` makes of a sequence, `attention.prefix_lm_mask` likewise.
-What is asked of such functions stands in the docstrings of these two. The decoder's layers hold their
-rotation, too (`rotate`); infer/ablate.py has examples of all three.
+Every layer calls the function in its attribute `attend` (by default attention.attend), and the decoder's mask
+comes from the function in the model's attribute `mask` (by default attention.prefix_lm_mask). The docstrings
+of these two say what a replacement must do. The decoder's layers also hold their rotation (`rotate`);
+infer/ablate.py replaces all three.
 
 Axes: B batch, N query heads, T query, S key.
 """
@@ -28,8 +28,8 @@ TOWERS = ("text", "vision", "both")
 
 
 def find_function(name: str | Callable) -> Callable:
-    """A function itself, or the one that "package.module:function" names. Modules of the working folder are
-    found, too. ValueError in one line if there is none."""
+    """The function named "package.module:function"; a function is returned as it is. Modules of the working
+    folder are found, too. ValueError if there is no such function."""
     if callable(name):
         return name
     module, colon, function = name.partition(":")
@@ -55,21 +55,31 @@ def attention_layers(model: nn.Module, tower: str = "text") -> list[nn.Module]:
 
 
 def replace_attention(model: nn.Module, attention: str | Callable, tower: str = "text") -> None:
-    """Let every layer of a tower call another function than attention.attend."""
+    """Let every layer of a tower call another attention function, given by itself or by name."""
     function = find_function(attention)
     for layer in attention_layers(model, tower):
         layer.attend = function
 
 
 @contextlib.contextmanager
-def record_attention(model: nn.Module, tower: str = "text") -> Iterator[dict[int, Tensor]]:
-    """Inside, each pass through the model leaves its weights in the dict: {layer: [B, N, T, S]}.
+def attention_restored(layers: list[nn.Module]) -> Iterator[None]:
+    """Inside, layers may be given other attention functions; afterwards they have their own again."""
+    before = [layer.attend for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, function in zip(layers, before):
+            layer.attend = function
 
-    A decoding step is a pass too; with a cache, S are the slots it reads. What an attention makes of the rows
-    of an identity matrix as values are the weights themselves, however it comes by them.
+
+@contextlib.contextmanager
+def record_attention(model: nn.Module, tower: str = "text") -> Iterator[dict[int, Tensor]]:
+    """Inside, each pass through the model leaves its attention weights in the dict: {layer: [B, N, T, S]}.
+
+    A decoding step is a pass too; with a cache, S counts the slots that it reads. The weights are what the
+    attention function returns for an identity matrix as values, however it computes them.
     """
     layers, maps = attention_layers(model, tower), {}
-    before = [layer.attend for layer in layers]
 
     def recorder(i: int, function: Callable) -> Callable:
         def recorded(q, k, v, mask, scale, cap=None):
@@ -79,15 +89,12 @@ def record_attention(model: nn.Module, tower: str = "text") -> Iterator[dict[int
 
         return recorded
 
-    try:
+    with attention_restored(layers):
         for i, layer in enumerate(layers):
-            layer.attend = recorder(i, before[i])
+            layer.attend = recorder(i, layer.attend)
         yield maps
-    finally:
-        for layer, function in zip(layers, before):
-            layer.attend = function
 
 
 def is_own(model: nn.Module) -> bool:
-    """Whether the decoder's attention is this project's own in all layers, which alone knows fused forms."""
+    """Whether all layers of the decoder call this project's own `attend`, the only one with a fused form."""
     return all(layer.attend is attend for layer in attention_layers(model))

@@ -47,6 +47,7 @@ LATE = [  # the only imports inside functions: (importer, imported)
     (r"infer\.generate", r"readline"),  # Windows has none
     (r"infer\.live\.app", r"gradio"),
     (r"train\.run\.log", r"torch\.utils\.tensorboard"),
+    (r"train\.run\.processes", r"resource"),  # Windows has none
     (r"infer\.(lib\.peers|benchmark_step)", r"(transformers|peft|llama_cpp|gguf)(\..+)?"),
 ]
 

@@ -1,12 +1,11 @@
 """Teaching closed-set detection in parallel: every object is a branch of its own after image and prompt.
 
-So the order of the objects has nothing to teach, and each has four locations and a class to learn. What the
-class token is for, to tell good boxes from bad ones, it learns from the model's own boxes: some are drawn
-from the current weights, and the class of such a box is that of the object that it overlaps most with a
-probability f, and noise with 1 - f. f is the share of COCO's ten IoU thresholds that the overlap reaches. So
-a score becomes the precision that can be expected of this very box, and noise is what this very model gets
-wrong, which nobody can make up. Two boxes of one object are both worth their f: a branch knows nothing of the
-others, so removing duplicates is left to NMS.
+So there is no order of objects to learn, only four locations and a class for each of them. The class token
+must tell good boxes from bad ones, and learns it from the model's own boxes, drawn from the current weights.
+The class of such a box is, with probability f, that of the object that it overlaps most, and else noise; f is
+the share of COCO's ten IoU thresholds that the overlap reaches. So a score becomes the precision to be
+expected of this very box, and noise is what this very model gets wrong, which cannot be made up. Two boxes of
+one object both keep their f: a branch sees no other, and NMS removes the duplicates.
 
 Axes: B batch, M branches, K own boxes, N objects, D width, R = 1,024 coordinates.
 """
@@ -31,14 +30,14 @@ def own_boxes(model: PaliGemma, language: ClosedSet, image_tokens: Tensor, unifo
     image_tokens [B, P, D]; uniform [B, K, 4]: random numbers in [0, 1).
     """
     (B, K, _), training = uniform.shape, model.training
-    model.eval()  # an adapter's dropout is for what is taught, not for what is drawn
+    model.eval()  # without an adapter's dropout: boxes are drawn as they will be when detecting
     prompt = torch.tensor(language.prompt, device=uniform.device).expand(B, -1)
     cache = model.new_cache(B, prompt.shape[1] + (GROUP - 2) * K)  # the last coordinate is not fed back
     hidden = model.prefill(image_tokens, prompt, cache)[:, None].expand(-1, K, -1)  # [B, K, D]
     roots = torch.arange(K, device=uniform.device).expand(B, K)
     bins, parents = [], roots[:, :0]
     for depth in range(GROUP - 1):
-        if depth:
+        if depth:  # feed the last coordinates: the first of a branch is its own parent, others follow on
             parents = torch.cat((parents, roots + max(depth - 2, 0) * K), dim=1)
             hidden = model.step_branches(bins[-1] + language.loc0, parents, cache)
         p = model.decoder.logits(hidden, language.loc0, language.loc0 + LOCS).softmax(-1)  # [B, K, R]
@@ -48,9 +47,9 @@ def own_boxes(model: PaliGemma, language: ClosedSet, image_tokens: Tensor, unifo
 
 
 def expected_class(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-    """The class int64 [B, K] of the object that overlaps each box most, and f [B, K], its probability.
+    """The class int64 [B, K] of the object that each box overlaps most, and f [B, K], its probability.
 
-    boxes [B, K, 4] and objects [B, N, 5]: bins, and the class number; NOTHING pads.
+    boxes int64 [B, K, 4]: bins; objects int64 [B, N, 5]: bins and class number, which is NOTHING in padding.
     """
     there = objects[..., 4] != NOTHING
     overlap = _iou(boxes, objects[..., :4]) * there[:, None]  # [B, K, N]
@@ -84,7 +83,7 @@ def branches_loss(
 ) -> Tensor:
     """The weighted sum of cross-entropies over the ids that each position allows.
 
-    batch: see branch_sample in train/data/samples.py; smoothed: see location_losses.
+    batch: the fields of a BranchTarget (train/data/targets.py), batched; smoothed: see location_losses.
     """
     branches, weights, own_weights = batch["branches"], batch["branch_weights"], batch["own_weights"]
     certainty = torch.ones_like(weights[..., 0])  # [B, M]: the probability of the class; noise has the rest
@@ -110,12 +109,12 @@ def branches_loss(
 
 
 def smoothed_locations(sigma: float) -> Tensor:
-    """Row i: what is taught instead of bin i alone, a Gaussian of `sigma` bins around it. [R, R]"""
+    """float32 [R, R]: row i is the target for bin i, a Gaussian around it with a sigma in bins."""
     bins = torch.arange(LOCS, dtype=torch.float32)
     rows = torch.exp(-0.5 * ((bins - bins[:, None]) / sigma) ** 2)
     return rows / rows.sum(-1, keepdim=True)
 
 
 def location_losses(logits: Tensor, bins: Tensor, smoothed: Tensor | None) -> Tensor:
-    """Cross-entropies [n] of logits [n, R] against bins [n], or against their rows of `smoothed`."""
+    """Cross-entropies [n] of logits [n, R] against bins int64 [n], or against their rows of `smoothed`."""
     return F.cross_entropy(logits, bins if smoothed is None else smoothed[bins], reduction="none")

@@ -142,6 +142,8 @@ def to_folder(args: argparse.Namespace) -> str:
 def masks_to_jsonl(args: argparse.Namespace) -> str:
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
         raise ValueError(f"--sheet {args.sheet}: must be a .png file in a folder that exists")
+    if args.sheet and args.sheet.exists() and not args.force:
+        raise ValueError(f"--sheet {args.sheet} exists: choose another, or overwrite it with --force")
     codec, sheet, counts = MaskCodec.load(args.codec), Sheet(), Counter()
     found = find(args)
     records = records_of(found) if found.read else None
@@ -200,7 +202,7 @@ def arguments(argv=None) -> argparse.Namespace:
         add("--images", type=Path, help="the folder of the images (default: as fit.py)")
         add("--part", choices=PART_NAMES, help="of a set in parts (default: train)")
         add("--out", type=Path, required=True, help=out)
-        add("--force", action="store_true", help="overwrite --out")
+        add("--force", action="store_true", help="overwrite --out (and --sheet)")
         return add
 
     command("to-coco", to_coco, "a COCO instances file", "jsonl-to-coco")

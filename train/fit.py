@@ -107,7 +107,8 @@ def train(args: argparse.Namespace) -> int:
     device = own_device(args.device, world)
     program = resident_memory() if device.type == "cpu" else 0
     if args.dry_run:
-        return print_dry_run(args, world, program)
+        print_dry_run(args, world, program)
+        return 0
     if device.type == "cuda":
         use_gpu(device)
     if world > 1 or args.shard:
@@ -116,15 +117,15 @@ def train(args: argparse.Namespace) -> int:
 
     # The model, from a checkpoint of this run or from --model, and the data.
     val = find_data(args.val, args.val_images, ["val"]) if args.val and args.val_every != 0 else None
-    for found in (args.data and find_data(args.data, args.images, ["train"]), val):
-        if found:
-            say(found)
-    found, before = checkpoint_to_resume(args)
+    for data_set in (args.data and find_data(args.data, args.images, ["train"]), val):
+        if data_set:
+            say(data_set)
+    saved, before = checkpoint_to_resume(args)
     torch.manual_seed(args.seed)  # new adapters and the helper head start from random numbers
-    base = found if found and not args.lora else resolve(args.model)  # with --lora, found is only an adapter
+    base = saved if saved and not args.lora else resolve(args.model)  # with --lora, only the adapter is saved
     run = Run.of(args.out, base=args.model, files=folder_of(base), keep=args.keep)
     index = read_coco_index(args.data, args.images) if args.data else None
-    model = load_model(args, base, found if args.lora else None, index, device)
+    model = load_model(args, base, saved if args.lora else None, index, device)
     tokenizer = model.tokenizer
     language = ClosedSet.of(model.config, tokenizer)
     data = load_data(args, model, language, index)
@@ -132,7 +133,7 @@ def train(args: argparse.Namespace) -> int:
     if every and val and args.tasks == "closed-set" and (val.form == "JSONL") == data.closed_set:
         kind = "lines of text" if data.closed_set else "COCO instances"
         raise ValueError(f"--val {args.val} holds {kind}, another kind of data than what is trained on")
-    skipped = leave_out_broken(args, data, before if found else None)
+    skipped = leave_out_broken(args, data, before if saved else None)
 
     # What is minimised, how it is computed, and what updates the weights.
     allowed = language if data.closed_set and args.loss == "allowed" else None
@@ -153,7 +154,7 @@ def train(args: argparse.Namespace) -> int:
     if args.shard:
         load_shards(args, model, base, device)
     optimizers = make_optimizers(objective, args)
-    trainer = load_trainer_state(found, objective, optimizers) if found else {"step": 0}
+    trainer = load_trainer_state(saved, objective, optimizers) if saved else {"step": 0}
 
     # The samples of each step, and what happens at intervals.
     steps = range(trainer["step"], max(trainer["step"], args.steps))
@@ -168,7 +169,8 @@ def train(args: argparse.Namespace) -> int:
 
     # What the run writes: run.json, the log and the checkpoints.
     options = as_json(args) | dict(skipped=skipped, skipped_val=validation.skipped if validation else {})
-    if found:
+    options |= dict(samples=items + len(skipped)) if items else {}
+    if saved:
         forget_other_scores(trainer, before, options)
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:

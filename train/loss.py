@@ -1,8 +1,8 @@
 """What a step of training minimises: the loss of the answers, and of the helper head on the image tokens.
 
 Logits are computed at supervised positions only; for the closed-set loss, of the allowed ids only.
-Both losses of answers are weighted sums; the caller divides by the weights of the whole batch, of which it
-may hold a part.
+The losses of answers are weighted sums; Objective divides them by the weights of the whole batch, of which a
+process or a micro-batch has only a part.
 
 Axes: B batch, T text positions, n supervised positions, D width. hidden [B, T, D]; labels int64 [B, T]: the
 token that follows each position; weights float32 [B, T], 0 where nothing is taught.
@@ -36,10 +36,10 @@ class Objective(nn.Module):
         branches: ClosedSet | None = None,
         location_smoothing: float = 0.0,
     ):
-        """language: the loss of texts is over the ids that it allows; None: over the whole vocabulary.
-        micro_batches: of a step. names: the token ids of each class's name, which a helper head needs.
-        branches: the language of answers in branches, if there are any. location_smoothing: in bins, see
-        smoothed_locations; 0: none."""
+        """language: texts are taught over the ids that it allows; None: over the whole vocabulary.
+        patch_weight: of the helper head's loss; 0: no such head. micro_batches: of a step. names: the token
+        ids of each class's name, which the helper head needs. branches: the language of answers in branches,
+        if there are any. location_smoothing: in bins, see smoothed_locations; 0: none."""
         super().__init__()
         self.model, self.language, self.branches = model, language, branches
         self.patch_weight = patch_weight
@@ -50,8 +50,9 @@ class Objective(nn.Module):
         self.patch_head = PatchHead(width, names, image_tokens) if patch_weight else None
 
     def forward(self, batch: dict[str, Tensor], patch_only: bool = False) -> tuple[Tensor, Tensor]:
-        """A micro-batch -> (what to minimise, the model's own loss for the log). batch["total"]: the weights
-        of the whole batch, by which each part is divided, so that the parts add up to its mean."""
+        """A micro-batch (train/data/samples.py) -> (what to minimise, the model's own loss for the log), both
+        float32 []. batch["total"]: the sum of weights of the whole batch; each micro-batch is divided by it,
+        so that their losses add up to the mean. patch_only: the loss of the helper head alone."""
         image_tokens = self.model.encode(to_network(batch["image"]))  # bytes until now; [B, P, D]
         patch_loss = batch["total"].new_zeros(())  # float32, as all losses are
         if self.patch_head is not None:
@@ -63,7 +64,7 @@ class Objective(nn.Module):
         loss = batch["total"].new_zeros(())
         if "branches" in batch:
             loss = branches_loss(self.model, self.branches, image_tokens, batch, self.smoothed)
-        # About each image: texts are [B * prompts, T].
+        # Texts are [B * prompts, T], those about an image next to each other.
         prompts = len(batch.get("text", ())) // len(image_tokens)
         if prompts == 1 and "branches" not in batch:
             loss = loss + self._answers_loss(image_tokens, batch)
@@ -96,8 +97,8 @@ def allowed_loss(
     language: ClosedSet,
     smoothed: Tensor | None = None,
 ) -> Tensor:
-    """Closed-set: cross-entropy over the ids allowed at each position. The eos after the last group is the
-    only id allowed there, so it has nothing to teach. smoothed: see location_losses."""
+    """Closed-set: cross-entropy over the ids allowed at each position, a weighted sum. The eos after the last
+    group is the only id allowed there, so it teaches nothing. smoothed: see location_losses."""
     total = weights.new_zeros((), dtype=torch.float32)
     for slot in (0, GROUP - 1):  # coordinates, whose four slots allow the same ids, and the class
         first, last = language.allowed(slot)
@@ -109,7 +110,7 @@ def allowed_loss(
 
 
 def vocabulary_loss(decoder: Gemma, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy over the whole vocabulary, by chunks of positions."""
+    """Cross-entropy over the whole vocabulary, a weighted sum, by chunks of positions."""
     chosen = weights > 0  # [B, T]
     return ChunkedCrossEntropy.apply(
         decoder.embed.weight, decoder.config.final_cap, hidden[chosen], labels[chosen], weights[chosen]

@@ -24,7 +24,7 @@ def main(argv=None) -> None:
     if args.out.exists() and any(args.out.iterdir()):
         raise ValueError(f"--out {args.out}: is not an empty folder")
     model = PaliGemma.from_pretrained(args.model, adapter=args.adapter, dtype=DTYPES[args.dtype])
-    fold(model).save_pretrained(args.out, max_shard_bytes=int(args.shard_gb * 1e9))
+    fold(model).save_pretrained(args.out, max_shard_bytes=args.shard_gb * 1e9)
     print(f"merged checkpoint: {shown(args.out)}")
 
 

@@ -1,7 +1,6 @@
 """What a run of fit.py starts from: its newest checkpoint, the model, the data and the loader of batches."""
 
 import argparse
-import functools
 import os
 import signal
 from pathlib import Path
@@ -16,13 +15,14 @@ from model.io.hub import codec_file
 from model.io.weights import DTYPES, load_config, load_weights
 from model.io.writing import check_writable, read_json
 from train.data.coco import CocoIndex
-from train.data.open import branches_for, check_length, classes_for, open_data
-from train.data.samples import StepSampler, closed_set_lengths, collate
+from train.data.open import branches_for, check_length, classes_for
+from train.data.samples import StepSampler, closed_set_lengths
 from train.practice.dataset import PracticeScenes
-from train.run.checkpoint import newest
+from train.run.checkpoint import checkpoints, newest
 from train.run.log import STOPPING, logged_lines
-from train.run.options import branches_of, changed_options, noise_of, overrides_of, text_multiple
+from train.run.options import branches_of, changed_options, collate_of, noise_of, overrides_of
 from train.run.pictures import pictures_to_skip
+from train.run.plan import training_data
 from train.run.processes import all_gather
 
 
@@ -33,8 +33,13 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
     restarts = all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # each node counts its own
     restarted = max(restarts) > 0
     found = newest(args.out)
-    if found and not (args.resume or restarted):
+    goes_on = args.resume or restarted
+    if found and not goes_on:
         raise ValueError(f"{args.out} holds a run already: --resume continues it, or choose another --out")
+    # best/ may be that of a run which ended before its first checkpoint.
+    results = [args.out / name for name in ["final"] + ["best"] * (not goes_on)] + checkpoints(args.out)
+    if not found and any(place.exists() for place in results):
+        raise ValueError(f"{args.out} holds a run without a checkpoint: empty it, or choose another --out")
     before = dict(skipped={}, skipped_val={}) | read_json(args.out / "run.json") if found else {}
     logged_lines(args.out / "metrics.jsonl")  # complains now, not after the model is loaded
     if found and (changed := changed_options(before, args)):
@@ -46,9 +51,11 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict]:
 def load_model(
     args: argparse.Namespace, base: Path, adapter: Path | None, index: CocoIndex | None, device: torch.device
 ) -> PaliGemma:
-    """The model that is trained: a checkpoint, with an adapter if --lora. adapter: one that was saved
-    before, to be trained further; index: of --data, if it is a COCO file. With --shard the checkpoint is only
-    looked through: load_shards gives the model its weights, once it is known which process has which."""
+    """The model that is trained: a checkpoint, with an adapter if --lora.
+
+    adapter: the folder of one to train further; None: a new one. index: of --data, None for lines of text.
+    With --shard the checkpoint is only looked through: load_shards gives the model its weights, once it is
+    known which process has which."""
     overrides = overrides_of(args)
     closed_set = index is not None or not args.data
     overrides["closed_set_only"] = closed_set and args.tasks == "closed-set"
@@ -99,7 +106,7 @@ def load_shards(args: argparse.Namespace, model: PaliGemma, base: Path, device: 
 def load_data(
     args: argparse.Namespace, model: PaliGemma, language: ClosedSet, index: CocoIndex | None
 ) -> Dataset:
-    """The training data: --data, or practice scenes. index: of --data, if it is a COCO file."""
+    """The training data: --data, or practice scenes. index: of --data, None for lines of text."""
     if not args.data:
         prompt, branches, noise = len(language.prompt), branches_of(args), noise_of(args)
         check_length(closed_set_lengths(prompt, language.groups, 0, branches, noise)[1], model)
@@ -117,25 +124,18 @@ def load_data(
         )
     if args.patch_weight:
         raise ValueError("--patch-weight is for practice scenes: only they know what each patch shows")
-    return open_data(
-        args.data,
-        args.images,
-        model,
-        model.tokenizer,
-        args.seed,
-        args.augment,
-        allow_outside=args.allow_outside,
-        noise=noise_of(args),
-        index=index,
-        branches=branches_of(args),
-        flip_vertical=args.flip_vertical,
-    )
+    return training_data(args, model, model.tokenizer, index)
 
 
 def leave_out_broken(args: argparse.Namespace, data: Dataset, before: dict | None) -> dict[str, str]:
     """Open all pictures of --data, and leave out those that cannot be used: {item: what is wrong with it}.
-    before: run.json of the run that goes on, which leaves out what it did, whatever is broken by now."""
+    before: run.json of a run that is resumed, which leaves out the same as before."""
     known = None if before is None else before["skipped"]
+    if args.data and known is not None and len(data) != (began := before.get("samples", len(data))):
+        raise ValueError(
+            f"{args.data} has {len(data)} samples, and had {began} when this run began; it cannot go on with "
+            "others: begin a new one from its newest checkpoint (--model)"
+        )
     if args.data and args.check:
         known = pictures_to_skip(data, range(len(data)), args.data, args.workers, args.skip_broken, known)
     if known:
@@ -147,12 +147,10 @@ def make_loader(
     args: argparse.Namespace, data: Dataset, sampler: StepSampler, pad: int, device: torch.device
 ) -> DataLoader:
     """Micro-batches in the order of the run, prepared by worker processes."""
-    multiple = text_multiple(args, data.closed_set)
-    per_example = args.loss_mean == "example"
     return DataLoader(
         data,
         batch_sampler=sampler,
-        collate_fn=functools.partial(collate, pad=pad, multiple=multiple, per_example=per_example),
+        collate_fn=collate_of(args, data.closed_set, pad),
         num_workers=args.workers,
         prefetch_factor=4 if args.workers else None,
         pin_memory=device.type == "cuda",

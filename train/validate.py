@@ -4,7 +4,6 @@ import argparse
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from model.io.tokenizer import Tokenizer
 from train.collapse import collapse_of_set
 from train.data.coco import CocoDetections
 from train.data.open import open_data
-from train.data.samples import collate, weight_of
+from train.data.samples import weight_of
 from train.measures import make_coco, run_cocoeval, to_results
 from train.practice.write import write_coco
-from train.run.options import branches_of, noise_of, text_multiple
+from train.run.options import branches_of, collate_of, noise_of
 from train.run.pictures import pictures_to_skip
 from train.run.processes import all_gather, rank_and_world
 
@@ -66,14 +65,9 @@ class Validation:
             items = [item for item in items if str(item) not in self.skipped]
         self.mine = items[rank :: self.world]
         self.loader = DataLoader(
-            Subset(self.data, [(item, item) for item in self.mine]),  # a sample is asked for by two numbers
+            Subset(self.data, [(item, item) for item in self.mine]),  # keys (draw, item)
             BATCH,
-            collate_fn=partial(
-                collate,
-                pad=model.config.pad,
-                multiple=text_multiple(args, self.data.closed_set),
-                per_example=args.loss_mean == "example",
-            ),
+            collate_fn=collate_of(args, self.data.closed_set, model.config.pad),
         )
         self.detector = None
         if self.data.closed_set and args.shard and rank_and_world()[0] == 0:
@@ -85,8 +79,8 @@ class Validation:
 
     @torch.no_grad()
     def run(self) -> tuple[dict[str, float], str]:
-        """{"val_loss": ..., "val_mAP": ...} of all processes' shares, and a warning, or "". No mAP with
-        --shard: the decoder calls parts of the model directly, and FSDP gathers weights only when the whole
+        """({"val_loss": ..., "val_mAP": ...}, a warning or "") of all processes' shares together. No mAP with
+        --shard: decoding calls parts of the model directly, and FSDP gathers weights only when the whole
         objective is called."""
         self.objective.eval()
         # Files do not say what each patch shows, so there is nothing to measure the helper head against.
@@ -105,7 +99,7 @@ class Validation:
             self.detector.decode.release()  # training needs the room
         if self.world > 1:
             dist.all_reduce(sums)
-        figures, warning = {"val_loss": round((sums[0] / sums[1]).item(), 4)}, ""
+        figures, warning = {"val_loss": round((sums[0] / sums[1].clamp(min=1e-6)).item(), 4)}, ""
         if self.detector:
             results = [result for share in all_gather(results) for result in share]
             figures["val_mAP"] = round(max(0.0, float(run_cocoeval(self.truth, results).stats[0])), 4)
@@ -116,7 +110,7 @@ class Validation:
         return figures, warning
 
     def _detect(self, images: Tensor, items: Iterator[int]) -> list[dict]:
-        """What is found in a batch of uint8 [B, S, S, 3], in COCO's format; the next B items are theirs."""
+        """What is found in a batch of images uint8 [B, S, S, 3], the next B items, in COCO's format."""
         items = list(islice(items, len(images)))
         sizes = [self.data.picture_size(item) for item in items]
         answer = self.detector.decode(to_network(images))

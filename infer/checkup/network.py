@@ -7,6 +7,7 @@ where they are the same, about 1e-6 in float32 and 1e-2 in bfloat16 where they a
 Axes: B batch, P image tokens, T text tokens, S key, D width.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from infer.checkup.finding import Finding, Tally
 from model import PaliGemma
 from model.io.tensors import largest
 from model.io.tokenizer import LOCS, SEGS, Tokenizer
-from model.seam import attention_layers
+from model.seam import attention_layers, attention_restored
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of gaps between two ways to compute the same
 READ = 1e-6  # a gap above it: what was changed is read
@@ -120,7 +121,6 @@ class _Seen(Exception):
 def masks_of(p: Patient, text: list[int]) -> list[Tensor]:
     """What the attention of the first local and the first global layer is given as mask, bool [T, S] each."""
     layers, masks = attention_layers(p.model)[:2], []
-    before = [layer.attend for layer in layers]
 
     def look(q, k, v, mask, scale, cap=None):
         masks.append(mask.expand(1, q.shape[1], -1)[0])
@@ -128,15 +128,10 @@ def masks_of(p: Patient, text: list[int]) -> list[Tensor]:
             raise _Seen
         return q.new_zeros(*q.shape[:3], v.shape[-1])
 
-    try:
+    with attention_restored(layers), contextlib.suppress(_Seen):
         for layer in layers:
             layer.attend = look
         p.hidden(text)
-    except _Seen:
-        pass
-    finally:
-        for layer, function in zip(layers, before):
-            layer.attend = function
     return masks
 
 

@@ -7,7 +7,7 @@ from torch.utils.hooks import RemovableHandle
 
 from model import PaliGemma
 from model.gemma import at
-from model.seam import attention_layers
+from model.seam import attention_layers, attention_restored
 
 
 def knock_out(model: PaliGemma, heads: list[tuple[int, int]]) -> None:
@@ -30,13 +30,9 @@ def knock_out(model: PaliGemma, heads: list[tuple[int, int]]) -> None:
 @contextlib.contextmanager
 def without_head(model: PaliGemma, layer: int, head: int) -> Iterator[None]:
     """Inside, one of the decoder's heads reads nothing."""
-    attention = attention_layers(model)[layer]
-    before = attention.attend
-    try:
+    with attention_restored(attention_layers(model)):
         knock_out(model, [(layer, head)])
         yield
-    finally:
-        attention.attend = before
 
 
 def skip_layer(model: PaliGemma, tower: str, layer: int) -> RemovableHandle:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -103,8 +103,9 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
 # ---- what they write ---------------------------------------------------------------------------------------
 
 
-def check_output(file: Path | None, option: str = "--json") -> None:
-    """Complain before the work if its result could not be written afterwards. option: that names the file."""
+def check_output(file: Path | None, option: str = "--json", read: Iterable[Path | str | None] = ()) -> None:
+    """Complain before the work if its result could not be written afterwards, or would replace what the
+    program reads. option: that names the file."""
     if file is None or file == STDOUT:
         return
     fault = None
@@ -114,6 +115,8 @@ def check_output(file: Path | None, option: str = "--json") -> None:
         fault = "its folder does not exist"
     elif file.exists() and not file.is_file():  # renaming another file to its name would remove the device
         fault = "is a FIFO, a socket or a device"
+    elif os.path.realpath(file) in map(os.path.realpath, filter(None, read)):
+        fault = "is one of the files that are read"
     if fault:
         raise ValueError(f"{option} {shown(file)}: {fault}")
     with explain(f"{option} {shown(file)} cannot be written", OSError):
@@ -176,7 +179,7 @@ def usable_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {name} cannot be used here, try --device cpu", RuntimeError, AssertionError):
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).item()  # on "meta" there is nothing to read
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
@@ -185,7 +188,8 @@ def usable_device(name: str) -> str:
 
 def load_model(args: argparse.Namespace) -> PaliGemma:
     """The model that the options ask for, ready to decode."""
-    torch.manual_seed(args.seed)
+    with explain(f"--seed {args.seed} is none that torch takes", ValueError, RuntimeError):
+        torch.manual_seed(args.seed)
     device = usable_device(args.device)
     if (source := resolve(args.model)).suffix == ".npz":
         print(f"{shown(source)}: {variant_of(source)}, by its shapes")

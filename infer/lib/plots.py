@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from infer.lib.options import check_output
 from model.io.names import shown
-from model.io.writing import explain, open_regular, read_json
+from model.io.writing import atomic_write, explain, open_regular, read_json
 from train.measures import FIGURES, match_boxes, read_coco, run_cocoeval, without_images
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
@@ -34,6 +35,16 @@ def require_matplotlib() -> None:
         raise ValueError("matplotlib is missing: pip install matplotlib")
 
 
+def check_plot(file: Path) -> None:
+    """Complain before the work if its plot could not be written to --out after it."""
+    require_matplotlib()
+    check_output(file, "--out")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if file.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"--out {shown(file)}: no format of pictures by its suffix; take .png, for example")
+
+
 @contextlib.contextmanager
 def new_figure(file: Path, width: float, height: float):
     """A figure to draw on, in inches, which is then saved. Importing matplotlib takes a second: only here."""
@@ -43,7 +54,8 @@ def new_figure(file: Path, width: float, height: float):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        figure.savefig(file, dpi=130)
+        with atomic_write(file) as temporary:
+            figure.savefig(temporary, format=file.suffix[1:], dpi=130)
 
 
 class Evaluated:

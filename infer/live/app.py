@@ -22,12 +22,7 @@ WARNING = (
     "For photographs, start the demo with an official checkpoint."
 )
 CSS = (Path(__file__).parent / "demo.css").read_text("utf-8")
-FAULTS = (
-    ValueError,
-    OSError,
-    MemoryError,
-    torch.OutOfMemoryError,
-)  # those that the programs report in a line
+FAULTS = ValueError, OSError, MemoryError, torch.OutOfMemoryError  # that the programs report in a line
 
 
 def build(asker: Asker, scenes: Sequence[tuple[str, Image.Image]], selection: Selection, drawings_only: bool):

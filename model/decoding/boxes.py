@@ -48,7 +48,8 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:
-    """Non-maximum suppression in each class: indices kept, best first. A threshold of 1 or more keeps all."""
+    """Non-maximum suppression within each class: boxes [n, 4], scores and labels [n] -> the indices that are
+    kept, int64 [k], best first. A threshold (IoU) of 1 or more keeps all."""
     order = np.argsort(-scores, kind="stable")
     kept: list[int] = []
     overlaps = iou(boxes, boxes)
@@ -59,10 +60,10 @@ def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: fl
 
 
 def vote(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The kept ones of some boxes [n, 4], each as the mean of all that found the same object, [k, 4].
+    """Move each kept box to the mean of all boxes that found the same object (box voting, arXiv 1505.01749).
 
-    What suppression drops has still seen the object (box voting, arXiv 1505.01749). A box weighs as much as
-    its odds of being right, p / (1 - p).
+    boxes [n, 4], scores and labels [n], kept int64 [k] (of `nms`) -> [k, 4]. A box is weighted by its odds of
+    being right, p / (1 - p).
     """
     same = (labels[kept, None] == labels) & (iou(boxes[kept], boxes) >= VOTE_IOU)
     weights = same * (scores / np.maximum(1 - scores, 1e-6))
@@ -113,11 +114,7 @@ def check_label(label: str) -> None:
 
 
 def format_answer(
-    boxes: np.ndarray,
-    labels: Sequence[str],
-    width: float,
-    height: float,
-    codes: np.ndarray | None = None,
+    boxes: np.ndarray, labels: Sequence[str], width: float, height: float, codes: np.ndarray | None = None
 ) -> str:
     """Pixel boxes [n, 4], n labels and, for segmentation, codes [n, 16] -> text that parse_answer reads."""
     parts = []

@@ -2,15 +2,15 @@
 
     <loc y0> <loc x0> <loc y1> <loc x1> <unused c>        c: a class, or the number after the last one: noise
 
-Position alone decides which ids are allowed: four times the 1,024 locations, then the classes and noise. Both
-are neighbouring rows of the tied embedding, so `hidden @ embed[first:last].T` gives exactly the logits that
-matter, instead of all 257,216.
+Position alone decides which ids are allowed: one of 1,024 locations four times, then a class or noise. Both
+sets are contiguous rows of the tied embedding, so `hidden @ embed[first:last].T` computes exactly the logits
+that matter instead of all 257,216.
 
-The answer always has G groups. In training, those that an image's objects leave are filled with made-up boxes
-of the class noise: a model that may not stop early finds more objects (Pix2seq, arXiv 2109.10852). So noise
-counts in the softmax: the less a box looks like an object, the less probability is left for the real classes.
-But it is never chosen: the best real class is, and its probability is the box's score. How low a score may
-be is for the user to decide.
+The answer always has G groups. In training, groups without an object are filled with made-up boxes of class
+noise: a model that may not stop early finds more objects (Pix2seq, arXiv 2109.10852). So noise counts in the
+softmax: the less a box looks like an object, the less probability is left for the real classes. But noise is
+never chosen: the best real class is, and its probability is the box's score. The user decides how low a score
+may be.
 
 Axes: B batch, G groups, I = 5 slots of a group, R allowed rows, D width.
 """
@@ -222,14 +222,8 @@ class GroupDecoder:
                     break
         # From a tuple for each group to a tensor for each quantity: [B, G, 5] (fed, best) and [B, G].
         fed, best, scores, noise, live = (torch.stack(column, dim=1) for column in zip(*answers, strict=True))
-        return Answer(
-            tokens=fed,
-            locs=best[..., :-1] - language.loc0,
-            labels=best[..., -1] - language.class0,
-            scores=scores,
-            noise=noise,
-            live=live,
-        )
+        locs, labels = best[..., :-1] - language.loc0, best[..., -1] - language.class0
+        return Answer(fed, locs, labels, scores, noise, live)
 
     def _prepare(self, batch_size: int, device: torch.device) -> None:
         """Allocate all that decoding a group reads and writes, and on a GPU capture it in a graph.

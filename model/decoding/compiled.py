@@ -20,7 +20,7 @@ from model.paligemma import PaliGemma
 
 
 def _run(block: Block, x: Tensor, rope: Rope, mask: Tensor, cache: LayerCache, only: None = None) -> Tensor:
-    return block(x, rope, mask, cache)  # for the last layer, too, which alone is given an `only`, None here
+    return block(x, rope, mask, cache)  # Gemma gives the last block an `only`, which is None in a step
 
 
 class CompiledBlock:
@@ -28,8 +28,8 @@ class CompiledBlock:
     computes the same uncompiled."""
 
     def __init__(self, backend: str = "inductor"):
-        # Whole: a break of the graph would be slow, and nobody would know. Without the CUDA graphs that
-        # TorchInductor can make itself: a capture is going on already.
+        # fullgraph: a graph break would be slow, and nobody would notice. No CUDA graphs of TorchInductor's
+        # own: the steps are captured in one anyway.
         options = {"triton.cudagraphs": False} if backend == "inductor" else None
         own = dict(recompile_limit=32, isolate_recompiles=True)  # whatever other models were compiled for
         known = inspect.signature(torch.compile).parameters  # PyTorch 2.11 has neither, and counts all as one
@@ -40,7 +40,7 @@ class CompiledBlock:
         if self.compiled is not None:
             try:
                 return self.compiled(block, *args)
-            # Of any of three compilers. What is no fault of theirs is raised again below.
+            # Any of three compilers may fail. An error that is not theirs is raised again below.
             except Exception as error:
                 why = " ".join(f"{type(error).__name__}: {error}".split())
                 logging.getLogger(__name__).warning("torch.compile failed, steps run uncompiled: %.300s", why)
@@ -49,6 +49,6 @@ class CompiledBlock:
 
 
 def compile_steps(model: PaliGemma) -> None:
-    """Compile the steps of one token and of K branches. What is put into the model's attention must be there
-    by then; hooks are not seen."""
+    """Compile the steps of one token and of K branches. Another attention must be in place before; hooks are
+    not called."""
     model.decoder.run_step = CompiledBlock()

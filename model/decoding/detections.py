@@ -1,4 +1,4 @@
-"""What a detector finds in an image, and what of it is kept."""
+"""What a detector finds in an image, and which objects are kept."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -55,9 +55,8 @@ class Detections:
         return "\n".join(rows) or "nothing found"
 
     def __repr__(self) -> str:
-        return (
-            f"<Detections: {', '.join(f'{shown(label)} {score:.2f}' for label, score, _ in self) or 'none'}>"
-        )
+        found = ", ".join(f"{shown(label)} {score:.2f}" for label, score, _ in self)
+        return f"<Detections: {found or 'none'}>"
 
     def to_supervision(self):
         """The same as supervision.Detections, for its annotators, trackers and metrics; the names of the
@@ -81,8 +80,8 @@ class Selection:
     """Which objects of an image are kept.
 
     score_threshold: lowest score; nms_iou: of two boxes of a class that overlap more, the better one is kept
-    (1: both), moved towards the others that nearly cover it (boxes.vote; not those with masks, which lie in
-    them); min_size: shortest side in pixels.
+    (1: both) and averaged with the boxes that nearly coincide with it (boxes.vote; without masks only, as a
+    mask lies in its box); min_size: shortest side in pixels.
     """
 
     score_threshold: float = 0.0

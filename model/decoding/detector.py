@@ -45,10 +45,10 @@ def head_for(model: PaliGemma) -> type:
 def closed_set_decoder(
     model: PaliGemma, decode: str | None = None, branches: int | None = None, **options
 ) -> GroupDecoder | ParallelDecoder:
-    """The decoder of the model's closed-set language: of one box after the other ("sequence"), or of all in
-    five steps ("parallel"); None: as the checkpoint was taught.
+    """The decoder of the model's closed-set language.
 
-    branches: boxes in parallel; None: as the config says. options: further ones of that form's decoder.
+    decode: "sequence" for one box after the other, "parallel" for all in five steps; None: as the checkpoint
+    was taught. branches: boxes in parallel; None: as the config says. options: of the decoder's constructor.
     """
     decode = decode or model.config.answers
     if decode not in FORMS:
@@ -171,7 +171,7 @@ class Detector:
         if masks and classes is None:
             raise ValueError('masks=True needs the names of classes, such as classes=["cat"]')
         detect = self.closed_set if classes is None else self._open_set(classes, masks)
-        single = isinstance(images, str | Path | Image.Image)
+        single = images is None or isinstance(images, str | Path | Image.Image)  # None: load_image refuses it
         images, size, found = [images] if single else list(images), detect.fitting_batch(), []
         for start in range(0, len(images), size):
             found += detect([load_image(image) for image in images[start : start + size]])

@@ -7,6 +7,7 @@
 Axes: B batch, P image tokens, D decoder width, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ class Sampling:
                 f"temperature {self.temperature}, top-k {self.top_k}, top-p {self.top_p}: "
                 "must be at least 0, at least 0, and in (0, 1]"
             )
+        if not self.eos_offset > -math.inf:
+            raise ValueError(f"eos-offset {self.eos_offset}: must be a number")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ValueError("top-k and top-p need a temperature above 0, such as 1: at 0 nothing is drawn")
 
@@ -45,18 +48,19 @@ GREEDY = Sampling()
 
 
 def nucleus(p: Tensor, top_p: float) -> Tensor:
-    """Probabilities [B, V], all but the likeliest that together reach top_p set to 0. Equal ones are kept or
-    dropped together."""
+    """Probabilities [B, V] with all set to 0 except the largest, which together reach top_p. Equal ones are
+    kept or dropped together."""
     ordered, _ = p.sort(descending=True)
     reached = (ordered.cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
     return torch.where(p >= ordered.gather(-1, reached), p, 0)
 
 
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
-    """Weights [B, V], uniform [B] in [0, 1) -> int64 [B]: where the running sum exceeds uniform * sum."""
+    """Weights [B, V], uniform [B] in [0, 1) -> int64 [B]: the first column whose running sum exceeds
+    uniform * sum."""
     running = p.cumsum(-1)
     above = (running > uniform[:, None] * running[:, -1:]) & (p > 0)
-    return above.int().argmax(-1)  # the first of them
+    return above.int().argmax(-1)
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -71,7 +75,7 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def check_finite(finite: bool) -> None:
-    """Refuse an answer whose probabilities are not finite, which would be read as: nothing found."""
+    """Refuse an answer with probabilities that are not finite: it would look as if nothing was found."""
     if not finite:
         why = "its weights or adapter are damaged, or do not belong together"
         raise ValueError(f"the model computes NaN instead of probabilities: {why}")
@@ -128,7 +132,7 @@ def generate(
 def collect_answers(
     model: PaliGemma, steps: Iterator[tuple[Tensor, Tensor]]
 ) -> list[tuple[list[int], list[float]]]:
-    """What `generate` yields, answer by answer: the tokens and their log-probabilities, without eos."""
+    """What `generate` yields, regrouped by answer: tokens and log-probabilities, without eos and padding."""
     tokens, log_p = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
     lengths = [row.index(model.config.eos) if model.config.eos in row else len(row) for row in tokens]
     return [(ids[:n], log_ps[:n]) for ids, log_ps, n in zip(tokens, log_p, lengths, strict=True)]

@@ -1,8 +1,7 @@
 """The restricted head in two Triton kernels: what `choose` of closed_set.py does, in two launches.
 
 `restricted_logits` multiplies hidden states by the allowed rows of the tied embedding, a tile of each in
-every program. `choose_one` has a program for each hidden state: softmax, choice, score. Which rows are
-allowed follows from the position, read on the device: one CUDA graph serves all steps.
+every program. `choose_one` has a program for each hidden state: softmax, choice, score.
 
 One launch could do both, if the last program to multiply went on for all others. But for 16 states it would
 do 16 softmaxes in series, while 131 SMs have nothing to do; a second launch inside a graph costs about 1 us.
@@ -23,8 +22,8 @@ from model.io.tokenizer import LOCS
 R = tl.constexpr(LOCS)  # rows of locations, the larger of the two sets of allowed ids
 INTERPRETED = triton.knobs.runtime.interpret  # without a GPU: the kernels run in numpy
 
-# Hidden states and rows of a tile, and how much of the width a program reads at a time. The largest tile is
-# taken of which there are PROGRAMS: an H100 has 132 SMs, an A100 108. For 1,024 rows there are 128 each time:
+# Hidden states and rows of a tile, and how much of the width a program reads at a time. tile_for takes the
+# largest that gives PROGRAMS programs: an H100 has 132 SMs, an A100 108. For 1,024 rows there are then 128:
 #     16 states or fewer   16 x 8         64   32 x 16        256   64 x 32
 #     32                   16 x 16       128   32 x 32        512   64 x 64, and more programs from there
 # Large tiles read less: of the 3B, 512 states in tiles of 16 x 16 would read 2,048 programs * 32 rows
@@ -33,7 +32,7 @@ TILES = (64, 64, 64), (64, 32, 64), (32, 32, 128), (32, 16, 128), (16, 16, 256),
 PROGRAMS = 128
 # Four parts of the width are on their way while another is multiplied. With 16 x 8 these are 16 KB of the
 # embedding; to read 3.35 TB/s, with 0.7 us or so until memory answers, each of 132 SMs must have 18 KB on the
-# way. They take at most 80 KB of shared memory, of the 99 KB that small GPUs have, too.
+# way. They take at most 80 KB of shared memory; even small GPUs have 99 KB.
 STAGES = 5
 
 
@@ -77,49 +76,41 @@ def draw(p, u, i):
 
 
 @triton.jit
-def allowed(position, loc0, class0, classes, GROUP: tl.constexpr):
-    """Whether a class stands at the position, the first id that may, and how many may."""
-    is_class = tl.load(position) % GROUP == GROUP - 1
-    return is_class, tl.where(is_class, class0, loc0), tl.where(is_class, classes + 1, R)
-
-
-@triton.jit(do_not_specialize_on_alignment=["position"])
 def restricted_logits(
-    hidden, embed, position, logits, B, D, loc0, class0, classes, cap,
-    GROUP: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden, embed, logits, B, D, first, rows, cap,
+    WIDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """hidden [B, D], embed [vocabulary, D], position [1] -> logits float32 [B, R], capped.
+    """hidden [B, D], embed [vocabulary, D] -> capped logits float32 [B, R] of `rows` ids from `first` on.
 
     WIDEN: multiply in float32, as Triton's interpreter computes in numpy, which would take the bits of
     bfloat16 for integers.
     """
-    is_class, first, rows = allowed(position, loc0, class0, classes, GROUP)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    if tl.program_id(0) * BLOCK_R < rows:  # else a position on the device is one of classes
-        h = hidden + b[:, None] * D
-        w = embed + (first + r).to(tl.int64)[None, :] * D
-        sums = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            h_tile = tl.load(h + d[None, :], (b[:, None] < B) & (d[None, :] < D), 0.0)
-            w_tile = tl.load(w + d[:, None], (r[None, :] < rows) & (d[:, None] < D), 0.0)
-            if WIDEN:
-                h_tile, w_tile = h_tile.to(tl.float32), w_tile.to(tl.float32)
-            sums = tl.dot(h_tile, w_tile, sums, input_precision="ieee")
-        tl.store(logits + b[:, None] * R + r[None, :], soft_cap(sums, cap), b[:, None] < B)
+    h = hidden + b[:, None] * D
+    w = embed + (first + r).to(tl.int64)[None, :] * D
+    sums = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        h_tile = tl.load(h + d[None, :], (b[:, None] < B) & (d[None, :] < D), 0.0)
+        w_tile = tl.load(w + d[:, None], (r[None, :] < rows) & (d[:, None] < D), 0.0)
+        if WIDEN:
+            h_tile, w_tile = h_tile.to(tl.float32), w_tile.to(tl.float32)
+        sums = tl.dot(h_tile, w_tile, sums, input_precision="ieee")
+    tl.store(logits + b[:, None] * R + r[None, :], soft_cap(sums, cap), b[:, None] < B)
 
 
-@triton.jit(do_not_specialize_on_alignment=["position"])
+@triton.jit
 def choose_one(
-    logits, position, uniform, fed, best_id, score, noise, loc0, class0, classes, temperature, top_p,
-    GROUP: tl.constexpr, NOISE_FEEDBACK: tl.constexpr, SAMPLE: tl.constexpr,
+    logits, uniform, fed, best_id, score, noise, first, rows, choices, temperature, top_p,
+    NOISE_FEEDBACK: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """logits [B, R], position [1], uniform [B] -> fed, best_id, score, noise [B]; a program for one of B."""
-    is_class, first, rows = allowed(position, loc0, class0, classes, GROUP)
+    """logits [B, R], uniform [B] -> fed, best_id, score, noise [B]; a program for one of B.
+
+    rows: how many ids have a logit, from `first` on; choices: as many, or one less where noise is the last.
+    """
     b, i = tl.program_id(0), tl.arange(0, R)
-    real = i < tl.where(is_class, classes, R)  # noise counts in p, but is never chosen
+    real = i < choices  # noise counts in p, but is never chosen
     x = tl.load(logits + b * R + i, i < rows, float("-inf"))
     real_x = tl.where(real, x, float("-inf"))
     e = tl.exp(x - tl.max(x))
@@ -135,7 +126,7 @@ def choose_one(
     p_best = tl.sum(tl.where(i == best, p, 0.0))
     is_noise = NOISE_FEEDBACK & (p_noise > tl.max(tl.where(real, p, 0.0)))
     tl.store(best_id + b, first + best)
-    tl.store(fed + b, tl.where(is_noise, class0 + classes, first + best))
+    tl.store(fed + b, tl.where(is_noise, first + choices, first + best))
     tl.store(score + b, p_best + 0 * tl.sum(p))  # NaN if any p is
     tl.store(noise + b, p_noise)
 
@@ -146,34 +137,30 @@ class FusedHead:
     def __init__(
         self, decoder: Gemma, allowed: list[tuple[int, int]], noise_feedback: bool, sampling: Sampling
     ):
-        weight = decoder.embed.weight
-        (loc0, _), (class0, last) = allowed[0], allowed[-1]
-        self.ids = loc0, class0, last - class0 - 1  # the classes without noise
-        self.rows = [last - first for first, last in allowed]
-        self.embed, self.group, self.sampling = weight, len(allowed), sampling
+        if sampling.top_k:
+            raise ValueError(f"top-k {sampling.top_k}: the fused head draws by temperature and top-p only")
+        self.embed, self.allowed = decoder.embed.weight, allowed
         self.cap = decoder.config.final_cap or float("inf")
-        self.noise_feedback = noise_feedback
-        self.slots = torch.arange(self.group, device=weight.device)
+        self.noise_feedback, self.sampling = noise_feedback, sampling
 
-    def __call__(self, hidden: Tensor, slot: int | Tensor, uniform: Tensor) -> Choice:
-        """Hidden [B, D], slot of the group, uniform [B] -> Choice. slot may also be a position of the answer,
-        int64 [1] on the device."""
+    def __call__(self, hidden: Tensor, slot: int, uniform: Tensor) -> Choice:
+        """Hidden [B, D], slot of the group, uniform [B] -> Choice."""
         B, D = hidden.shape
-        on_device = isinstance(slot, Tensor)
-        position, rows = (slot, R.value) if on_device else (self.slots[slot:], self.rows[slot])
+        first, last = self.allowed[slot]
+        rows, has_noise = last - first, slot == len(self.allowed) - 1
         tile = tile_for(B, rows, self.embed.element_size())
         logits = hidden.new_empty(B, R.value, dtype=torch.float32)
-        best, fed = self.slots.new_empty(2, B)
+        best, fed = hidden.new_empty(2, B, dtype=torch.int64)
         score, noise = logits.new_empty(2, B)
         grid = triton.cdiv(rows, tile["BLOCK_R"]), triton.cdiv(B, tile["BLOCK_B"])
         with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
             restricted_logits[grid](
-                hidden.contiguous(), self.embed, position, logits, B, D, *self.ids, self.cap,
-                GROUP=self.group, WIDEN=INTERPRETED, num_stages=STAGES, **tile,
+                hidden.contiguous(), self.embed, logits, B, D, first, rows, self.cap,
+                WIDEN=INTERPRETED, num_stages=STAGES, **tile,
             )  # fmt: skip
             choose_one[(B,)](
-                logits, position, uniform, fed, best, score, noise, *self.ids,
-                self.sampling.temperature, self.sampling.top_p, GROUP=self.group,
+                logits, uniform, fed, best, score, noise, first, rows, rows - has_noise,
+                self.sampling.temperature, self.sampling.top_p,
                 NOISE_FEEDBACK=self.noise_feedback, SAMPLE=self.sampling.temperature > 0,
             )  # fmt: skip
         return Choice(best=best, fed=fed, score=score, noise=noise)

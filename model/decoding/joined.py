@@ -3,8 +3,8 @@
     join(model)         # q, k and v of a layer in one matrix, gate and up in another
     fix_norms(model)    # 1 + weight computed once; the same bits
 
-A step on a GPU is a row of small kernels. On a CPU, joining gains where x is prepared for every product anew,
-as in int8: packing.quantize joins, too.
+A step on a GPU is a row of small kernels, and joining leaves fewer of them. On a CPU it only gains in int8,
+where x is prepared anew for every product: packing.quantize joins, too.
 """
 
 import torch

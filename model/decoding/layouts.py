@@ -119,7 +119,7 @@ class PlanesLinear(nn.Module):
         high = (low / self.BASE).round_()
         low.sub_(high, alpha=self.BASE)
         high, low = multiply_int8(torch.cat((high, low)), self.BASE // 2, self.packed).chunk(2)
-        y = torch.add(low, high, alpha=self.BASE) * step * self.scale
+        y = torch.add(low, high, alpha=self.BASE).mul_(step).mul_(self.scale)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 

@@ -172,7 +172,7 @@ def paste_mask(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np
 
 
 def tight_box(mask: np.ndarray) -> np.ndarray:
-    """The box float64 [4] around the pixels of a mask bool [H, W], of which there must be one."""
+    """The box float64 [4] around the pixels of a mask bool [H, W], which must not be empty."""
     x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return np.array([x[0], y[0], x[-1] + 1, y[-1] + 1], float)
 

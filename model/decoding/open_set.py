@@ -36,6 +36,8 @@ def class_names(classes: str | Sequence[str], config: PaliGemmaConfig) -> tuple[
     if isinstance(classes, str) and classes.strip() == "all":
         return config.classes
     parts = classes.split(";") if isinstance(classes, str) else classes
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f'{classes!r}: classes are given by their names, such as ["cat"]')
     names = ()
     for name in (" ".join(part.split()) for part in parts):
         if name and name.casefold() not in map(str.casefold, names):

@@ -56,12 +56,14 @@ def load_for_decoding(
         small_on_cpu = torch.device(device).type == "cpu" and weights < SMALL_MODEL
         dtype = torch.float32 if small_on_cpu else torch.bfloat16
     model = PaliGemma.from_pretrained(folder, dtype=dtype, device=device, adapter=adapter, **config_overrides)
-    if adapter is None and config_overrides.get("image_size") is None:  # else it has been taught other things
+    if (
+        adapter is None and config_overrides.get("image_size") is None
+    ):  # the test is for these very image tokens
         add_photograph_test(model)
     fix_norms(model)
     if int8:
         quantize(fold(model), traced=compiled)
-    elif model.projector.weight.device.type != "cpu":  # there it gains nothing
+    elif model.projector.weight.device.type != "cpu":  # on a CPU, joining these gains nothing
         join(model)
     if can_pack(model) and not compiled:
         pack(model)
@@ -80,7 +82,7 @@ def can_pack(model: PaliGemma) -> bool:
 def pack(model: PaliGemma) -> None:
     """Pack the Linears of the decoder and the vision tower, except those with an adapter.
 
-    Where products in bfloat16 are slow, those of the decoder's attention are in float32, too.
+    On a CPU without instructions for bfloat16, the decoder's attention then computes in float32.
     """
 
     def packed(linear: nn.Linear) -> nn.Module:
@@ -96,7 +98,7 @@ def pack(model: PaliGemma) -> None:
 
 
 def in_float32(attention: Callable) -> Callable:
-    """An attention function (model/seam.py) that computes in float32 whatever it is given."""
+    """The attention function (model/seam.py), computing in float32; the output has the dtype of q."""
 
     def widened(q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
         return attention(q.float(), k.float(), v.float(), *others).to(q.dtype)
@@ -105,10 +107,9 @@ def in_float32(attention: Callable) -> Callable:
 
 
 def quantize(model: PaliGemma, traced: bool = False) -> None:
-    """Round the decoder's matrices to int8, joined (joined.py). Adapters must have been folded into them
-    before.
+    """Join the decoder's matrices (joined.py) and round them to int8. Adapters must have been folded before.
 
-    traced: in the form that torch.compile can look into.
+    traced: in the form that torch.compile can trace.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("int8 needs plain matrices, the model has an adapter: lora.fold(model) merges it")
@@ -119,7 +120,7 @@ def quantize(model: PaliGemma, traced: bool = False) -> None:
 
 
 def _replace(block: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put make(linear) in the place of every plain Linear, two at a time, as one core takes long for it."""
+    """Replace every plain Linear by make(linear), two at a time, as that takes one core long."""
 
     def replace(path: str) -> None:
         linear = block.get_submodule(path)

@@ -1,8 +1,8 @@
-"""Photographs that are shown to a checkpoint which has seen drawings only, as nano has: found, and warned of.
+"""Warnings about photographs for a checkpoint that has only seen drawings, such as nano.
 
-Such a checkpoint finds objects in photographs too, with high scores and in vain. A linear test on the mean of
-a picture's image tokens tells photographs from practice scenes; train/nano/photographs.py fits it. It belongs
-to these weights alone: no other checkpoint that is written, fine-tuned or merged, takes it along.
+In photographs it finds objects too, with high scores, but wrong ones. A linear test on the mean of a
+picture's image tokens tells photographs from practice scenes; train/nano/photographs.py fits it. The test
+belongs to these weights alone: no checkpoint that is fine-tuned, merged or saved from them takes it along.
 
 Axes: B batch, P image tokens, D decoder width.
 """
@@ -19,7 +19,7 @@ from model.paligemma import PaliGemma
 
 
 class PhotographTest:
-    """A hook on the projector of a model: looks at the image tokens of every batch that is encoded."""
+    """A forward hook on a model's projector, which looks at the image tokens of every batch."""
 
     def __init__(self, weight: Tensor, bias: Tensor):
         """A picture whose mean token m [D] has weight @ m + bias > 0 is a photograph."""
@@ -32,7 +32,7 @@ class PhotographTest:
 
 
 def add_photograph_test(model: PaliGemma) -> None:
-    """Let the model look at the pictures that it encodes, if its folder has a test for its weights."""
+    """Test every picture that the model encodes, if its folder has a test for its weights."""
     if model.folder is None or not (file := model.folder / PHOTOGRAPHS).exists():
         return
     tensors, width = read_tensors(file), model.config.text.width
@@ -43,14 +43,14 @@ def add_photograph_test(model: PaliGemma) -> None:
 
 
 def are_photographs(model: PaliGemma, count: int) -> list[bool]:
-    """Of each of the pictures that the model encoded last, count of them: whether it looks like a photograph
-    to a model that knows none. False where the model has no test."""
+    """Whether each of the `count` pictures that the model encoded last looks like a photograph. All False if
+    the model has no test."""
     test = model.photograph_test
     return test.latest.tolist() if test else [False] * count
 
 
 def photograph_warning(photographs: Sequence[Path | str], pictures: int) -> str:
-    """What is to be said about these files, of a number of pictures that were looked at."""
+    """The warning about these files, at least one, out of `pictures` that were looked at."""
     first, others = shown(photographs[0]), len(photographs) - 1
     which = f"{first} looks like a photograph"
     if others:

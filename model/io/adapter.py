@@ -33,8 +33,8 @@ _HANDLED_KEYS = set(
     "base_model_name_or_path revision inference_mode auto_mapping peft_version megatron_core runtime_config "
     "ensure_weight_tying qalora_group_size".split()
 )
-# Patterns are names, as PEFT writes them, or regular expressions by hand. Python's matching tries all ways,
-# and "(a+)+" has more of them than can ever be tried: so whatever multiplies them has a limit.
+# Patterns are names, as PEFT writes them, or regular expressions written by hand. Python's matching tries all
+# ways to match, of which "(a+)+" has exponentially many: so everything that multiplies them has a limit.
 _PLAIN_NAME = re.compile(r"\^?(\w|\\?\.)+\$?")
 _ESCAPE_OR_SET = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
 _MAX_CHOICES, _MAX_BARS, _MAX_LENGTH = 2, 50, 300  # groups and repetitions, |, characters of a pattern
@@ -77,7 +77,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _check_settings(config: dict, file: Path) -> None:
-    """Refuse values that PEFT does not write: of another type, not finite, patterns that are none."""
+    """Refuse values that PEFT does not write: of another type, not finite, or bad patterns."""
 
     def check(good, key, value):
         if not good:
@@ -104,7 +104,7 @@ def _check_settings(config: dict, file: Path) -> None:
 
 
 def _check_patterns(patterns: Iterable[str], where: str) -> None:
-    """Refuse what is no regular expression, and what might take for ever to match."""
+    """Refuse patterns that are no regular expressions, or that might take for ever to match."""
     by_hand = [pattern for pattern in patterns if not _PLAIN_NAME.fullmatch(pattern)]
     if len(by_hand) > _MAX_PATTERNS or len(patterns) > _MAX_NAMES:
         many = f"{len(patterns):,} patterns, {len(by_hand):,} of them no plain names"
@@ -114,12 +114,10 @@ def _check_patterns(patterns: Iterable[str], where: str) -> None:
         most = {"*+?{(": _MAX_CHOICES, "|": _MAX_BARS}
         many = any(sum(map(rest.count, signs)) > limit for signs, limit in most.items())
         if many or len(pattern) > _MAX_LENGTH or "(?" in rest or re.search(r"\)[*+?{]", rest):
-            limits = (
-                f"{_MAX_LENGTH} characters, {_MAX_CHOICES} groups or repetitions, {_MAX_BARS} alternatives"
-            )
-            how = "merge the adapter with PEFT and load the result"
             raise ValueError(
-                f"{where} {pattern!r:.200} could take for ever to match (at most {limits}); {how}"
+                f"{where} {pattern!r:.200} could take for ever to match (at most {_MAX_LENGTH} characters, "
+                f"{_MAX_CHOICES} groups or repetitions, {_MAX_BARS} alternatives); "
+                "merge the adapter with PEFT and load the result"
             )
         with explain(f"{where} {pattern!r:.200} is not a regular expression", re.error, *_TOO_LARGE):
             re.compile(pattern)
@@ -189,8 +187,8 @@ def _by_pattern(patterns: list[tuple[re.Pattern, float]], path: str, default):
 
 def detection_overrides(source: str | Path) -> dict:
     """What an adapter was trained to detect, at which image size and with which caps, as fields of the
-    config; {} if its folder does not say, as that of a published adapter does not. It is then read as its
-    base, and an official base in the published language: 51 groups in sequence, COCO's classes."""
+    config. {} if its folder does not say, as a published adapter's does not: then the base's config holds,
+    for an official base the published language of 51 groups in sequence and COCO's classes."""
     file = resolve(source) / DETECTION
     raw = read_json(file) if file.exists() else {}
     return {name: raw[name] for name in (*DETECTION_FIELDS, *CAPS, "image_size") if name in raw}
@@ -256,7 +254,7 @@ def _runtime_path(name: str, version: int) -> str:
 
 
 def _short_path(name: str, version: int) -> str:
-    """Our module path -> what it has in common in all generations."""
+    """Our module path -> the form that all generations reduce to (weights.short_name)."""
     return short_name(official_name(name + ".", version)).removesuffix(".")
 
 

@@ -39,7 +39,7 @@ _GEMMA2_KEYS = {
     "final_logit_softcapping": "final_cap",
     "sliding_window": "sliding_window",
 }
-# A section of our own: keys are our fields.
+# The fields of our own section, `detection`, whose keys are their names.
 DETECTION_FIELDS = (
     "groups", "classes", "open_vocabulary", "closed_set_only", "answers", "branches", "calibration"
 )  # fmt: skip
@@ -78,14 +78,12 @@ def config_from_json(raw: dict) -> PaliGemmaConfig:
 
     An impossible value is named by its key, or by the field of our config.
     """
-    _refuse(
-        raw.get("model_type") != "paligemma", f"model_type {raw.get('model_type')!r:.100} (want 'paligemma')"
-    )
+    kind = raw.get("model_type")
+    _refuse(kind != "paligemma", f"model_type {kind!r:.100} (want 'paligemma')")
     vision = _VISION_DEFAULTS | _section(raw, "vision_config")
     _refuse(vision.get("vision_use_head"), "vision_config.vision_use_head")
-    _refuse(
-        vision.get("hidden_act") not in _GELU, f"vision_config.hidden_act {vision.get('hidden_act')!r:.100}"
-    )
+    activation = vision.get("hidden_act")
+    _refuse(activation not in _GELU, f"vision_config.hidden_act {activation!r:.100}")
     vocab_size = raw.get("vocab_size") or raw.get("_vocab_size") or 257_216
     text = _text_config(_section(raw, "text_config"), vocab_size)
 
@@ -105,7 +103,7 @@ def config_from_json(raw: dict) -> PaliGemmaConfig:
 
 
 def _text_config(text: dict, vocab_size: int) -> TextConfig:
-    """text_config -> TextConfig. vocab_size: where it has none of its own."""
+    """text_config -> TextConfig. vocab_size: if the section has none."""
     kind = text.get("model_type", "gemma")
     _refuse(kind not in ("gemma", "gemma2"), f"text_config.model_type {kind!r:.100}")
     version = 1 if kind == "gemma" else 2

@@ -25,14 +25,14 @@ _NOT_THE_HUB = ValueError, AssertionError, TypeError, KeyError, AttributeError
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
-    """The folder of a source, or its .npz file: that itself, or the only one in a folder without a config. A
-    hub id is downloaded first, with or without the weights."""
+    """The folder of a source, or its .npz file: the source itself, or the only one in a folder without a
+    config. A hub id is downloaded first; weights: with its weight files."""
     source = str(source)
     if source == "nano":
         return NANO
     if source.endswith(".npz") and Path(source).is_file():
         return Path(source)
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():  # "" is no name, and to Path the working folder
         files = [file for file in Path(source).glob("*.npz") if file.name != OFFICIAL_CODEC]
         alone = len(files) == 1 and not any(Path(source).glob("*config.json"))
         return files[0] if alone else Path(source)
@@ -43,12 +43,13 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
 
 
 def folder_of(path: Path) -> Path:
-    """What lies beside a checkpoint lies here: its tokenizer, its codec. path: of `resolve`."""
+    """The folder of what lies beside a checkpoint: tokenizer, codec. path: what `resolve` returned."""
     return path if path.is_dir() else path.parent
 
 
 def weight_files(path: Path) -> list[Path]:
-    """All files of weights of a checkpoint. path: of `resolve`."""
+    """The *.safetensors files of a folder, a mask codec's too, or the .npz file. path: what `resolve`
+    returned."""
     return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
 
 
@@ -95,8 +96,8 @@ _unanswered: dict[str, float] = {}  # {address: when it was first asked}, until 
 
 
 def _limit_silence(request) -> None:
-    """Let a request of the hub library end when the server is silent. The library waits for ever in some
-    requests, and tries others seven times, a minute each."""
+    """Let a request of the hub library end when the server is silent. By itself the library waits for ever
+    in some requests, and repeats others seven times, a minute each."""
     from huggingface_hub import constants
 
     longest = max(MAX_SILENCE, constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
@@ -114,7 +115,7 @@ def _note_answer(response) -> None:
 
 
 def _what_to_do(source: str, error: BaseException) -> str:
-    """A complaint about a failed download. The library's errors are often causes of one that says little."""
+    """A complaint about a failed download. The error that says most is often the cause of another one."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -140,8 +141,8 @@ def _what_to_do(source: str, error: BaseException) -> str:
 
 
 def replacement(path: Path, elsewhere: str = "") -> str:
-    """How to get a damaged file or folder anew, to be put after a complaint about it. What lies in the hub's
-    cache would be taken from there for ever. elsewhere: what to say of any other place."""
+    """How to replace a damaged file or folder, to be put after a complaint about it: what lies in the hub's
+    cache is not downloaded again by itself. elsewhere: what to say of any other place."""
     cached = re.match(r"(.*[/\\]models--[^/\\]+)[/\\]snapshots[/\\]", str(path))
     if not cached:
         return elsewhere

@@ -32,6 +32,7 @@ TILE_WIDTH, TILE_HEIGHT, MAX_TILE = 322, 323, 4096
 # stuffing, no restart and no filler; after each but END comes a segment that begins with its length.
 MAX_SCANS, SCAN, END = 50, b"\xff\xda", b"\xff\xd9"
 MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+HEAD_BYTES = 1 << 14  # of a file that lists images: the first of them is there
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -114,6 +115,10 @@ def upright(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):  # 32 bits: Pillow clips here, too, and nothing says what is white
+        low, high = image.getextrema()
+        if low < 0 or high > 255 or 0 < high <= 1:
+            raise ValueError(f"pixels of 32 bits from {low:g} to {high:g}: save it in 8 or 16 bits")
     return image.convert("RGB")
 
 
@@ -131,12 +136,21 @@ def turned_size(image: Image.Image) -> tuple[int, int]:
 
 def image_folder(file: Path, images: Path | None) -> Path:
     """The folder of the images that a file lists: by default images/ beside it, or where there is none the
-    file's own folder, if that has pictures."""
+    file's own folder, if that has pictures. That, too, if names begin with images/, as Label Studio's do."""
     beside = file.parent / "images"
     if images or beside.is_dir():
-        return images or beside
+        return images or (file.parent if _names_folder(file) and not (beside / "images").is_dir() else beside)
     there = file.parent.iterdir() if file.parent.is_dir() else ()
     return file.parent if any(other.suffix.lower() in SUFFIXES for other in there) else beside
+
+
+def _names_folder(file: Path) -> bool:
+    """Whether the first image of a COCO file or of JSON lines is images/..."""
+    if not file.is_file():
+        return False
+    with open_regular(file) as handle:
+        first = re.search(rb'"(file_name|image)"\s*:\s*"(images/)?', handle.read(HEAD_BYTES))
+    return first is not None and first[2] is not None
 
 
 def check_size(size: tuple[int, int], file: Path, width: int, height: int) -> None:

@@ -1,11 +1,11 @@
 """NumPy's .npz files: those of any arrays, and PaliGemma's weights as big_vision and Kaggle publish them.
 
-No pickle, and nothing that a header says is believed: arrays are stored as they are, so they are mapped from
-the file, and one that would not fill its place in it is refused before memory is asked for. bfloat16, which
-NumPy does not know, is stored as two bytes without a meaning (V2).
+No pickle is read, and headers are not trusted: arrays are stored uncompressed, so they are mapped from the
+file, and one that does not fill its place there is refused before memory is allocated. bfloat16, which NumPy
+does not know, is stored as two bytes without a meaning (V2).
 
-The layers are stacked, and matrices are the other way round than PyTorch's, heads on an axis of their own.
-What the file does not say, its config, is that of the official variant with the same shapes.
+Layers are stacked, matrices are the transposes of PyTorch's, and heads have an axis of their own. The file
+holds no config: it is that of the official variant with the same shapes.
 
 Axes: L layers, N query heads, K kv heads, H head dim, D width, F width of the MLP, V vocabulary.
 """
@@ -26,9 +26,8 @@ from model.io.hub import replacement
 from model.io.tensors import AGAIN
 from model.io.writing import explain
 
-_KINDS = {"<f4": "<f4", "<f2": "<f2"} | dict.fromkeys(
-    ("|V2", "<V2", "<u2", "<i2"), "<i2"
-)  # the last: bfloat16
+_BFLOAT16 = "|V2", "<V2", "<u2", "<i2"  # the spellings that files have for it
+_KINDS = {"<f4": "<f4", "<f2": "<f2"} | dict.fromkeys(_BFLOAT16, "<i2")  # {the file's: what NumPy reads}
 # What np.savez writes before the numbers. np.load would evaluate a damaged header, and ask for as much memory
 # as it says.
 _HEADER = re.compile(
@@ -60,11 +59,8 @@ def _map(file: Path, content, entry: zipfile.ZipInfo) -> np.ndarray:
         raise ValueError(f"{entry.filename} is not an array of float32, float16 or bfloat16")
     kind, shape = np.dtype(_KINDS[header[1].decode()]), [int(x) for x in header[3].split(b",") if x.strip()]
     place = entry.file_size - header.end()
-    if (
-        math.prod(shape) * kind.itemsize != place
-        or not place
-        or start + entry.file_size > file.stat().st_size
-    ):
+    inside = start + entry.file_size <= file.stat().st_size
+    if not place or not inside or math.prod(shape) * kind.itemsize != place:
         raise ValueError(f"{entry.filename} has the shape {shape}, which does not fill its {place:,} bytes")
     order = "F" if header[2] == b"True" else "C"
     return np.memmap(file, kind, "c", start + header.end(), tuple(shape), order)
@@ -125,10 +121,7 @@ _ARRAYS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "decoder.layers.{}.attn.q_proj.weight": (f"{_LAYERS}/attn/q_einsum/w", _to_heads),
     "decoder.layers.{}.attn.k_proj.weight": (f"{_LAYERS}/attn/kv_einsum/w", lambda x: _to_heads(x[0])),
     "decoder.layers.{}.attn.v_proj.weight": (f"{_LAYERS}/attn/kv_einsum/w", lambda x: _to_heads(x[1])),
-    "decoder.layers.{}.attn.o_proj.weight": (
-        f"{_LAYERS}/attn/attn_vec_einsum/w",
-        _from_heads,
-    ),
+    "decoder.layers.{}.attn.o_proj.weight": (f"{_LAYERS}/attn/attn_vec_einsum/w", _from_heads),
     "decoder.layers.{}.mlp.gate_proj.weight": (f"{_LAYERS}/mlp/gating_einsum", lambda x: x[0].T),
     "decoder.layers.{}.mlp.up_proj.weight": (f"{_LAYERS}/mlp/gating_einsum", lambda x: x[1].T),
     "decoder.layers.{}.mlp.down_proj.weight": (f"{_LAYERS}/mlp/linear", _turned),
@@ -140,7 +133,7 @@ _ARRAYS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 
 
 def _shapes_of(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """What tells the variants apart."""
+    """The shapes of the arrays that tell the variants apart."""
     vision, text = config.vision, config.text
     heads = (text.layers, text.heads, text.width, text.head_dim)
     shapes = {
@@ -169,7 +162,8 @@ def variant_of(file: Path) -> str:
 
 
 def npz_config(file: Path) -> PaliGemmaConfig:
-    """Of its variant, with the file's own rows of the embedding: 257,152, without the hub's padding."""
+    """The config of the file's variant, with as many ids as its embedding has rows: 257,152, as only the
+    hub's files are padded."""
     config, embedding = VARIANTS[variant_of(file)], _paligemma(file).get("llm/embedder/input_embedding")
     rows = config.text.vocab_size if embedding is None else len(embedding)
     return replace(config, text=replace(config.text, vocab_size=rows))
@@ -181,7 +175,7 @@ def _paligemma(file: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Of a tensor, what safetensors' slices have: its shape."""
+    """Stands in for safetensors' slices: it knows the shape of a tensor."""
 
     shape: list[int]
 
@@ -190,8 +184,8 @@ class _Slice:
 
 
 class NpzTensors:
-    """The tensors of a file, each made when it is asked for, as safetensors' safe_open does it. Arrays that
-    belong to none keep their names."""
+    """The tensors of a file, each made when it is asked for, with the methods of safetensors' safe_open.
+    Arrays that belong to no tensor of ours keep their names."""
 
     def __init__(self, file: Path, name_of: Callable[[str], str]):
         """name_of: the name to give to a tensor that has ours."""

@@ -1,7 +1,7 @@
 """Tensors of safetensors files, and what is refused: other dtypes, and numbers that no training leaves.
 
-Neither would end in an error later: integers would be taken for weights, and a single NaN becomes an answer
-in which nothing is found.
+Nothing later would complain: integers would be taken for weights, and a single NaN would become an answer in
+which nothing is found.
 """
 
 from pathlib import Path
@@ -35,16 +35,27 @@ def open_tensors(file: Path) -> safe_open:
 
 
 def read_tensors(file: Path, limit: float = LARGEST, remedy: str = AGAIN) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. limit, remedy: see check_largest."""
+    """All tensors of a safetensors file. limit, remedy: see check_numbers."""
     opened = open_tensors(file)
     tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
-    check_largest({name: largest(tensor) for name, tensor in tensors.items()}, file, limit, remedy)
+    check_numbers(tensors, file, limit, remedy)
     return tensors
 
 
-def check_numbers(tensors: dict[str, Tensor], source: Path) -> None:
-    """Refuse tensors that hold NaN, infinity or numbers above LARGEST."""
-    check_largest({name: largest(tensor) for name, tensor in tensors.items()}, source)
+def check_numbers(
+    tensors: dict[str, Tensor], source: Path, limit: float = LARGEST, remedy: str = AGAIN
+) -> None:
+    """Refuse tensors that hold NaN, infinity or numbers above the limit, LARGEST or FINITE.
+
+    remedy: what to do about a file that is not in the hub's cache.
+    """
+    found = [largest(tensor).float() for tensor in tensors.values()]
+    numbers = torch.stack(found).tolist() if found else []  # all are fetched from their device at once
+    wrong = [f"{name} ({number:g})" for name, number in zip(tensors, numbers) if not number <= limit]
+    if wrong:
+        large = "NaN or infinity" if limit == FINITE else f"NaN, infinity or numbers above {limit:,}"
+        what = f"{large}, which no training leaves{replacement(source, remedy)}"
+        raise ValueError(f"{source} holds {what}: {_some(wrong)}")
 
 
 def largest(tensor: Tensor) -> Tensor:
@@ -63,35 +74,19 @@ def largest(tensor: Tensor) -> Tensor:
 def bound(tensor: Tensor) -> Tensor:
     """A number, on the tensor's device, that no magnitude in it exceeds; NaN or infinity if there is one.
 
-    It is the greatest length of a row. That reads memory once, without a copy, in two thirds of the time of
-    `largest` or less, and is enough for weights: their rows are far shorter than LARGEST.
+    It is the largest Euclidean norm of a row. That takes at most two thirds of the time of `largest`, and is
+    enough for weights: the norms of their rows are far below LARGEST.
     """
     rows = tensor.detach().flatten(0, -2) if tensor.ndim > 1 else tensor.detach().view(1, -1)
     return torch.linalg.vector_norm(rows, dim=-1).amax() if rows.numel() else rows.new_zeros(())
 
 
 def check_bounds(bounds: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
-    """check_numbers, given `bound` of every tensor: only what may be too large is read again."""
-    bounds = {name: number for name, number in bounds.items() if not number.is_meta}
+    """check_numbers, given `bound` of every tensor: only tensors that may be too large are read again."""
+    bounds = {name: number for name, number in bounds.items() if not number.is_meta}  # those have no numbers
     tops = torch.stack([number.float() for number in bounds.values()]).tolist() if bounds else []
-    # Half of it: a length is rounded to the tensor's own dtype.
+    # Half of the limit, as a norm is rounded to the tensor's own dtype.
     check_numbers({name: tensors[name] for name, top in zip(bounds, tops) if not top < LARGEST / 2}, source)
-
-
-def check_largest(
-    found: dict[str, Tensor], source: Path, limit: float = LARGEST, remedy: str = AGAIN
-) -> None:
-    """The same, given `largest` of every tensor: all results are fetched from their device at once.
-
-    limit: other than LARGEST, FINITE. remedy: what to do about a file that is not in the hub's cache.
-    """
-    found = {name: number for name, number in found.items() if not number.is_meta}  # those have no numbers
-    numbers = torch.stack([number.float() for number in found.values()]).tolist() if found else []
-    wrong = [f"{name} ({number:g})" for name, number in zip(found, numbers) if not number <= limit]
-    if wrong:
-        large = "NaN or infinity" if limit == FINITE else f"NaN, infinity or numbers above {limit:,}"
-        what = f"{large}, which no training leaves{replacement(source, remedy)}"
-        raise ValueError(f"{source} holds {what}: {_some(wrong)}")
 
 
 def _some(names: list[str]) -> str:

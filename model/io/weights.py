@@ -1,8 +1,8 @@
 """Weights: the tensors of a checkpoint's files -> a model, and back to the hub's layout.
 
 The hub has used three generations of tensor names for the same checkpoint; all reduce to one short form
-(`short_name`). Tensors are mapped from the file and given to a model that has no memory of its own yet, so
-two copies never exist.
+(`short_name`). Tensors are mapped from the file and assigned to a model on the meta device, so there are
+never two copies.
 """
 
 import contextlib
@@ -102,12 +102,11 @@ def without_memory() -> Iterator[None]:
 def load_weights(
     model: nn.Module, folder: Path, image_tokens: int, dtype: torch.dtype, device: str | torch.device
 ) -> None:
-    """Give a model the tensors of a folder, or of an .npz file, wherever it has no memory: adapters may have
-    theirs already. One error names all that do not fit.
+    """Load the tensors of a folder, or of an .npz file, wherever the model is on the meta device; adapters
+    have their values already. One error names all tensors that do not fit.
 
-    image_tokens: by the folder's own config. The model may be for another image size; then its position
-    embeddings are resampled from the folder's. Of a model that FSDP2 has sharded meanwhile, each process
-    reads and converts its own rows only.
+    image_tokens: of the folder's own config. If the model is for another image size, the position embeddings
+    are resampled. If FSDP2 has sharded the model meanwhile, each process reads and converts only its rows.
     """
     version = model.config.text.version
     targets = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_meta}
@@ -152,7 +151,7 @@ def load_weights(
 
 
 def own_rows(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The rows of a tensor that this process holds of `like`, if FSDP2 has sharded that; else all of them."""
+    """The rows of `whole` that this process holds if FSDP2 has sharded `like`; all of them if it has not."""
     if not hasattr(like, "device_mesh"):
         return whole
     mesh = like.device_mesh
@@ -161,7 +160,8 @@ def own_rows(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def as_shard(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Such rows as this process's part of a tensor that is sharded as `like` is; no process is asked."""
+    """The rows that `own_rows` returned as this process's part of a tensor sharded like `like`. Nothing is
+    sent between processes."""
     if not hasattr(like, "device_mesh"):
         return rows
     mesh, placements, whole = like.device_mesh, like.placements, dict(shape=like.shape, stride=like.stride())
@@ -186,7 +186,7 @@ def _open_shards(folder: Path) -> dict[str, safe_open]:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """With an index, only the files that it names, and only inside the folder."""
+    """The names of a folder's weight files; with an index, those that it names, inside the folder only."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():  # first, as in transformers: old shards may lie beside it
         files = ["model.safetensors"]
@@ -198,18 +198,16 @@ def _weight_files(folder: Path) -> list[str]:
         if outside := [file for file in files if Path(file).name != file]:
             raise ValueError(f"{index} points outside its folder: {outside}")
     else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-        files = [
-            file for file in files if file not in (CODEC, PHOTOGRAPHS) and not file.startswith("adapter_")
-        ]
+        found = (path.name for path in sorted(folder.glob("*.safetensors")))
+        files = [f for f in found if f not in (CODEC, PHOTOGRAPHS) and not f.startswith("adapter_")]
     if not files:
         raise ValueError(f"{folder} has no *.safetensors")
     return files
 
 
 def _mark_mapped(tensor: torch.Tensor) -> None:
-    """Mark a tensor that was just read if it is the file's own pages. The mark is on the storage: views and
-    Parameters of this memory have it, copies (another dtype, a GPU, deepcopy) do not."""
+    """Mark a tensor just read whose memory is the file's own pages. The mark is on the storage: views and
+    Parameters of this memory share it, copies (another dtype, a GPU, deepcopy) do not."""
     storage = tensor.untyped_storage()
     storage.mapped_by_loader = not storage.resizable()  # memory of its own could grow, a mapping cannot
 

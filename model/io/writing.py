@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ def explain(what: str, *errors: type[BaseException]) -> Iterator[None]:
         yield
     except errors as error:
         words = " ".join(str(error).split()) or type(error).__name__  # some errors have no text
-        raise ValueError(f"{what} ({words})") from error
+        raise ValueError(f"{what} ({words:.500})") from error
 
 
 @contextlib.contextmanager
@@ -107,6 +108,17 @@ def named(path: Path, temporary: Path | None = None) -> Iterator[None]:
             raise
         words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise OSError(f"{path} cannot be written ({' '.join(words.split())})") from error
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Give a folder its name, and remove one that has it by then. Removing takes time: whoever ends the
+    program during it finds the new one whole."""
+    old = final.with_name(f".{final.name[:50]}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_writable(folder: Path) -> None:

@@ -200,6 +200,11 @@ def test_without_gradio(monkeypatch, capsys):
     assert code == 1 and err.count("\n") == 1 and 'pip install -e ".[demo]"' in err
 
 
+def test_a_port_that_does_not_exist(monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, demo, "--port", 65536)
+    assert code == 1 and err == "demo.py: --port 65536: the last one is 65535\n"
+
+
 # The page ---------------------------------------------------------------------------------------------------
 
 

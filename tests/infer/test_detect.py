@@ -52,12 +52,24 @@ def test_a_picture_twice(run_detect, here, batch):
     assert code == 0 and one == other and "a-2.png" in out
 
 
+def test_options_given_twice(run_detect, here):
+    """--image a --image b: both."""
+    files = [picture(here / name) for name in ("a.png", "b.png")]
+    argv = "--image", files[0], "--image", files[1], "--save", "coco", "--save", "voc"
+    assert run_detect(*argv, "--json", "out.json")[0] == 0
+    assert [entry["image"] for entry in json.loads((here / "out.json").read_text())] == [*map(str, files)]
+    assert {folder.name for folder in (here / "detections").iterdir() if folder.is_dir()} == {"coco", "voc"}
+
+
 def test_json_over_a_picture(run_detect, here):
     """It would be lost."""
     file = picture(here / "a.png")
     code, _, err = run_detect("--image", file, "--json", file)
     assert (
-        code == 1 and len(err) == 1 and "one of the pictures" in err[0] and Image.open(file).size == (90, 60)
+        code == 1
+        and len(err) == 1
+        and "one of the files that are read" in err[0]
+        and Image.open(file).size == (90, 60)
     )
 
 
@@ -141,6 +153,15 @@ def test_data_sets(run_detect, here):
     (here / "detections" / "yolo").mkdir()
     code, _, err = run_detect(*usual, "--save", "yolo")
     assert code == 1 and "yolo exists and has no ids.json" in err[0]
+
+
+def test_data_sets_of_pictures_without_a_known_suffix(run_detect, here):
+    """Each is in the set, whatever it is called."""
+    files = [picture(here / "a.png", seed=i).rename(here / name) for i, name in enumerate(("a.json", "b"))]
+    assert run_detect("--image", *files, "--save", "labelme", "yolo")[0] == 0
+    for form in ("labelme", "yolo"):
+        data = lists_of(find_data(here / "detections" / form, None, ["train"]))
+        assert [record["file_name"] for record in data["images"]] == ["a.png", "b.png"]
 
 
 def test_json_on_stdout(run_detect, here):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import call, edit_json, load, write_jsonl
+from helpers import call, edit_json, load, picture, write_jsonl
 from torch import nn
 
 from infer import doctor
@@ -115,7 +115,7 @@ def cache_forgets_the_newest(model, patch):
 
     def late(cache, k, v):
         keys, values = update(cache, k, v)
-        return (keys, values) if cache.slots is None else (keys.roll(1, 2), values.roll(1, 2))
+        return (keys, values) if cache.new_slots is None else (keys.roll(1, 2), values.roll(1, 2))
 
     patch.setattr(LayerCache, "update", late)
 
@@ -278,6 +278,21 @@ def test_nano_passes(monkeypatch, capsys):
     assert code == 0, out + err
     assert out.count("passed") == 12 and "BROKEN" not in out and "nothing is broken" in out
     assert "0 pairs wrong" in out  # the window was crossed
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--count", 1], "--count 1: must be at least 2"),
+        (["--data", "none.json"], "none.json: no such file"),
+        (["--data", "data.yaml"], "make a COCO file of it"),
+    ],
+)
+def test_refused_before_the_work(argv, words, here, monkeypatch, capsys):
+    picture(here / "images" / "a.png")
+    (here / "data.yaml").write_text("train: images\nnames: [cat]\n")
+    code, _, err = call(monkeypatch, capsys, doctor, "--model", "nowhere", *argv)
+    assert code == 1 and words in err and len(err.splitlines()) == 1
 
 
 def test_the_seam_is_examined(monkeypatch, capsys, here, scenes):

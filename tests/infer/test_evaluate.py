@@ -176,6 +176,18 @@ def test_bad_arguments(run_evaluate):
         assert code == expected and out == "" and str(value) in err.splitlines()[-1]
 
 
+def test_a_set_without_objects(capsys):
+    """COCO's -1 is no figure."""
+    evaluate.print_figures("x", dict(AP=-1.0, AP50=-1.0, AR1=0.5, images=2, calibration=[]))
+    assert capsys.readouterr().out == "mAP - (x)\n   AP50 -   AR1 0.500\n   \n   \n"
+
+
+def test_the_data_is_not_replaced(run_evaluate, coco):
+    before = coco.read_text()
+    code, _, err = run_evaluate("--data", coco, "--json", coco)
+    assert code == 1 and "is one of the files that are read" in err and coco.read_text() == before
+
+
 def test_figures_are_not_lost(run_evaluate, here):
     """A file that cannot be written is told before the work, not after it."""
     for target in ("no/figures.json", ".", "/proc/figures.json"):

@@ -92,6 +92,13 @@ def test_mistakes(monkeypatch, capsys, model, data, line, words):
     assert code == 1 and len(err) == 1 and err[0].startswith("evaluate_answers.py: ") and words in err[0]
 
 
+@pytest.mark.parametrize("option", ["--json", "--answers", "--sheet"])
+def test_the_data_is_not_replaced(monkeypatch, capsys, model, data, option):
+    before = data.read_text()
+    code, _, (err,) = run(monkeypatch, capsys, "--data", data, "--model", model, option, data)
+    assert code == 1 and f"{option} {data}: is one of the files" in err and data.read_text() == before
+
+
 def test_skip_broken(monkeypatch, capsys, model, data):
     """As if the lines of such pictures were not in the file; without the option, no figures."""
     argv = "--model", model, "--codec", NANO / CODEC, "--max-tokens", 5, "--json", "f.json", "--answers"

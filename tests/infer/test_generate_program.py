@@ -31,6 +31,7 @@ def test_one_answer(ask):
     code, out, err = ask("--prompt", "detect all classes", "--max-tokens", "9")
     assert code == 0 and len(out.splitlines()) >= 1 and "9 tokens" in err[-1]
     assert ask("--prompt", "detect all classes", "--max-tokens", "9")[1] == out
+    assert ask("--prompt", " detect all classes\n", "--max-tokens", "9")[1] == out
     hot = ["--prompt", "a", "--temperature", "2", "--max-tokens", "9"]
     assert ask(*hot)[1] == ask(*hot)[1] != ask(*hot, "--seed", "1")[1]
     assert len(ask(*hot, "--samples", "3", "--eos-offset", "99")[1].splitlines()) >= 3
@@ -48,8 +49,8 @@ def test_conversation(ask):
     """Commands, mistakes and prompts in turn: each costs a line, and the end of input ends it."""
     lines = ["a", "", "/help", "/image none.png", "/image a.png", "/nonsense"]
     lines += ["word " * 2000, "detect zebras", b"\xff", "a"]
-    code, out, err = ask("--max-tokens", "5", lines=lines)
-    assert code == 0 and out.count("/image FILE") == 3
+    code, out, err = ask("--max-tokens", "5", lines=[*lines, "/image "])
+    assert code == 0 and out.count("/image FILE") == 4
     answers = [line for line in err if line.endswith("a second")]
     mistakes = [line for line in err if line.startswith("generate.py: ")]
     assert len(answers) == 2 and len(mistakes) == 4
@@ -67,6 +68,9 @@ def test_conversation(ask):
         (["--prompt", "cat \udcff"], "UTF-8"),
         (["--prompt", "detect zebras"], "did you mean 'zebra'"),
         (["--prompt", "a", "--top-k", "3"], "temperature"),
+        (["--prompt", "a", "--eos-offset", "nan"], "eos-offset nan"),
+        (["--prompt", "a", "--seed", "99999999999999999999"], "--seed 99999999999999999999"),
+        (["--prompt", "a", "--device", "meta"], "--device meta cannot be used"),
         (["--prompt", "a", "--samples", "3"], "temperature"),
         (["--prompt", "  "], "--prompt is empty"),
         (["--prompt", "a", "--model", "nowhere/"], "nowhere"),

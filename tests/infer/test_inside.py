@@ -389,7 +389,7 @@ def test_program(here, model, monkeypatch, capsys):
         (("--prompt", "caption en", "--branches", "3"), "without --prompt"),
         (("--prompt", "detect unicorn"), "'unicorn' is none of the 80 classes"),
         (("--compile",), "compiled layers"),
-        (("--out", "a.png"), "is the picture"),
+        (("--out", "a.png"), "--out a.png: is one of the files that are read"),
         (("--out", "nowhere/a.html"), "--out nowhere/a.html"),
         (("--decode", "parallel", "--groups", "3"), "groups=3 is for boxes in sequence"),
         (("--decode", "sequence", "--branches", "3"), "branches=3"),

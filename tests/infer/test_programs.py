@@ -47,6 +47,13 @@ def test_what_a_user_can_cause_is_one_line(error, line, capsys):
     assert ending(lambda: fail(error), capsys) == (1, f"detect.py: {line}\n")
 
 
+def test_too_little_memory_on_a_cpu(capsys):
+    """torch has no class of its own for it."""
+    code, err = ending(lambda: torch.empty(1 << 50), capsys)
+    assert code == 1 and len(err.splitlines()) == 1
+    assert err.startswith(f"detect.py: can't allocate memory: you tried to allocate {4 << 50} bytes")
+
+
 class Unreadable(Dataset):
     def __len__(self):
         return 1

@@ -12,7 +12,7 @@ import pytest
 from helpers import LISTED_IMAGES, FromAList, call, edit_json
 from PIL import Image
 
-from infer import report
+from infer import ablate, heads, report, tradeoffs
 from infer.lib import predictions
 from infer.lib.draw import place
 from infer.lib.plots import NEEDED, Evaluated, ap_per_class, new_figure
@@ -139,6 +139,41 @@ def test_hostile_names(evaluate_data, run_report, data, tmp_path):
         "settings.json is not evaluate.py's ('name')"
         in run_report("--eval", tmp_path / "eval", "--out", "x")[1]
     )
+
+
+def test_a_log_of_something_else(evaluate_data, run_report, tmp_path):
+    evaluate_data("--out", tmp_path / "eval")
+    for line in ("5", '{"loss": 1}'):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(report, "report_set", lambda *args: [])
+            code, err = run_report("--eval", tmp_path / "eval", "--run", tmp_path, "--out", tmp_path / "page")
+        assert code == 1 and f"--run {tmp_path}: its metrics.jsonl" in err and len(err.splitlines()) == 1
+
+
+def test_no_half_plot(tmp_path):
+    """The old one stays until the new one is whole."""
+    file = tmp_path / "a.png"
+    file.write_text("old")
+
+    def save(target, **options):
+        Path(target).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="a.png cannot be written"), new_figure(file, 2, 2) as figure:
+        figure.savefig = save
+    assert file.read_text() == "old" and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.parametrize("program", [ablate, heads, tradeoffs])
+@pytest.mark.parametrize(
+    ("out", "words"), [("plot", "no format"), ("a.txt", "no format"), ("none/a.png", "its folder does not")]
+)
+def test_a_plot_that_could_not_be_written(program, out, words, here, monkeypatch, capsys):
+    """Complained about before the hours of work."""
+    command = ["early-stop"] if program is tradeoffs else ["--model", "nowhere"]
+    code, _, err = call(monkeypatch, capsys, program, *command, "--out", out)
+    assert code == 1 and f"--out {out}: {words}" in err
 
 
 def test_nothing_found(evaluate_data, run_report, data, tmp_path):

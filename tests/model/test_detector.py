@@ -163,7 +163,9 @@ def test_refused(nano, model):
         ("none.png", {}, "none.png: no such file"),
         ([EXAMPLE, "none.png"], {}, "none.png"),
         (pixels, {}, "a file or a PIL image, not of type ndarray"),
+        (None, {}, "a file or a PIL image, not of type NoneType"),
         (EXAMPLE, dict(classes=[]), "names no class"),
+        (EXAMPLE, dict(classes=[0, 2]), "[0, 2]: classes are given by their names"),
         (EXAMPLE, dict(classes=["<loc0001>"]), "one of ; < >"),
         (EXAMPLE, dict(masks=True), "masks=True needs the names"),
     ):
@@ -178,6 +180,8 @@ def test_refused(nano, model):
         Detector.from_pretrained(model, device="cpu")(EXAMPLE, classes=["cat"], masks=True)
     with pytest.raises(ValueError, match="no folder 'nowhere"):
         Detector.from_pretrained("nowhere/")
+    with pytest.raises(ValueError, match="no folder ''"):
+        Detector.from_pretrained("")
 
 
 def test_imports_nothing_heavy():

@@ -115,6 +115,11 @@ def test_kernel_samples(temperature, top_p):
         check(plain(hidden, slot, uniform), fused(hidden, slot, uniform))
 
 
+def test_kernel_refuses_what_it_would_ignore():
+    with pytest.raises(ValueError, match="top-k 3"):
+        heads(16, sampling=Sampling(1.0, top_k=3))
+
+
 def test_kernel_bfloat16():
     """Weights and states in bfloat16, sums in float32: nearer to the exact logits than the plain form's."""
     _, fused = heads(96, dtype=torch.bfloat16)
@@ -123,15 +128,6 @@ def test_kernel_bfloat16():
     hidden, uniform = inputs(9, 96, torch.bfloat16)
     for slot in (0, 4):
         check(exact(hidden.float(), slot, uniform), fused(hidden, slot, uniform))
-
-
-def test_kernel_reads_the_position_on_the_device():
-    """Any position of the answer, as a number in the device's memory."""
-    plain, fused = heads(32)
-    hidden, uniform = inputs(2, 32)
-    position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    for value in (0, 4, 9, 123):
-        check(plain(hidden, value % 5, uniform), fused(hidden, position.fill_(value), uniform))
 
 
 def test_ties():
@@ -187,7 +183,7 @@ from model.decoding.head_kernel import STAGES, TILES, choose_one, restricted_log
 
 POINTERS = dict(position="*i64", logits="*fp32", uniform="*fp32", fed="*i64", best_id="*i64", score="*fp32")
 POINTERS |= dict(noise="*fp32", hidden="*bf16", embed="*bf16")
-NUMBERS = dict.fromkeys(["B", "D", "loc0", "class0", "classes"], "i32")
+NUMBERS = dict.fromkeys(["B", "D", "first", "rows", "choices"], "i32")
 NUMBERS |= dict.fromkeys(["cap", "temperature", "top_p"], "fp32")
 
 
@@ -210,12 +206,12 @@ for target in (80, 90):
             print(target, weight, b, r)
             block = dict(BLOCK_B=b, BLOCK_R=r, BLOCK_D=d if weight == "*bf16" else d // 2)
             types = dict(hidden=weight, embed=weight)
-            constants = dict(GROUP=5, WIDEN=False) | block
+            constants = dict(WIDEN=False) | block
             ptx = compiled(restricted_logits, target, aligned, constants, types, num_stages=STAGES)
             assert ("mma" in ptx) == (weight == "*bf16")
             assert ("cp.async" in ptx) or not aligned
     for sample in (False, True):
-        compiled(choose_one, target, True, dict(GROUP=5, NOISE_FEEDBACK=not sample, SAMPLE=sample))
+        compiled(choose_one, target, True, dict(NOISE_FEEDBACK=not sample, SAMPLE=sample))
 """
 
 

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import complaint_about
 from PIL import Image, ImageFilter
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -69,6 +70,22 @@ def test_modes_as_transformers(mode, tmp_path):
     with Image.open(file) as image:
         assert image.mode == mode
         assert (to_network(square(load_image(file), 56)) - theirs(image, 56)).abs().max() <= 1e-6
+
+
+def test_32_bits_a_pixel(tmp_path):
+    """Which value is white is known only of those from 0 to 255: others would be black or white all over."""
+    grey = np.linspace(0, 255, 120, dtype=np.float32).reshape(10, 12)
+    for pixels, words in (
+        (grey / 255, "from 0 to 1"),
+        (grey - 300, "from -300 to -45"),
+        ((grey * 257).astype(np.int32), "from 0 to 65535"),
+    ):
+        Image.fromarray(pixels).save(tmp_path / "a.tif")
+        assert words in complaint_about(tmp_path / "a.tif", load_image)
+    for pixels in (grey, grey.astype(np.int32), 0 * grey):
+        assert np.array_equal(
+            load_image(Image.fromarray(pixels)), pixels.astype(np.uint8)[..., None].repeat(3, 2)
+        )
 
 
 def test_batches_of_pixels():

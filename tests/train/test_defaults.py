@@ -60,6 +60,9 @@ def test_a_run_goes_on_as_it_began(few, tmp_path, monkeypatch):
     """On another number of processes, with more pictures by now, and whatever these defaults become."""
     began = settled(few(100), "--val", "x", "--steps", "40")
     (tmp_path / "run.json").write_text(json.dumps(as_json(began)))
+    # Without a checkpoint it begins anew: options that ended in an error are not those of the next try.
+    assert settled(few(100), "--out", str(tmp_path)).steps == 650
+    (tmp_path / "step-0000001").mkdir()
     monkeypatch.setenv("WORLD_SIZE", "3")
     data, out = few(200), ("--out", str(tmp_path))
     goes_on = settled(data, *out, "--val", "x")

@@ -12,6 +12,7 @@ from training import PLAIN, run
 
 from infer import evaluate
 from train import convert
+from train.data.folders import new_folder
 from train.data.forms import find_data, lists_of
 from train.data.open import read_coco_index
 
@@ -97,6 +98,20 @@ def test_there_and_back(photos, converted, form):
     assert (photos / form / "mine.txt").exists() and not list(photos.glob(".*"))
 
 
+def test_a_set_is_replaced_or_stays(tmp_path, monkeypatch):
+    """Ctrl-C while the old one is removed, which takes time, leaves the new one."""
+
+    def remove(folder, **_):
+        if (folder / "ids.json").exists():
+            raise KeyboardInterrupt
+
+    label(tmp_path / "set" / "ids.json", "{}")
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "set", replace=True) as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "set" / "new").exists()
+
+
 def test_what_cannot_be_kept(photos, converted):
     """Crowds, where a form has no word for them, and boxes without an area are left out, which is said."""
     data = json.loads((photos / "instances.json").read_text())
@@ -109,6 +124,28 @@ def test_what_cannot_be_kept(photos, converted):
         assert len(read(photos / form)["annotations"]) == 1
     converted("to-voc", photos / "instances.json", photos / "voc")
     assert [a["iscrowd"] for a in read(photos / "voc")["annotations"]] == [1, 0]
+
+
+@pytest.mark.parametrize("form", ["yolo", "voc", "labelme"])
+def test_there_and_back_from_a_folder_of_that_name(photos, converted, form):
+    """Label Studio's names all begin with images/."""
+    data = json.loads((photos / "instances.json").read_text())
+    for record in data["images"]:
+        record["file_name"] = f"images/{record['file_name']}"
+    (photos / "instances.json").write_text(json.dumps(data))
+    converted(f"to-{form}", photos / "instances.json", photos / form)
+    assert boxes(read(photos / form)) == boxes(data)
+
+
+@pytest.mark.parametrize("form", ["yolo", "voc", "labelme"])
+def test_two_images_of_one_file(photos, form):
+    """Merged COCO files have them: one file of labels cannot be of both."""
+    data = json.loads((photos / "instances.json").read_text())
+    data["images"][1] |= dict(file_name="a.jpg", width=64, height=48)
+    (photos / "instances.json").write_text(json.dumps(data))
+    argv = [f"to-{form}", "--data", str(photos / "instances.json"), "--out", str(photos / form)]
+    assert "a.jpg and a.jpg would both have" in complaint(convert.main, argv)
+    assert not (photos / form).exists()
 
 
 def test_to_lines_from_any_form(photos, converted):
@@ -183,6 +220,61 @@ def test_yolo_of_roboflow(tmp_path):
     assert "list.txt:2: " in complaint(read, tmp_path)
 
 
+def test_yolo_of_label_studio(tmp_path):
+    """Its notes.json is no COCO file; and its COCO files name pictures from their own folder on."""
+    photo(tmp_path / "images/a.jpg")
+    label(tmp_path / "labels/a.txt", "0 0.5 0.5 0.2 0.4")
+    label(tmp_path / "classes.txt", "cat\n")
+    label(tmp_path / "notes.json", json.dumps(dict(categories=[dict(id=0, name="cat")], info={})))
+    assert boxes(read(tmp_path)) == [("a.jpg", "cat", [40, 15, 20, 20])]
+    image = dict(id=0, file_name="images/a.jpg", width=100, height=50)
+    file = label(tmp_path / "of/result.json", json.dumps(dict(images=[image], annotations=[], categories=[])))
+    photo(tmp_path / "of/images/a.jpg")
+    assert find_data(file.parent, None, ["train"]).images == file.parent
+    photo(tmp_path / "of/images/images/a.jpg")
+    assert find_data(file.parent, None, ["train"]).images == file.parent / "images"
+
+
+def test_yolo_of_cvat(tmp_path):
+    """Folders of parts, of which one is taken; and a list whose lines begin with data/."""
+    for part in ("train", "valid"):
+        photo(tmp_path / f"obj_{part}_data/{part}.jpg")
+        label(tmp_path / f"obj_{part}_data/{part}.txt", "0 0.5 0.5 0.2 0.4")
+    label(tmp_path / "obj.names", "cat\n")
+    label(tmp_path / "train.txt", "data/obj_train_data/train.jpg\n")
+    assert boxes(read(tmp_path)) == [("train.jpg", "cat", [40, 15, 20, 20])]
+    assert boxes(read(tmp_path, part="val")) == [("valid.jpg", "cat", [40, 15, 20, 20])]
+    assert boxes(read(label(tmp_path / "data.yaml", "train: train.txt\nnames: [cat]")))[0][0] == "train.jpg"
+
+
+def test_yolo_names_as_they_stand_and_parts_that_are_not_there(tmp_path):
+    """YAML would make False of a class called no, and 7 of 007; Roboflow names a test/ that it has not."""
+    photo(tmp_path / "train/images/a.jpg")
+    label(tmp_path / "train/labels/a.txt", "1 0.5 0.5 0.2 0.4")
+    text = "path:\ntrain: ../train/images\nval: ~\ntest: ../test/images\nnames: [yes, no, 007]"
+    file = label(tmp_path / "data.yaml", text)
+    assert [record["name"] for record in read(file)["categories"]] == ["yes", "no", "007"]
+    assert "test is '../test/images': no such folder" in complaint(read, file, part="test")
+    file.write_text(f"{text}\nkpt_shape: [2, 2]\n")  # a box and two points would be taken for a polygon
+    assert "kpt_shape" in complaint(read, file)
+
+
+def test_hidden_copies_are_no_data(tmp_path):
+    """Of Jupyter and of macOS; but files with suffixes in capitals are data."""
+    copies = (".ipynb_checkpoints/a-checkpoint", "__MACOSX/._a", "._a")
+    for form, suffix, text in (
+        ("voc", "XML", voc(voc_object(1, 11, 100, 50))),
+        ("labelme", "JSON", labelme(shape("rectangle", [0, 10], [100, 50]))),
+    ):
+        photo(tmp_path / form / "a.JPG")
+        label(tmp_path / form / f"a.{suffix}", text)
+        for copy in copies:
+            label(tmp_path / form / f"{copy}.jpg", "\0")
+            label(tmp_path / form / f"{copy}.{suffix.lower()}", "\0")
+        data = read(tmp_path / form)
+        assert boxes(data) == [("a.JPG", "cat", [0, 10, 100, 40])] and len(data["images"]) == 1
+
+
 YOLO_FAULTS = {
     "0 0.5 0.5 0.1": "a.txt:2: 4 numbers",
     "0 0.5 0.5 0.1 x": "a.txt:2: not numbers: 0 0.5",
@@ -240,6 +332,7 @@ LABELIMG = "<filename>a.jpg</filename><source><database>Unknown</database></sour
     [
         (voc(voc_object(1, 11, 100, 50)), [0, 10, 100, 40]),  # VOC's own: from 1, to the last pixel
         (voc(voc_object(1, 11, 100, 50), LABELIMG), [1, 11, 99, 39]),
+        (voc(voc_object(1, 11, 100, 50), LABELIMG.replace("Unknown", "MyDatabase")), [1, 11, 99, 39]),
         (voc(voc_object(0, 11, 100, 50)), [0, 11, 100, 39]),  # there is no pixel 0 in VOC's
         (voc(voc_object(1, 11, 30.5, 50), "<filename>x.png</filename>", (0, 0)), [0, 10, 30.5, 40]),
     ],
@@ -329,6 +422,9 @@ def test_labelme(tmp_path):
     ):
         label(tmp_path / "a.json", labelme(wrong))
         assert message in complaint(read, tmp_path) and "a.json" in complaint(read, tmp_path)
+    label(tmp_path / "a.json", labelme(*shapes))
+    label(tmp_path / "b.json", labelme(shapes[1]))  # a copy for another picture, which still names the first
+    assert "b.json: a second file for a.jpg" in complaint(read, tmp_path)
 
 
 # Folders ----------------------------------------------------------------------------------------------------

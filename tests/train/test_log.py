@@ -2,7 +2,9 @@
 
 import json
 import signal
+import sys
 from argparse import Namespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,6 +38,15 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
     log.line(3, 0.5, lr=1e-3)
     log.bar.close()
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_tensorboard_ends_with_the_run(tmp_path, monkeypatch):
+    """Its writer keeps the newest lines to itself for a while."""
+    board = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Mock(SummaryWriter=lambda _: board))
+    with Log(Namespace(out=tmp_path, steps=4, batch_size=1), 0, torch.device("cpu")) as log:
+        log.line(3, 0.5, lr=1e-3)
+    assert [call[0] for call in board.method_calls][-2:] == ["add_scalar", "close"]
 
 
 def test_the_bar_ends_with_the_run(tiny, scenes, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import call, write_jsonl
+from helpers import call, complaint, write_jsonl
 from PIL import Image
 from pycocotools.mask import decode
 
@@ -114,6 +114,8 @@ def test_lines_and_sheet(folder, run):
     lines, said = run(coco_file(folder, *masks), "--most", 3)
     assert lines == [] and "4 of classes with more than 3" in run.printed
     assert "4 of 4 objects left out" in said and "--most 4 keeps all" in said
+    argv = ["masks-to-jsonl", *f"--data x --out {folder}/new.jsonl --sheet {folder}/sheet.png".split()]
+    assert "sheet.png exists: choose another" in complaint(convert.main, argv)
 
 
 def test_crowds_are_left_out(folder, run):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ENVIRONMENT, same, torchrun
+from helpers import ENVIRONMENT, complaint, same, torchrun
 from safetensors.torch import load_file, save_file
 from training import PLAIN, Killed, command, launch, metrics, run, run_complaint, run_until_killed, weights
 
@@ -19,6 +19,8 @@ from model import PaliGemma
 from model.lora import lora_layers
 from train import fit as train
 from train.run import checkpoint, program
+from train.run.options import arguments
+from train.setup import checkpoint_to_resume
 from train.validate import Validation
 
 # Killed in the middle of a step -----------------------------------------------------------------------------
@@ -205,6 +207,40 @@ def test_a_run_is_not_overwritten(tiny, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and "holds a run already" in said and "--resume" in said
     assert files == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+
+
+def test_a_result_is_not_overwritten(tmp_path):
+    """Somebody who needs room removes the checkpoints, and forgets that the folder is in use."""
+
+    def begin(*options):
+        return checkpoint_to_resume(arguments(["--model", "", "--out", str(tmp_path), *options]))
+
+    (tmp_path / "final").mkdir()
+    for options in ((), ("--resume",)):
+        assert "without a checkpoint" in complaint(begin, *options)
+    (tmp_path / "final").rename(tmp_path / "best")  # is there before the first checkpoint
+    assert "without a checkpoint" in complaint(begin) and begin("--resume") == (None, {})
+    (tmp_path / "step-0000500").mkdir()  # damaged: what is saved from step 0 on would be deleted as older
+    assert "without a checkpoint" in complaint(begin, "--resume")
+
+
+def test_what_a_person_calls_alike_is_no_checkpoint(tmp_path):
+    """A copy of one is neither gone on from nor deleted as an old one."""
+    for name in ("step-0000500", "step-0000500-good", "step-10000000", "step-9999999", "step-notes"):
+        (tmp_path / name).mkdir()
+    names = [folder.name for folder in checkpoint.checkpoints(tmp_path)]
+    assert names == ["step-0000500", "step-9999999", "step-10000000"]
+
+
+def test_data_that_has_grown_is_not_gone_on_with(tiny, pairs, tmp_path):
+    """Which sample comes next depends on how many there are."""
+    file = tmp_path / "grown.jsonl"
+    file.write_text(pairs.read_text())
+    options = f"{PLAIN} --data {file} --images {pairs.parent / 'images'}"
+    run(tiny, tmp_path / "run", f"{options} --steps 1")
+    file.write_text(pairs.read_text() * 2)
+    said = run_complaint(tiny, tmp_path / "run", f"{options} --steps 1 --resume")
+    assert "grown.jsonl has 12 samples, and had 6" in said
 
 
 def test_another_run_is_not_resumed(tiny, scenes, tmp_path):

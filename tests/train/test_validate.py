@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import language_of, same, torchrun
+from helpers import complaint, language_of, same, torchrun
 from safetensors.torch import load_file
 from training import (
     AS_OPTIONS,
@@ -137,6 +137,19 @@ def test_validation_loss_is_of_the_same_kind(with_empty, tiny, tmp_path):
     assert found == pytest.approx(expected, abs=2e-4)
 
 
+def test_validation_without_objects(with_empty, tiny):
+    """Answers in branches have nothing to teach there: a loss of 0, where NaN would never be beaten."""
+    data = json.loads(with_empty.read_text())
+    with_empty.write_text(json.dumps(data | dict(annotations=[])))
+    model = PaliGemma.from_pretrained(str(tiny), dtype=torch.float32)
+    language = language_of(tiny)
+    objective = Objective(model, language, branches=language)
+    argv = f"--model x --out x --device cpu --no-amp --val {with_empty} --val-every 1 --data x"
+    args = train.arguments([*argv.split(), "--answers", "parallel", "--noise-boxes", "0"])
+    figures, _ = Validation(args, model, objective, Tokenizer(tiny), torch.device("cpu")).run()
+    assert figures == {"val_loss": 0, "val_mAP": 0}
+
+
 # Its pictures -----------------------------------------------------------------------------------------------
 
 
@@ -150,6 +163,12 @@ def test_validation_data_of_another_kind(tiny, scenes, pairs, tmp_path):
         with pytest.raises(ValueError, match=f"--val .* holds {held}"):
             run(tiny, tmp_path / "run", f"{PLAIN} {options} --val-every 1 --steps 1")
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_of_classes_that_are_not_trained(tiny, scenes):
+    model = PaliGemma.from_pretrained(tiny, classes=["cat"])
+    said = complaint(open_data, scenes, None, model, model.tokenizer, part="val")
+    assert "instances.json has classes that are not among the 1 that are trained (cat, ...): person" in said
 
 
 def test_validation_pictures_are_the_same_for_loss_and_map(tiny, scenes, tmp_path, monkeypatch):

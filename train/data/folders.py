@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from model.io.image import READERS, SUFFIXES, upright_size
 from model.io.names import shown
-from model.io.writing import read_json, write_json
+from model.io.writing import read_json, replace_folder, write_json
 
 IDS = "ids.json"  # beside a converted set: {"categories": {name: id}, "images": {file name: id}}
 
@@ -28,9 +28,14 @@ class Entry(NamedTuple):
     objects: list[dict[str, Any]]  # "label" and "box" (x0, y0, x1, y1), and what else an annotation has
 
 
-def list_pictures(folder: Path) -> list[Path]:
-    """All pictures in a folder and in those below it, sorted."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+def list_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
+    """All pictures, or files with other suffixes, in a folder and in those below it, sorted. Hidden ones are
+    left out: Jupyter and macOS keep copies of files by such names."""
+
+    def hidden(file: Path) -> bool:
+        return any(part[0] == "." or part == "__MACOSX" for part in file.relative_to(folder).parts)
+
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and not hidden(file))
 
 
 def sizes_of(files: list[Path], strict: bool) -> list[tuple[int, int]]:
@@ -95,9 +100,9 @@ def _checked(ids: Any, where: str) -> dict[str, int]:
     return ids
 
 
-def objects_of(data: dict) -> dict[int, list[dict]]:
+def objects_of(data: dict, crowds: bool = True) -> dict[int, list[dict]]:
     """{image id: its objects}, each an annotation with its "label" and its "box", clipped to the picture, in
-    hundredths of a pixel. Those without an area there are left out."""
+    hundredths of a pixel. Those without an area there are left out; crowds: False, if they are, too."""
     names = {record["id"]: record["name"] for record in data["categories"]}
     sizes = {record["id"]: (record["width"], record["height"]) for record in data["images"]}
     found = defaultdict(list)
@@ -105,7 +110,7 @@ def objects_of(data: dict) -> dict[int, list[dict]]:
         (x, y, w, h), (width, height) = record["bbox"], sizes[record["image_id"]]
         sides = zip((x, y, x + w, y + h), (width, height) * 2)
         box = x0, y0, x1, y1 = [round(min(max(at, 0), side), 2) for at, side in sides]
-        if x1 > x0 and y1 > y0:
+        if x1 > x0 and y1 > y0 and (crowds or not record.get("iscrowd")):
             found[record["image_id"]].append(record | dict(label=names[record["category_id"]], box=box))
     return found
 
@@ -115,8 +120,9 @@ def beside(data: dict, folder: Path, suffix: str) -> Iterator[tuple[dict, Path]]
     taken = {}
     for record in data["images"]:
         file = (folder / record["file_name"]).with_suffix(suffix)
-        if (other := taken.setdefault(file, record["file_name"])) != record["file_name"]:
-            raise ValueError(f"{other} and {record['file_name']} would both have {file.name}: rename one")
+        if (other := taken.setdefault(file, record)) is not record:
+            both = f"{other['file_name']} and {record['file_name']}"
+            raise ValueError(f"{both} would both have {file.name}: rename one")
         file.parent.mkdir(parents=True, exist_ok=True)
         yield record, file
 
@@ -144,10 +150,11 @@ def write_ids(data: dict, folder: Path) -> None:
 
 
 def check_new(out: Path, replace: bool) -> None:
-    """Refuse a folder that is there, unless it may be replaced and was written by new_folder."""
-    if os.path.lexists(out) and not (replace and (out / IDS).is_file()):
-        own = "" if (out / IDS).is_file() else f" and has no {IDS}, so --force does not replace it"
-        raise ValueError(f"{shown(out)} exists{own}: choose another folder")
+    """Refuse a folder that is there, unless it is empty, or may be replaced and was written by new_folder."""
+    own, empty = (out / IDS).is_file(), out.is_dir() and not any(out.iterdir())
+    if os.path.lexists(out) and not (empty or (replace and own)):
+        why = f" and has no {IDS}, so --force does not replace it" if replace else ""
+        raise ValueError(f"{shown(out)} exists{why}: choose another folder")
 
 
 @contextlib.contextmanager
@@ -158,9 +165,7 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it for its owner alone
         yield temporary
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        replace_folder(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

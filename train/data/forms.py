@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from model.decoding.boxes import locs_to_boxes, parse_answer
-from model.io.image import SUFFIXES, image_folder, upright_size
+from model.io.image import image_folder, upright_size
 from model.io.names import shown
 from model.io.writing import open_regular
 from train.data import labelme, voc, yolo
-from train.data.folders import list_pictures
+from train.data.folders import list_files
 from train.data.jsonl import is_jsonl, read_lines, right_answers
 from train.data.records import check_records, read_records
 
@@ -32,6 +32,7 @@ KNOWN = (
     "or beside the pictures), LabelMe (*.json beside the pictures), a folder with one of these, or with "
     "train/, valid/ and test/ of one"
 )
+NO_DATA = "ids.json", "notes.json"  # what convert.py writes beside a set, and Label Studio beside YOLO labels
 HEAD_BYTES = 1 << 14  # that tell LabelMe's JSON from COCO's
 
 
@@ -97,16 +98,15 @@ def _file(file: Path, images: Path | None, parts: Sequence[str], part: str | Non
 
 
 def _in_folder(folder: Path, images: Path | None, parts: Sequence[str], part: str | None = None):
-    inside = sorted(folder.iterdir())
+    inside = sorted(file for file in folder.iterdir() if file.name[0] != ".")
     yamls = [file for file in inside if file.suffix.lower() in (".yaml", ".yml") and _has_names(file)]
     if yamls:
         named = [file for file in yamls if file.stem == "data"] or yamls
         return _yolo_of_yaml(_only(named, folder), images, parts)
     json_files = [file for file in inside if file.suffix.lower() in (".json", ".jsonl") and file.is_file()]
-    json_files = [file for file in json_files if file.name != "ids.json"]
+    json_files = [file for file in json_files if file.name not in NO_DATA]
     if json_files and _is_labelme(json_files[0]):
-        read = partial(labelme.read_labelme, folder, images or folder, folder)
-        return Found("LabelMe", folder, images or folder, part, read)
+        return _labelme(folder, images, part)
     if json_files:
         by_part = {key: file for file in json_files if (key := _part_of(file.name))}
         if len(json_files) > 1 and len(by_part) == len(json_files):
@@ -118,7 +118,18 @@ def _in_folder(folder: Path, images: Path | None, parts: Sequence[str], part: st
     if folders:
         part, sub = _pick(folders, parts, folder)
         return _in_folder(sub, images, parts, part)
-    return _voc(folder, images, parts, part) or _yolo(folder, images, parts, part)
+    return (
+        _voc(folder, images, parts, part)
+        or _yolo(folder, images, parts, part)
+        or _labelme(folder, images, part)  # in folders below
+    )
+
+
+def _labelme(folder: Path, images: Path | None, part: str | None) -> Found | None:
+    if not any(map(_is_labelme, list_files(folder, {".json"}))):
+        return None
+    read = partial(labelme.read_labelme, folder, images or folder, folder)
+    return Found("LabelMe", folder, images or folder, part, read)
 
 
 def _has_names(file: Path) -> bool:
@@ -133,8 +144,9 @@ def _is_labelme(file: Path) -> bool:
 
 
 def _part_of(name: str, whole: bool = False) -> str | None:
-    """The part that a name speaks of; whole: that it is."""
-    words = [name.lower()] if whole else re.split("[^a-z]+", name.lower())
+    """The part that a name speaks of; whole: that it is, but for CVAT's obj_train_data."""
+    name = name.lower()
+    words = [name.removeprefix("obj_").removesuffix("_data")] if whole else re.split("[^a-z]+", name)
     return next((part for part, names in PART_NAMES.items() if not set(names).isdisjoint(words)), None)
 
 
@@ -160,9 +172,8 @@ def _sub(folder: Path, *names: str) -> Path | None:
 
 def _yolo_of_yaml(file: Path, images: Path | None, parts: Sequence[str]) -> Found:
     data = yolo.read_yaml(file)
-    there = yolo.parts_of(data, file)
-    part, places = _pick(there, parts, file)
-    return _yolo_of(file, images, part, places, yolo.names_of(data, file))
+    part, _ = _pick(yolo.parts_of(data, file), parts, file)
+    return _yolo_of(file, images, part, yolo.places_of(data, file, part), yolo.names_of(data, file))
 
 
 def _yolo(folder: Path, images: Path | None, parts: Sequence[str], part: str | None) -> Found | None:
@@ -170,15 +181,10 @@ def _yolo(folder: Path, images: Path | None, parts: Sequence[str], part: str | N
     there = {key: sub for sub in pictures.iterdir() if sub.is_dir() and (key := _part_of(sub.name, True))}
     if there:
         part, pictures = _pick(there, parts, pictures)
-    first = list_pictures(pictures)[:1]
-    if not first or not (yolo.label_file(first[0]).parent.is_dir() and _has_labels(pictures)):
+    if not any(yolo.label_file(picture).is_file() for picture in list_files(pictures)):
         return None
     names, file = yolo.names_beside(folder)
     return _yolo_of(folder, images, part, [pictures], names, file.parent)
-
-
-def _has_labels(pictures: Path) -> bool:
-    return any(yolo.label_file(picture).is_file() for picture in list_pictures(pictures))
 
 
 def _yolo_of(
@@ -198,10 +204,10 @@ def _yolo_of(
 
 def _voc(folder: Path, images: Path | None, parts: Sequence[str], part: str | None) -> Found | None:
     annotations = _sub(folder, "Annotations", "annotations") or folder
-    if next(annotations.rglob("*.xml"), None) is None:
+    if not list_files(annotations, {".xml"}):
         return None
     root = folder if annotations != folder else folder.parent
-    if any(file.suffix.lower() in SUFFIXES for file in annotations.rglob("*")):
+    if list_files(annotations):
         pictures = images or annotations
     else:
         pictures = images or _sub(root, "JPEGImages", "images", "Images")

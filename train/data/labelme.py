@@ -6,17 +6,17 @@ import math
 from pathlib import Path
 
 from model.io.writing import explain, located, open_regular, write_json
-from train.data.folders import beside, list_pictures, objects_of, of_files
+from train.data.folders import beside, list_files, objects_of, of_files
 
 POINTS = {"rectangle": 2, "polygon": 3, "circle": 2, "mask": 2}  # at least, of the shapes with an area
 
 
 def read_labelme(folder: Path, images: Path, root: Path, strict: bool) -> dict:
     """COCO's lists. folder: of the JSON files; images: of the pictures; root: of ids.json."""
-    there = {file.relative_to(images).as_posix() for file in list_pictures(images)}
+    there = {file.relative_to(images).as_posix() for file in list_files(images)}
     stems = {Path(name).with_suffix("").as_posix(): name for name in there}
-    found = {name: (None, []) for name in there}
-    for file in sorted(folder.rglob("*.json")):
+    found = {}
+    for file in list_files(folder, {".json"}):
         data = _parse(file)
         if data is None:
             continue
@@ -27,10 +27,12 @@ def read_labelme(folder: Path, images: Path, root: Path, strict: bool) -> dict:
             name = name if name in there else stems.get((place / file.stem).as_posix(), name)
             size = data.get("imageWidth"), data.get("imageHeight")
             size = size if all(type(side) is int and side > 0 for side in size) else None
+            if name in found:
+                raise ValueError(f"a second file for {name}")
             if not isinstance(data["shapes"], list):
                 raise ValueError("shapes must be a list")
             found[name] = size, [_object(shape, at) for at, shape in enumerate(data["shapes"], 1)]
-    return of_files(found, images, root, strict)
+    return of_files(dict.fromkeys(there, (None, [])) | found, images, root, strict)
 
 
 def _parse(file: Path) -> dict | None:
@@ -61,20 +63,15 @@ def _object(shape: dict, number: int) -> dict:
     return dict(label=label, box=[min(xs), min(ys), max(xs), max(ys)]) | outline
 
 
-def write_labelme(data: dict, folder: Path) -> int:
-    """JSON files for the pictures of a folder; returns how many crowds, which the form has no word for, are
-    left out."""
-    objects, crowds = objects_of(data), 0
+def write_labelme(data: dict, folder: Path) -> None:
+    """JSON files for the pictures of a folder, without crowds, which the form has no word for."""
+    objects = objects_of(data, crowds=False)
     for record, file in beside(data, folder, ".json"):
         shapes = []
         for found in objects[record["id"]]:
-            if found.get("iscrowd"):
-                crowds += 1
-                continue
             x0, y0, x1, y1 = found["box"]
             shape = dict(label=found["label"], points=[[x0, y0], [x1, y1]], shape_type="rectangle")
             shapes.append(shape | dict(group_id=None, flags={}))
         sides = dict(imageHeight=record["height"], imageWidth=record["width"])
         name = dict(imagePath=Path(record["file_name"]).name, imageData=None)
         write_json(dict(version="5.0.1", flags={}, shapes=shapes) | name | sides, file)
-    return crowds

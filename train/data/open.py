@@ -68,6 +68,9 @@ def open_data(
         )
     else:
         language = ClosedSet.of(model.config, tokenizer)
+        if unknown := [name for name in index.classes if name not in language.classes]:
+            known = f"not among the {len(language.classes)} that are trained ({language.classes[0]}, ...)"
+            raise ValueError(f"{file} has classes that are {known}: {', '.join(unknown[:5])}")
         label_of = [language.classes.index(name) for name in index.classes]
         data = CocoDetections(
             index, images, language, label_of, size, seed, augment, noise, branches, flip_vertical

@@ -21,7 +21,7 @@ def read_records(
     segmentations, which are most of a file. sizes: each image must have a width and a height.
     """
     if images is not None and not images.is_dir():
-        raise ValueError(f"{images}: no such folder (the images of {file})")
+        raise ValueError(f"{images}: no such folder (the images of {file}); give theirs with --images")
     not_json = f"{file} is not a COCO annotation file: not JSON"
     with open_regular(file) as handle, explain(not_json, ValueError, RecursionError, MemoryError):
         if handle.peek(1)[:1] not in b"{[ \t\r\n\xef":  # what is none is not read, however long it is

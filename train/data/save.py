@@ -10,14 +10,13 @@ from train.data.voc import write_voc
 from train.data.yolo import write_yolo
 
 
-def write_coco_file(data: dict, folder: Path) -> int:
-    """instances.json, with all that there is; nothing is left out (returns 0)."""
+def write_coco_file(data: dict, folder: Path) -> None:
+    """instances.json, with all that there is."""
     write_json(data, folder / "instances.json")
-    return 0
 
 
 # What writes it, and the folder of its pictures.
-FORMS: dict[str, tuple[Callable[[dict, Path], int], str]] = dict(
+FORMS: dict[str, tuple[Callable[[dict, Path], None], str]] = dict(
     coco=(write_coco_file, "images"),
     yolo=(write_yolo, "images"),
     voc=(write_voc, "JPEGImages"),
@@ -34,9 +33,10 @@ def save_set(form: str, data: dict, files: dict[str, Path], out: Path, replace: 
     write, pictures = FORMS[form]
     with new_folder(out, replace) as folder:
         link_pictures(((file, name) for name, file in files.items()), folder / pictures)
-        crowds = write(data, folder)
+        write(data, folder)
         write_ids(data, folder)
-    boxes = sum(map(len, objects_of(data).values()))
+    boxes, without = (sum(map(len, objects_of(data, crowds).values())) for crowds in (True, False))
+    crowds = boxes - without if form in ("yolo", "labelme") else 0
     flat = len(data["annotations"]) - boxes if form != "coco" else 0
     counts = f"{len(data['images'])} pictures, {len(data['categories'])} classes"
     counts += f", {boxes - crowds if form != 'coco' else len(data['annotations'])} boxes"

@@ -2,8 +2,9 @@
 beside its picture. ImageSets/Main/train.txt, if it is there, lists the names of a part.
 
 VOC counts pixels from 1 and means by xmax the last one. LabelImg, CVAT and others write the same form with
-corners in pixels from 0: they call the database "Unknown", and theirs is the first coordinate of 0. A picture
-without a file has no objects; what is "difficult" does not count in VOC's measure and is a crowd in COCO's.
+corners in pixels from 0: they call the database "Unknown" (Label Studio: "MyDatabase"), and theirs is the
+first coordinate of 0. A picture without a file has no objects; what is "difficult" does not count in VOC's
+measure and is a crowd in COCO's.
 """
 
 import math
@@ -11,9 +12,10 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from model.io.writing import located, open_regular
-from train.data.folders import beside, list_pictures, objects_of, of_files
+from train.data.folders import beside, list_files, objects_of, of_files
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
+FROM_ZERO = "unknown", "mydatabase"
 DATABASE = "counted from 1"  # what is written, as this form asks for some name
 MAX_BYTES = 1 << 24
 
@@ -21,10 +23,10 @@ MAX_BYTES = 1 << 24
 def read_voc(annotations: Path, images: Path, root: Path, part: list[str] | None, strict: bool) -> dict:
     """COCO's lists. annotations, images: the folders; root: of ids.json; part: the names that are wanted,
     without a suffix."""
-    there = {file.relative_to(images).as_posix(): file for file in list_pictures(images)}
+    there = {file.relative_to(images).as_posix(): file for file in list_files(images)}
     stems = {Path(name).with_suffix("").as_posix(): name for name in there}
     found, from_zero = {}, False
-    for file in sorted(annotations.rglob("*.xml")):
+    for file in list_files(annotations, {".xml"}):
         stem = file.relative_to(annotations).with_suffix("")
         if part is not None and stem.as_posix() not in part:
             continue
@@ -36,8 +38,8 @@ def read_voc(annotations: Path, images: Path, root: Path, part: list[str] | None
                 raise ValueError(f"a second file for {name}")
             objects = [_object(each, number) for number, each in enumerate(element.findall("object"), 1)]
             found[name] = _size(element), objects
-            source = _text(element, "source/database").casefold() == "unknown"
-            from_zero |= source or any(min(each["box"][:2]) < 1 for each in objects)
+            source = _text(element, "source/database").casefold()
+            from_zero |= source in FROM_ZERO or any(min(each["box"][:2]) < 1 for each in objects)
     for name in there if part is None else [stems.get(stem, f"{stem}.jpg") for stem in part]:
         found.setdefault(name, (None, []))
     for _, objects in found.values():
@@ -92,8 +94,8 @@ def _number(text: str, what: str) -> float:
     return int(value) if value == int(value) else round(value, 2)
 
 
-def write_voc(data: dict, folder: Path) -> int:
-    """Annotations/, as VOC counts; nothing is left out (returns 0)."""
+def write_voc(data: dict, folder: Path) -> None:
+    """Annotations/, as VOC counts."""
     objects = objects_of(data)
     for record, file in beside(data, folder / "Annotations", ".xml"):
         root = ET.Element("annotation")
@@ -112,7 +114,6 @@ def write_voc(data: dict, folder: Path) -> int:
             )
         ET.indent(root, "\t")
         ET.ElementTree(root).write(file, encoding="utf-8")
-    return 0
 
 
 def _add(element: ET.Element, **texts) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from model.io.names import shown
 from model.io.writing import explain, located, open_regular
-from train.data.folders import Entry, as_coco, beside, list_pictures, objects_of, sizes_of
+from train.data.folders import Entry, as_coco, beside, list_files, objects_of, sizes_of
 
 NAME_FILES = ("classes.txt", "obj.names", "data.names")
 PARTS = dict(train=("train",), val=("val", "valid"), test=("test",))  # keys of a data.yaml
@@ -34,9 +34,11 @@ def read_text(file: Path) -> str:
 
 def read_yaml(file: Path) -> dict:
     with explain(f"{file}: not YAML", yaml.YAMLError, RecursionError):
-        data = yaml.safe_load(read_text(file))
+        data = yaml.load(read_text(file), yaml.BaseLoader)  # text as it stands: "no" may be a class's name
     if not isinstance(data, dict) or "names" not in data:
         raise ValueError(f"{file}: not a data.yaml of YOLO's: no names")
+    if "kpt_shape" in data:  # in two dimensions, a line looks like that of a polygon
+        raise ValueError(f"{file}: labels of poses (kpt_shape); what is read are those of boxes and polygons")
     return data
 
 
@@ -76,19 +78,21 @@ def _distinct(names: dict[int, str], file: Path) -> dict[int, str]:
     return names
 
 
-def parts_of(data: dict, file: Path) -> dict[str, list[Path]]:
-    """The folders and lists of pictures that a data.yaml names, by part."""
-    base = file.parent / str(data.get("path") or "")
-    base = base if base.is_dir() else file.parent  # ultralytics also knows a place of its own
-    parts = {}
-    for part, keys in PARTS.items():
-        entries = next((data[key] for key in keys if data.get(key)), [])
-        if entries:
-            entries = entries if isinstance(entries, list) else [entries]
-            parts[part] = [_place(base, str(entry), f"{file}: {part}") for entry in entries]
+def parts_of(data: dict, file: Path) -> dict[str, list[str]]:
+    """The folders and lists of pictures that a data.yaml names, by part. Not all need be there: Roboflow's
+    names test/ where a set has none."""
+    there = {part: next((data[key] for key in keys if data.get(key)), None) for part, keys in PARTS.items()}
+    parts = {part: named if isinstance(named, list) else [named] for part, named in there.items() if named}
     if not parts:
         raise ValueError(f"{file}: none of train, val and test says where the pictures are")
     return parts
+
+
+def places_of(data: dict, file: Path, part: str) -> list[Path]:
+    """Where those of a part are."""
+    base = file.parent / str(data.get("path") or "")
+    base = base if base.is_dir() else file.parent  # ultralytics also knows a place of its own
+    return [_place(base, str(entry), f"{file}: {part}") for entry in parts_of(data, file)[part]]
 
 
 def _place(base: Path, entry: str, where: str) -> Path:
@@ -104,11 +108,13 @@ def pictures_in(places: list[Path]) -> tuple[list[Path], Path]:
     pictures = []
     for place in places:
         if place.is_dir():
-            pictures += list_pictures(place)
+            pictures += list_files(place)
             continue
         for number, line in enumerate(read_text(place).splitlines(), 1):
             if line.strip():
                 file = place.parent / line.strip()  # an absolute one stays as it is
+                if not file.is_file():  # CVAT writes data/ before all
+                    file = place.parent / line.strip().removeprefix("data/")
                 if not file.is_file():
                     raise ValueError(f"{place}:{number}: {shown(file)}: no such picture")
                 pictures.append(Path(os.path.normpath(file)))
@@ -177,18 +183,18 @@ def _read_line(words: list[str], names: dict[int, str], width: int, height: int)
     return found | dict(box=[round(at, 2) for at in corners])
 
 
-def write_yolo(data: dict, folder: Path) -> int:
-    """data.yaml and labels/; returns how many crowds, which the form has no word for, are left out."""
-    objects, crowds = objects_of(data), 0
+def write_yolo(data: dict, folder: Path) -> None:
+    """data.yaml and labels/, without crowds, which the form has no word for."""
+    objects = objects_of(data, crowds=False)
     order = sorted(data["categories"], key=lambda record: record["id"])
     numbers = {record["id"]: number for number, record in enumerate(order)}
     names = {number: record["name"] for number, record in enumerate(order)}
-    for record, file in beside(data, folder / "labels", ".txt"):
+    for record, beside_picture in beside(data, folder / "images", ".txt"):
+        above, _, below = beside_picture.as_posix().rpartition("/images/")  # the last one, as in label_file
+        file = Path(above, "labels", below)
+        file.parent.mkdir(parents=True, exist_ok=True)
         lines, (width, height) = [], (record["width"], record["height"])
         for found in objects[record["id"]]:
-            if found.get("iscrowd"):
-                crowds += 1
-                continue
             x0, y0, x1, y1 = found["box"]
             shares = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
             lines.append(" ".join([str(numbers[found["category_id"]]), *(f"{x:.8g}" for x in shares)]) + "\n")
@@ -196,4 +202,3 @@ def write_yolo(data: dict, folder: Path) -> int:
     head = "# ultralytics asks for both; --val should be other pictures.\ntrain: images\nval: images\n"
     text = yaml.safe_dump(dict(names=names), allow_unicode=True, sort_keys=False)
     (folder / "data.yaml").write_text(head + text, encoding="utf-8")
-    return crowds

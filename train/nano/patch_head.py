@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 
 class PatchHead(nn.Module):
-    def __init__(self, width: int, names: list[list[int]], tokens: int, hidden: int = 256):
+    def __init__(self, width: int, names: list[list[int]], tokens: int):
         """names: the token ids of each class's name; tokens: P."""
         super().__init__()
-        self.box = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 4)
-        )
+        self.box = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, 4))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())  # of similarities, as in CLIP and SigLIP
         self.background = nn.Parameter(torch.zeros(1))  # the similarity of "no class"
         lengths = torch.tensor([0, *map(len, names)])

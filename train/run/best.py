@@ -1,4 +1,4 @@
-"""When a run is validated, which of its weights were best, and what is said about that."""
+"""Validation at intervals of a run, the weights that did best, and what is said about them."""
 
 import argparse
 import shlex
@@ -17,7 +17,7 @@ class Best:
     """Validates at the start, every so many steps and at the end; OUT/best has the weights of the best one.
 
     The trainer's state (trainer.json) has "best" and "validated", the last validation, as {"step", "score"}.
-    So a run that ended while it validated begins with that validation when it goes on.
+    So a run that ended during a validation starts with it when it is resumed.
     """
 
     def __init__(

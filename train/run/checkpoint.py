@@ -7,6 +7,7 @@ random generators or data: each step derives its own from the seed and its numbe
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -24,18 +25,19 @@ from model.io.adapter import adapter_tensors, save_adapter
 from model.io.hub import COMPANION_FILES
 from model.io.tensors import FINITE, read_tensors
 from model.io.weights import as_shard, own_rows, save_weights
-from model.io.writing import named, read_json, save_tensors, write_json
+from model.io.writing import named, read_json, replace_folder, save_tensors, write_json
 from model.lora import lora_layers
+from train.run.processes import is_first
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU of the first process, {} on the others. All of them must call it together: sharded
-    tensors are put together one after the other, so a GPU never holds more than one of them."""
-    first, found = int(os.environ.get("RANK", 0)) == 0, {}
+    """Tensors on the CPU of the first process, {} on the others. All processes must call it together: sharded
+    tensors are put together one after the other, so a GPU never holds more than one whole tensor."""
+    found = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if first:
+        if is_first():
             found[name] = tensor.cpu()
     return found
 
@@ -74,15 +76,14 @@ class Run:
 
 def save_model(model: PaliGemma, folder: Path, run: Run, dtype: torch.dtype | None = None) -> None:
     """Write what was trained: the adapter if there is one, or else all weights and the files that travel with
-    them. Every rank calls it; only the first writes."""
-    first = int(os.environ.get("RANK", 0)) == 0
+    them. Every process calls it; only the first writes."""
     if lora_layers(model):
         tensors = whole(adapter_tensors(model))
-        if first:
+        if is_first():
             save_adapter(model, folder, run.base, tensors)
         return
     state = whole(model.state_dict())
-    if first:
+    if is_first():
         save_weights(model, folder, dtype, state=state)
         for name, content in run.companions.items():
             with named(folder / name):
@@ -92,21 +93,19 @@ def save_model(model: PaliGemma, folder: Path, run: Run, dtype: torch.dtype | No
 @contextlib.contextmanager
 def replacing(final: Path) -> Iterator[Path]:
     """A folder for the first process to write to, which takes its name when everything is on the disk."""
-    first = int(os.environ.get("RANK", 0)) == 0
     partial = final.with_name(f".{final.name}.partial")
     try:
-        if first:
+        if is_first():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         yield partial
-        if first:
+        if is_first():
             for file in partial.iterdir():  # on the disk before the name says that it is complete
                 with named(file), open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            replace_folder(partial, final)
     finally:
-        if first:
+        if is_first():
             shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -118,16 +117,15 @@ def save_checkpoint(
     trainer: "step", and what is known of validations (train/run/best.py); trained: all that is optimized. A
     full disk is an OSError that leaves the older checkpoints intact.
     """
-    first = int(os.environ.get("RANK", 0)) == 0
     own = set(model.parameters())
     extra = {f"module/{name}": p for name, p in trained.named_parameters() if p not in own}
     with replacing(run.out / f"step-{trainer['step']:07d}") as folder:
         save_model(model, folder, run)
         state = whole(_flat_state(optimizers, trained) | extra)  # once the weights are written, and let go
-        if first:
+        if is_first():
             save_tensors(state, folder / "optimizer.safetensors")
             write_json(trainer, folder / "trainer.json")
-    if first:
+    if is_first():
         for old in checkpoints(run.out)[: -run.keep]:
             shutil.rmtree(old)
 
@@ -142,19 +140,19 @@ class Saver(contextlib.AbstractContextManager):
     def __init__(self, save: Callable[[], None], run: Run, trainer: dict, options: dict, sharded: bool):
         self._save, self.run, self.trainer = save, run, trainer
         self.options, self.sharded = options, sharded
-        self.saved = trainer["step"]  # the last step that is on the disk, or needs not be: step 0
+        self.saved = trainer["step"]  # the last step on the disk; step 0 need not be there
         self.whole = True  # the weights are those after trainer["step"], and saving them has not failed
 
     def save(self) -> None:
         """Write OUT/step-..., or if it is there, what has become known about it since."""
-        first, self.whole = int(os.environ.get("RANK", 0)) == 0, False
-        if first and not (self.run.out / "run.json").exists():  # removed meanwhile; --resume needs it
+        self.whole = False
+        if is_first() and not (self.run.out / "run.json").exists():  # removed meanwhile; --resume needs it
             self.run.out.mkdir(parents=True, exist_ok=True)
             write_json(self.options, self.run.out / "run.json")
         step = self.trainer["step"]
         if self.saved != step or step == 0:
             self._save()
-        elif first:
+        elif is_first():
             write_json(self.trainer, self.run.out / f"step-{step:07d}" / "trainer.json")
         self.saved, self.whole = step, True
 
@@ -176,8 +174,9 @@ class Saver(contextlib.AbstractContextManager):
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(out.glob("step-*"))
+    """The checkpoints of a run, oldest first. What a person calls step-0000500-good is none, and is kept."""
+    folders = [folder for folder in out.glob("step-*") if re.fullmatch("step-[0-9]{7,}", folder.name)]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
 def newest(out: Path) -> Path | None:

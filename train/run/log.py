@@ -18,8 +18,8 @@ STOPPING = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), signal.SI
 
 
 def stop_on_signals() -> dict[str, int]:
-    """A flag, "now", that SIGTERM, SIGHUP and SIGINT set to their number: the loop looks at it once a step. A
-    second SIGINT ends the program at once. What is ignored stays ignored: nohup sets SIGHUP so."""
+    """{"now": 0}, which SIGTERM, SIGHUP and SIGINT set to their number: the loop looks at it once a step. A
+    second SIGINT ends the program at once. A signal that is ignored stays so, such as SIGHUP under nohup."""
     stopping = {"now": 0}
 
     def handler(number, _frame):
@@ -87,3 +87,5 @@ class Log(contextlib.AbstractContextManager):
 
     def __exit__(self, *error) -> None:
         self.bar.close()
+        if self.board:
+            self.board.close()  # it keeps the newest lines for up to two minutes

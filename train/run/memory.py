@@ -1,4 +1,4 @@
-"""The memory that a step of training will take, before it is taken."""
+"""An estimate of the memory that a step of training will take."""
 
 import argparse
 
@@ -43,8 +43,8 @@ def activation_bytes(args: argparse.Namespace, config: PaliGemmaConfig, text: in
     """What one sample takes: what the layers keep for the gradient, and what the backward pass holds besides.
 
     A block keeps about 14 tensors of its width, 4 of its MLP, and the attention scores three times; with
-    recomputation only its input, and one block at a time in full. The whole estimate was within 16% of the
-    peak of seven runs of nano on a CPU: 128 and 224 px, 4 to 32 samples, all weights and LoRA, both forms.
+    recomputation only its input, and one block at a time in full. How far the whole estimate was from the
+    peak of seven runs of nano: train/README.md, "What a run says, and what it leaves".
     """
     vision, decoder = config.vision, config.text
     # In bfloat16 some tensors stay float32: what norms and softmax compute.

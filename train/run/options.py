@@ -1,6 +1,7 @@
 """The options of fit.py, and which of them make a run what it is."""
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from model.config import FORMS
 from model.decoding.layouts import cpu_has_bfloat16
 from model.io.writing import explain
 from model.lora import TARGETS
-from train.data.samples import TEXT_MULTIPLE
+from train.data.samples import TEXT_MULTIPLE, collate
 from train.data.targets import Noise
 from train.run.program import add_seam_arguments, minutes, not_negative, parser, positive
 
@@ -24,9 +25,25 @@ MAY_CHANGE = set(
 
 
 def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
-    """Parse the options, and refuse those that make no sense together. settle: the defaults
-    that depend on others, see train/run/defaults.py."""
-    options = parser("Train a PaliGemma; the head of train/fit.py shows how.")
+    """Parse the options, complete them, and refuse those that make no sense together. settle: returns the
+    defaults that depend on other options (train/run/defaults.py)."""
+    options = make_parser()
+    args = options.parse_args(argv)
+    if settle:
+        given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        options.set_defaults(**settle(args, given))
+        args = options.parse_args(argv)
+    complete(args)
+    check(args, options)
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All options of fit.py."""
+    options = parser(
+        "Train a PaliGemma; the head of train/fit.py shows how. On at most 2,000 pictures with boxes some\n"
+        "defaults are others (train/run/defaults.py): the table before the first step says which."
+    )
     switch = argparse.BooleanOptionalAction
 
     add = options.add_argument_group("what").add_argument
@@ -122,31 +139,39 @@ def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
         "(default, with --val-every: held-out practice scenes)")  # fmt: skip
     add("--val-images", type=Path, help="folder of its pictures (default: as --images)")
     add("--val-every", type=not_negative,
-        help="steps between validations; 0: none (default: an epoch if there is --val)")  # fmt: skip
+        help="steps between validations; 0: none (default, with --val: an epoch; on few pictures, "
+        "at least an eighth of the run)")  # fmt: skip
     add("--val-count", type=positive, default=200, help="pictures of the validation data that are used")
-    args = options.parse_args(argv)
-    if settle:
-        given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-        options.set_defaults(**settle(args, given))
-        args = options.parse_args(argv)
+    return options
 
-    if not args.lr > 0:
-        raise ValueError(f"--lr {args.lr:g}: must be above 0")
+
+def complete(args: argparse.Namespace) -> None:
+    """Decide what was left open: options whose default depends on others."""
+    quick = args.device != "cpu" or cpu_has_bfloat16()  # else a step in bfloat16 takes nine times as long
     if args.min_lr is None:
         args.min_lr = min(1e-6, args.lr)
+    if args.amp is None:
+        args.amp = quick
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.lora and quick else "float32"
+    args.noise = args.noise or ("own" if args.answers == "parallel" else "made-up")
+    args.lora_targets = TARGETS.get(args.lora_targets, args.lora_targets)
+    if args.lora and args.freeze_vision:
+        args.lora_targets = rf"(?!vision\.)({args.lora_targets})"
+
+
+def check(args: argparse.Namespace, options: argparse.ArgumentParser) -> None:
+    """Refuse values that are impossible, and options that make no sense together."""
+    if not args.lr > 0:
+        raise ValueError(f"--lr {args.lr:g}: must be above 0")
     if not 0 <= args.min_lr <= args.lr:
         raise ValueError(f"--min-lr {args.min_lr:g}: the rate falls from --lr {args.lr:g} to it, not below 0")
     for name in ("muon_lr", "weight_decay", "clip", "patch_weight"):
         value = getattr(args, name)
         if not value >= 0:  # a negative --clip would turn the gradient around
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be at least 0")
-    quick = args.device != "cpu" or cpu_has_bfloat16()  # else a step in bfloat16 takes nine times as long
-    if args.amp is None:
-        args.amp = quick
     if args.dtype == "float16":
         raise ValueError("--dtype float16: its range is too small for Gemma's activations; use bfloat16")
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if args.lora and quick else "float32"
     if args.dtype == "bfloat16" and not args.lora:
         raise ValueError(
             "--dtype bfloat16 rounds most steps of all weights away: it holds 8 bits of a weight, and a step "
@@ -158,7 +183,6 @@ def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
     if not args.location_smoothing >= 0:
         raise ValueError(f"--location-smoothing {args.location_smoothing:g}: must be at least 0")
     parallel = args.answers == "parallel"
-    args.noise = args.noise or ("own" if parallel else "made-up")
     if parallel and args.loss_mean == "example":
         raise ValueError("--loss-mean example is for texts, and answers in parallel are none")
     if parallel and args.loss == "vocabulary":
@@ -189,12 +213,8 @@ def arguments(argv=None, settle: Callable | None = None) -> argparse.Namespace:
     if not 0 <= args.beta2 < 1:
         raise ValueError(f"--beta2 {args.beta2}: must be at least 0 and less than 1")
     noise_of(args)
-    args.lora_targets = TARGETS.get(args.lora_targets, args.lora_targets)
-    if args.lora and args.freeze_vision:
-        args.lora_targets = rf"(?!vision\.)({args.lora_targets})"
     with explain(f"--lora-targets {args.lora_targets!r}: not a regular expression", re.error):
         re.compile(args.lora_targets)
-    return args
 
 
 def noise_of(args: argparse.Namespace) -> Noise:
@@ -216,9 +236,11 @@ def branches_of(args: argparse.Namespace) -> int | None:
     return args.branches if args.answers == "parallel" else None
 
 
-def text_multiple(args: argparse.Namespace, closed_set: bool) -> int:
-    """What the lengths of texts are rounded up to. Answers in sequence all have the same length."""
-    return TEXT_MULTIPLE if args.tasks == "all" or args.compile and not closed_set else 1
+def collate_of(args: argparse.Namespace, closed_set: bool, pad: int) -> Callable:
+    """How samples become a batch. Lengths of texts are rounded up where they differ: closed-set answers in
+    sequence all have the same."""
+    multiple = TEXT_MULTIPLE if args.tasks == "all" or args.compile and not closed_set else 1
+    return functools.partial(collate, pad=pad, multiple=multiple, per_example=args.loss_mean == "example")
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a run of fit.py will do, as a table before its first step, and what speaks against it.
+"""What a run of fit.py will do, as a table before its first step, and warnings.
 
 With --dry-run that is all: no weights are read, and with --pictures N no data either.
 """
@@ -10,10 +10,12 @@ import re
 import numpy as np
 from torch.utils.data import Dataset
 
+from model import PaliGemma
 from model.config import VARIANTS, PaliGemmaConfig
 from model.io.hub import folder_of, resolve
 from model.io.tokenizer import Tokenizer
 from model.io.weights import load_config
+from train.data.coco import CocoIndex
 from train.data.open import branches_for, check_length, classes_for, open_data, read_coco_index
 from train.data.samples import closed_set_lengths
 from train.run.memory import GIB, memory_of, skeleton
@@ -26,8 +28,8 @@ FEW_OBJECTS = 10  # of a class: of fewer, the median says little
 OFFICIAL = re.compile(r"google/(paligemma2?-\d+b)-[\w-]*?(224|448|896)(-jax)?")  # names on the hub
 
 
-def print_dry_run(args: argparse.Namespace, world: int, program: int) -> int:
-    """Print the plan of a run that is not started; returns the exit code. program: bytes, see memory_of."""
+def print_dry_run(args: argparse.Namespace, world: int, program: int) -> None:
+    """Print the plan of a run that is not started. program: bytes, see memory_of."""
     there = args.data is not None and args.data.exists()
     if args.data is not None and not there and args.pictures is None:
         raise ValueError(f"{args.data}: no such file; with --pictures N the plan is made without it")
@@ -44,20 +46,18 @@ def print_dry_run(args: argparse.Namespace, world: int, program: int) -> int:
     )
     model, data = skeleton(args, config)[0], None
     if there and (folder / "tokenizer.model").exists():
-        data = open_data(
-            args.data,
-            args.images,
-            model,
-            Tokenizer(folder),
-            allow_outside=args.allow_outside,
-            noise=noise_of(args),
-            index=index,
-            branches=branches_of(args),
-            flip_vertical=args.flip_vertical,
-        )
+        data = training_data(args, model, Tokenizer(folder), index)
     check_length(text_lengths(args, config, data)[1], model)
     print_plan(args, config, world, data, program)
-    return 0
+
+
+def training_data(
+    args: argparse.Namespace, model: PaliGemma, tokenizer: Tokenizer, index: CocoIndex | None
+) -> Dataset:
+    """--data as it is trained on. index: of its boxes, if they are read already."""
+    options = dict(allow_outside=args.allow_outside, flip_vertical=args.flip_vertical, noise=noise_of(args))
+    options |= dict(index=index, branches=branches_of(args))
+    return open_data(args.data, args.images, model, tokenizer, args.seed, args.augment, **options)
 
 
 def print_plan(
@@ -72,7 +72,7 @@ def print_plan(
     items = len(data) if data else args.pictures
     text, _ = text_lengths(args, config, data)
     tokens = f"{config.vision.tokens} image tokens + {text} text tokens"
-    micro = args.batch_size // (world * args.accumulate)
+    micro, processes = args.batch_size // (world * args.accumulate), f"{world} process{'es' * (world > 1)}"
     epochs = f", {args.steps * args.batch_size / items:.2f} epochs" if items else ""
     every = validation_interval(args, items)
     memory = memory_of(args, config, model, world, text, program)
@@ -81,10 +81,7 @@ def print_plan(
         ("trained", f"{trained:,} parameters{in_adapters}"),
         *data_rows(args, config, data),
         ("a sample", f"{tokens} = {config.vision.tokens + text} tokens"),
-        (
-            "a step",
-            f"{args.batch_size} samples = {world} process{'es' * (world > 1)} x {args.accumulate} x {micro}",
-        ),
+        ("a step", f"{args.batch_size} samples = {processes} x {args.accumulate} x {micro}"),
         ("steps", f"{args.steps:,}{epochs}"),
         ("learning rate", f"{args.lr:g} to {args.min_lr:g}, {args.warmup} steps of warm-up"),
         ("validation", validation_words(args, every)),
@@ -171,7 +168,7 @@ def results_words(args: argparse.Namespace, every: int) -> str:
 
 
 def warnings_of(args: argparse.Namespace, config: PaliGemmaConfig, data: Dataset | None) -> list[str]:
-    """What will most likely make the result worse than it need be, each with what to do."""
+    """What will most likely make the result worse than it could be, each with a remedy."""
     found = []
     if args.warmup > args.steps:
         rate = f"{args.lr * args.steps / args.warmup:.2g}"

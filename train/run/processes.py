@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import resource
 import sys
 import threading
 import time
@@ -33,8 +32,9 @@ def join_processes(
         raise ValueError("--shard needs torchrun: torchrun --nproc_per_node=N train/fit.py ...")
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(_name_of_this_start(store, rank, world), store)
-    # Who waits in a collective of gloo raises an error after its patience, and may still save its work. One
-    # that waits for a GPU hangs until NCCL kills the process: the watch ends it before that, and says why.
+    # A process that waits in a collective of gloo gets an error after its patience, and can still save its
+    # work. One that waits in a collective of NCCL hangs until NCCL kills it: the watch ends it before that,
+    # and says why.
     patience = patience or (timeout if backend == "gloo" else 2 * timeout)
     _watch = Watch(store.clone(), rank, world, timeout.total_seconds(), ends=patience > timeout)
     _watch.start()
@@ -44,8 +44,8 @@ def join_processes(
 class Watch(threading.Thread):
     """Gives signs of life to the other processes, and notes when each of them last gave one.
 
-    store: a connection of its own, as one on which the program waits answers nobody else. limit: seconds of
-    silence; ends: whether this process ends after them.
+    store: a connection of its own, as the one on which the program waits is blocked meanwhile. limit: seconds
+    of silence; ends: whether this process ends after them.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, limit: float, ends: bool):
@@ -125,7 +125,7 @@ def own_device(name: str, world: int) -> torch.device:
 
 
 def use_gpu(device: torch.device) -> None:
-    """Make a GPU the current one: for new streams, NCCL, and whatever else asks for no device of its own."""
+    """Make a GPU the current one: for streams, NCCL, and all else that is not told a device."""
     there = torch.cuda.device_count()
     if device.index >= there:
         raise ValueError(f"--device {device}: this machine has {there} GPUs")
@@ -142,6 +142,11 @@ def exit_program(status: int | str) -> None:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
     sys.exit(status)
+
+
+def is_first() -> bool:
+    """Whether this process is the first, which writes the files; known before it joins the others."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -169,4 +174,6 @@ def resident_memory(what: str = "VmRSS") -> int:
     status = Path("/proc/self/status")
     if status.exists():  # Linux: getrusage would count what the parent held when it started this process
         return 1024 * int(status.read_text().split(f"{what}:")[1].split()[0])
+    import resource  # here, as Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes

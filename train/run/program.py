@@ -5,6 +5,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -21,7 +22,7 @@ SIGPIPE = 13  # Windows has none, and no name for it
 
 
 class Layout(argparse.RawDescriptionHelpFormatter):
-    """The description as it stands, and behind each option its default, unless its help says one."""
+    """The description as it stands; after each option its default, unless its help names one."""
 
     def add_argument(self, action: argparse.Action) -> None:
         words = (action.help or "").removesuffix(" (default: %(default)s)")  # Python's own, below 3.13
@@ -38,8 +39,8 @@ class Layout(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Options cannot be abbreviated. Complaints show names, of which a shell's * can bring any, as printable
-    characters."""
+    """Options cannot be abbreviated. Complaints show names in printable characters, as a shell's * can expand
+    to any name."""
 
     def __init__(self, **options):
         super().__init__(**dict(formatter_class=Layout, allow_abbrev=False) | options)
@@ -106,8 +107,8 @@ class Stopped(KeyboardInterrupt):
 def stop_by_exception() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise Stopped, so that files in writing are removed and finished work is kept.
 
-    A handler of Python's runs between two of its instructions, never while C++ waits for another process. So
-    the processes of torchrun, which ends them by SIGTERM, keep the system's own way of dying.
+    Python runs a handler between two of its instructions, never while C++ waits for another process. So the
+    processes of torchrun, which ends them by SIGTERM, keep the system's default: they die at once.
     """
 
     def stop(number, _frame):
@@ -145,9 +146,10 @@ def run(main: Callable[[], int | None], file: str) -> None:
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         complain(error, file)
         status = 1
-    except RuntimeError as error:  # of another process, of torchrun's or of the data loader's, that was lost
-        worker = str(error).startswith("DataLoader worker")  # killed: most often for want of memory
-        if not (words := str(error) if worker else lost_processes(error)):
+    except RuntimeError as error:  # of too little memory on a CPU, or of another process that was lost
+        # Workers of the data loader are killed for want of memory, too.
+        memory = re.search(r"\ADataLoader worker.*|can't allocate memory.*", str(error))
+        if not (words := memory[0] if memory else lost_processes(error)):
             raise
         complain(words, file)
         status = 1
