@@ -110,6 +110,8 @@ def main() -> None:
     if args.out:
         check_writable(args.out)
     join_torchrun(args)
+    if not args.data and (alone := args.images or args.part):
+        raise ValueError(f"{alone}: --images and --part belong to --data, which is missing")
     parts = [args.part] if args.part else ["test", "val"]
     found = find_data(args.data, args.images, parts) if args.data else None
     check_output(args.json, read=[found and found.path])

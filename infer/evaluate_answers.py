@@ -118,6 +118,8 @@ def main() -> None:
     add_model_arguments(options)
     add_sampling_arguments(options)
     args = options.parse_args()
+    if args.images and not args.data:
+        raise ValueError("--images belongs to --data, which is missing")
     for option in ("json", "answers", "sheet"):
         check_output(getattr(args, option), f"--{option}", [args.data])
     sampling = sampling_options(args)

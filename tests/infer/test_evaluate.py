@@ -171,6 +171,8 @@ def test_bad_arguments(run_evaluate):
         ("--batch-size", 0, 2),
         ("--device", "nonsense", 1),
         ("--model", "no/such/folder", 1),
+        ("--images", "pictures", 1),  # of no --data
+        ("--part", "test", 1),
     ):
         code, out, err = run_evaluate(option, value)
         assert code == expected and out == "" and str(value) in err.splitlines()[-1]

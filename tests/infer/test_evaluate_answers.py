@@ -92,6 +92,11 @@ def test_mistakes(monkeypatch, capsys, model, data, line, words):
     assert code == 1 and len(err) == 1 and err[0].startswith("evaluate_answers.py: ") and words in err[0]
 
 
+def test_images_of_no_data(monkeypatch, capsys):
+    code, _, (err,) = run(monkeypatch, capsys, "--images", "pictures")
+    assert code == 1 and "--data, which is missing" in err
+
+
 @pytest.mark.parametrize("option", ["--json", "--answers", "--sheet"])
 def test_the_data_is_not_replaced(monkeypatch, capsys, model, data, option):
     before = data.read_text()

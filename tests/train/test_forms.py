@@ -93,7 +93,7 @@ def test_there_and_back(photos, converted, form):
     (out / "ids.json").unlink()  # as if it were another program's
     assert sorted(boxes(read(out))) == sorted(boxes(json.loads(source.read_text())))
     (photos / form / "mine.txt").touch()
-    with pytest.raises(ValueError, match="no ids.json, so --force does not replace it"):
+    with pytest.raises(ValueError, match="no ids.json, so it is not replaced"):
         convert.main([f"to-{form}", "--data", str(source), "--out", str(out), "--force"])
     assert (photos / form / "mine.txt").exists() and not list(photos.glob(".*"))
 

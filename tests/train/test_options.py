@@ -52,6 +52,7 @@ def test_options_without_effect(tiny, scenes, pairs, tmp_path):
         for dry in ("", "--dry-run"):
             message = run_complaint(tiny, out, f"--data {pairs} {words} {dry}")
             assert option in message and "pairs.jsonl" in message
+    assert "--images" in run_complaint(tiny, out, f"--images {tmp_path}")
     assert "--skip-empty" in run_complaint(tiny, out, "--skip-empty")
     assert "--flip-vertical" in run_complaint(tiny, out, "--flip-vertical --augment")
     assert "--flip-vertical" in run_complaint(tiny, out, f"--data {scenes} --flip-vertical")

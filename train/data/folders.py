@@ -153,7 +153,7 @@ def check_new(out: Path, replace: bool) -> None:
     """Refuse a folder that is there, unless it is empty, or may be replaced and was written by new_folder."""
     own, empty = (out / IDS).is_file(), out.is_dir() and not any(out.iterdir())
     if os.path.lexists(out) and not (empty or (replace and own)):
-        why = f" and has no {IDS}, so --force does not replace it" if replace else ""
+        why = f" and has no {IDS}, so it is not replaced" if replace else ""
         raise ValueError(f"{shown(out)} exists{why}: choose another folder")
 
 

@@ -196,6 +196,8 @@ def check(args: argparse.Namespace, options: argparse.ArgumentParser) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is for --answers parallel")
     if args.noise == "own" and args.noise_copies:
         raise ValueError("--noise-copies is for noise that is made up: add --noise made-up")
+    if args.images and not args.data:
+        raise ValueError("--images belongs to --data, which is missing")
     if args.flip_vertical and not (args.augment and args.data):
         raise ValueError("--flip-vertical is a part of --augment, which is for --data: add both")
     if args.tasks == "all" and args.data:
