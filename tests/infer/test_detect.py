@@ -151,6 +151,7 @@ def test_data_sets(run_detect, here):
     assert [(images / name).read_bytes() for name in ("a.png", "a-2.png")] == [f.read_bytes() for f in files]
     shutil.rmtree(here / "detections" / "yolo")
     (here / "detections" / "yolo").mkdir()
+    (here / "detections" / "yolo" / "notes.txt").touch()  # somebody's own
     code, _, err = run_detect(*usual, "--save", "yolo")
     assert code == 1 and "yolo exists and has no ids.json" in err[0]
 

@@ -101,4 +101,5 @@ def test_files(tmp_path):
 
 def test_mistakes(tmp_path):
     assert "--size 8" in complaint(write_drawings, "crossings", tmp_path / "new", (1, 1), 8)
+    (tmp_path / "notes.txt").touch()
     assert "exists" in complaint(write_drawings, "crossings", tmp_path, (1, 1))
