@@ -56,9 +56,8 @@ def load_for_decoding(
         small_on_cpu = torch.device(device).type == "cpu" and weights < SMALL_MODEL
         dtype = torch.float32 if small_on_cpu else torch.bfloat16
     model = PaliGemma.from_pretrained(folder, dtype=dtype, device=device, adapter=adapter, **config_overrides)
-    if (
-        adapter is None and config_overrides.get("image_size") is None
-    ):  # the test is for these very image tokens
+    # The test is for the image tokens of these very weights, at their own size.
+    if adapter is None and config_overrides.get("image_size") is None:
         add_photograph_test(model)
     fix_norms(model)
     if int8:

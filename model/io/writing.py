@@ -111,8 +111,8 @@ def named(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Give a folder its name, and remove one that has it by then. Removing takes time: whoever ends the
-    program during it finds the new one whole."""
+    """Give a folder its name, in place of one that has it. Both are whole until the new one has the name: a
+    program that is killed between the two renames leaves the old one beside it, as .NAME.old."""
     old = final.with_name(f".{final.name[:50]}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
