@@ -21,6 +21,7 @@ from model.io.tokenizer import Tokenizer  # noqa: E402
 from train.nano.untrained import train_tokenizer  # noqa: E402
 
 SEED = int(os.environ.get("SEED", 0))
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 torch.set_num_threads(1)  # tensors this small only wait for other threads: minutes on a busy machine
 
 
@@ -37,10 +38,9 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def signals():
-    """What a program of this process does about signals ends with the test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
+    """What a program of this process does about signals ends with the test, or with the fixture of a module,
+    which runs before this one."""
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 
