@@ -14,7 +14,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,19 @@ class Sprite:
     source: str
     label: int  # 0..79 or DISTRACTOR
     tint: bool  # a one-colour icon, painted in a random colour
-    mips: tuple[Image.Image, ...]  # premultiplied ("RGBa"), largest first
+    picture: Image.Image  # RGBA
+
+    @cached_property
+    def mips(self) -> list[Image.Image]:
+        """The picture at every size, largest first, premultiplied ("RGBa"), with a transparent border of one
+        pixel that keeps rotated edges soft."""
+        picture, mips = self.picture.convert("RGBa"), []
+        for side in MIP_SIDES:
+            scale = side / max(picture.size)
+            w, h = (max(1, round(length * scale)) for length in picture.size)
+            mips.append(Image.new("RGBa", (w + 2, h + 2)))
+            mips[-1].paste(picture.resize((w, h), Image.Resampling.HAMMING), (1, 1))
+        return mips
 
 
 @cache
@@ -97,22 +109,11 @@ def load_sprites(held_out=False):
         if entry["source"] in sheets:
             label = DISTRACTOR if entry["class"] is None else pack["classes"].index(entry["class"])
             x, y, w, h = entry["box"]
-            mips = make_mips(sheets[entry["source"]].crop((x, y, x + w, y + h)).convert("RGBa"))
+            picture = sheets[entry["source"]].crop((x, y, x + w, y + h))
             # Some sources have a single distractor, which would be drawn too often: one group for them all.
             group = entry["source"] if label != DISTRACTOR else ""
-            pool[label][group].append(Sprite(entry["source"], label, entry["tint"], mips))
+            pool[label][group].append(Sprite(entry["source"], label, entry["tint"], picture))
     return {label: list(pool[label].values()) for label in sorted(pool)}
-
-
-def make_mips(picture):
-    """The picture at every size, with a transparent border of one pixel that keeps rotated edges soft."""
-    mips = []
-    for side in MIP_SIDES:
-        scale = side / max(picture.size)
-        w, h = (max(1, round(length * scale)) for length in picture.size)
-        mips.append(Image.new("RGBa", (w + 2, h + 2)))
-        mips[-1].paste(picture.resize((w, h), Image.Resampling.HAMMING), (1, 1))
-    return tuple(mips)
 
 
 def pick_sprite(rng, pool, label):
