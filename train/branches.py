@@ -7,7 +7,10 @@ the share of COCO's ten IoU thresholds that the overlap reaches. So a score beco
 expected of this very box, and noise is what this very model gets wrong, which cannot be made up. Two boxes of
 one object both keep their f: a branch sees no other, and NMS removes the duplicates.
 
-Axes: B batch, M branches, K own boxes, N objects, D width, R = 1,024 coordinates.
+The noise boxes of answers in sequence can be the model's own, too (own_noise).
+
+Axes: B batch, M branches, K own boxes, N objects, D width, R = 1,024 coordinates; in sequence, G groups of an
+answer and T text positions.
 """
 
 import torch
@@ -57,6 +60,39 @@ def expected_class(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
     thresholds = torch.linspace(*THRESHOLDS, device=boxes.device)
     reached = (best[..., None] >= thresholds - 1e-6).float().mean(-1)
     return F.pad(objects[..., 4], (0, 1)).gather(1, which).clamp(min=0), reached
+
+
+@torch.no_grad()
+def own_noise(
+    model: PaliGemma, language: ClosedSet, image_tokens: Tensor, batch: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Answers in sequence, with the model's own boxes in place of their made-up noise boxes.
+
+    batch: text and labels int64 [B, T], uniform [B, G, 5]: returned with another text and other labels. The
+    label of a box is the class of its object with probability f. Fed is that class if f is above 0, as the
+    likeliest class is at inference; else what was fed for the box that it replaces.
+    """
+    text, labels, uniform = batch["text"], batch["labels"], batch["uniform"]
+    start = len(language.prompt)
+    end = start + GROUP * uniform.shape[1]
+    fed = text[:, start:end].unflatten(1, (-1, GROUP))  # [B, G, 5]
+    taught = labels[:, start - 1 : end - 1].unflatten(1, (-1, GROUP))
+    noise = taught[..., 4:] == language.noise  # [B, G, 1]
+    numbers = torch.where(noise, NOTHING, taught[..., 4:] - language.class0)
+    boxes = own_boxes(model, language, image_tokens, uniform[..., :4])
+    number, f = expected_class(boxes, torch.cat((taught[..., :4] - language.loc0, numbers), dim=-1))
+
+    def with_boxes(groups: Tensor, classes: Tensor) -> Tensor:
+        own = torch.cat((boxes + language.loc0, classes[..., None]), dim=-1)
+        return torch.where(noise, own, groups).flatten(1)
+
+    classes = number + language.class0
+    fed = with_boxes(fed, torch.where(f > 0, classes, fed[..., 4]))
+    taught = with_boxes(taught, torch.where(uniform[..., 4] < f, classes, language.noise))
+    return batch | dict(
+        text=torch.cat((text[:, :start], fed, text[:, end:]), dim=1),
+        labels=torch.cat((labels[:, : start - 1], taught, labels[:, end - 1 :]), dim=1),
+    )
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from model import PaliGemma
 from model.decoding.closed_set import GROUP, ClosedSet
 from model.gemma import Gemma
 from model.io.image import to_network
-from train.branches import branches_loss, location_losses, smoothed_locations
+from train.branches import branches_loss, location_losses, own_noise, smoothed_locations
 from train.data.samples import TEXT_MULTIPLE
 from train.nano.patch_head import PatchHead
 
@@ -67,6 +67,8 @@ class Objective(nn.Module):
         # Texts are [B * prompts, T], those about an image next to each other.
         prompts = len(batch.get("text", ())) // len(image_tokens)
         if prompts == 1 and "branches" not in batch:
+            if "uniform" in batch:
+                batch = own_noise(self.model, self.language, image_tokens, batch)
             loss = loss + self._answers_loss(image_tokens, batch)
         elif prompts:
             # Several tasks, whose texts differ much in length. The shorter half of the batch is read

@@ -11,12 +11,13 @@ from training import PLAIN, launch, metrics, run, run_complaint, run_until_kille
 
 from model import PaliGemma
 from model.decoding.boxes import iou, locs_to_boxes
+from model.decoding.closed_set import GROUP
 from model.decoding.masks import MaskCodec
 from model.io.hub import codec_file
 from model.io.image import to_network
 from model.io.tokenizer import LOCS
 from model.io.weights import load_config
-from train.branches import branches_loss, expected_class, own_boxes, smoothed_locations
+from train.branches import branches_loss, expected_class, own_boxes, own_noise, smoothed_locations
 from train.data.samples import BRANCH_MULTIPLE, NOTHING, closed_set_sample, collate, weight_of
 from train.data.targets import Noise, branch_target
 from train.loss import Objective
@@ -24,6 +25,7 @@ from train.practice.dataset import PracticeScenes
 
 CLASSES = len(LANGUAGE.classes)
 PARALLEL = f"{PLAIN} --answers parallel --noise-boxes 4"
+SEQUENCE = f"{PLAIN} --answers sequence --noise own"
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -191,6 +193,65 @@ def test_smoothed_locations():
     assert rows[0, 0] > 1.5 * rows[500, 500], "what would lie beyond the edge is shared by those within"
 
 
+@torch.no_grad()
+def test_own_noise_in_sequence(model):
+    """Noise boxes alone are replaced, by boxes drawn after the prompt; their classes by hand."""
+    rng, size, groups = np.random.default_rng(3), model.config.vision.image_size, LANGUAGE.groups
+    samples = []
+    for n in (2, 0, groups):
+        boxes, labels = random_objects(rng, n, 128, 128, CLASSES)
+        image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        noise = Noise(own=True)
+        samples.append(closed_set_sample(rng, image, boxes, labels, (128, 128), LANGUAGE, None, 1, noise))
+    before = collate(samples, multiple=16)
+    image_tokens, start = model.encode(to_network(before["image"])), len(LANGUAGE.prompt)
+    batch = own_noise(model, LANGUAGE, image_tokens, before)
+    own = own_boxes(model, LANGUAGE, image_tokens, before["uniform"][..., :4])
+    assert all(torch.equal(batch[name], before[name]) for name in before.keys() - {"text", "labels"})
+    end = start + GROUP * groups
+    for name, first in (("text", start), ("labels", start - 1)):
+        for rest in (slice(first), slice(first + GROUP * groups, None)):
+            assert torch.equal(batch[name][:, rest], before[name][:, rest])
+    new, fed = batch["labels"][:, start - 1 : end - 1], batch["text"][:, start:end]
+    old, fed_before = before["labels"][:, start - 1 : end - 1], before["text"][:, start:end]
+    rows = [x.reshape(3, groups, GROUP) for x in (new, fed, old, fed_before)]
+    for b, n in enumerate((2, 0, groups)):
+        new, fed, old, fed_before = (row[b] for row in rows)
+        assert torch.equal(new[:n], old[:n]) and torch.equal(fed[:n], fed_before[:n])
+        assert torch.equal(new[n:, :4], own[b, n:] + LANGUAGE.loc0) and torch.equal(fed[n:, :4], new[n:, :4])
+        objects = old[None, :n] - torch.tensor([LANGUAGE.loc0] * 4 + [LANGUAGE.class0])
+        number, share = (x[0] for x in expected_class(own[b : b + 1], objects))
+        for k in range(n, groups):
+            label = LANGUAGE.class0 + number[k]
+            assert new[k, 4] == (label if before["uniform"][b, k, 4] < share[k] else LANGUAGE.noise)
+            assert fed[k, 4] == (label if share[k] > 0 else fed_before[k, 4])
+
+
+def test_own_noise_that_is_right(model, monkeypatch):
+    """Boxes that are objects are taught as such, with their probability."""
+    boxes, labels = random_objects(np.random.default_rng(5), 2, 128, 128, CLASSES)
+    image = np.zeros((model.config.vision.image_size,) * 2 + (3,), np.uint8)
+    sample = closed_set_sample(
+        np.random.default_rng(5), image, boxes, labels, (128, 128), LANGUAGE, None, 1, Noise(own=True)
+    )
+    batch, start, groups = collate([sample]), len(LANGUAGE.prompt), LANGUAGE.groups
+    objects = batch["labels"][:, start - 1 : start + 4]  # the first one
+    drawn = (objects[:, None, :4] - LANGUAGE.loc0).expand(1, groups, 4).clone()
+    drawn[:, 2:, 2] -= (drawn[:, 2:, 2] - drawn[:, 2:, 0]) // 4  # a quarter shorter: f is 0.5 or 0.6
+    monkeypatch.setattr("train.branches.own_boxes", lambda *_: drawn)
+    shares = []
+    for seed in range(200):
+        batch["uniform"] = torch.rand(1, groups, 5, generator=torch.Generator().manual_seed(seed))
+        new = own_noise(model, LANGUAGE, torch.zeros(1), batch)
+        taught = new["labels"][0, start - 1 : start - 1 + GROUP * groups].view(groups, GROUP)[2:, 4]
+        assert (
+            new["text"][0, start : start + GROUP * groups].view(groups, GROUP)[2:, 4] == objects[0, 4]
+        ).all()
+        assert ((taught == objects[0, 4]) | (taught == LANGUAGE.noise)).all()
+        shares.append((taught == objects[0, 4]).float().mean().item())
+    assert np.mean(shares) == pytest.approx(0.55, abs=0.1)
+
+
 def test_own_boxes_know_no_dropout(model):
     """An adapter's dropout is for what is taught."""
     batch = batch_of(model)
@@ -215,6 +276,18 @@ def test_training(option, tiny, scenes, tmp_path):
     assert load_config(tmp_path / "run" / "final").answers == "parallel"
 
 
+def test_training_in_sequence(tiny, scenes, tmp_path):
+    """Of several steps with their own noise, whose loss is not that of made-up noise."""
+    for noise in ("own", "made-up"):
+        options = (
+            f"{PLAIN} --answers sequence --noise {noise} --data {scenes} --steps 30 --lr 3e-3 --save-every 30"
+        )
+        run(tiny, tmp_path / noise, options)
+    own, made_up = ([line["loss"] for line in metrics(tmp_path / noise)] for noise in ("own", "made-up"))
+    assert own[-1] < 0.9 * own[0] and own != made_up
+    assert load_config(tmp_path / "own" / "final").answers == "sequence"
+
+
 def test_all_tasks(with_codec, tmp_path):
     """Objects in branches beside texts of other tasks: the loss is the sum of both, over all weights."""
     options = "--answers parallel --noise-boxes 3 --tasks all --steps 1 --save-every 1"
@@ -237,10 +310,12 @@ def test_all_tasks(with_codec, tmp_path):
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(parts), abs=2e-4)
 
 
-@pytest.mark.parametrize("option", ["--accumulate 2", "--recompute"])
-def test_less_memory_same_result(option, tiny, scenes, tmp_path):
+@pytest.mark.parametrize(
+    "form, option", [(PARALLEL, "--accumulate 2"), (PARALLEL, "--recompute"), (SEQUENCE, "--accumulate 2")]
+)
+def test_less_memory_same_result(form, option, tiny, scenes, tmp_path):
     for name, more in (("plain", ""), ("other", option)):
-        run(tiny, tmp_path / name, f"{PARALLEL} --data {scenes} --steps 3 {more}")
+        run(tiny, tmp_path / name, f"{form} --data {scenes} --steps 3 {more}")
     assert weights_apart(*(weights(tmp_path / name / "step-0000003") for name in ("plain", "other"))) < 1e-4
 
 
@@ -253,10 +328,10 @@ def test_two_processes(option, tiny, scenes, tmp_path):
     assert weights_apart(*(weights(tmp_path / name / "step-0000003") for name in ("one", "two"))) < 1e-4
 
 
-@pytest.mark.parametrize("more", ["", "--lora --lora-rank 4 --lr 1e-2"])
-def test_killed_and_resumed(more, tiny, scenes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", [PARALLEL, f"{PARALLEL} --lora --lora-rank 4 --lr 1e-2", SEQUENCE])
+def test_killed_and_resumed(form, tiny, scenes, tmp_path, monkeypatch):
     """Bit for bit as if it had never stopped."""
-    options = f"{PARALLEL} --data {scenes} --augment --location-smoothing 4 --steps 6 --save-every 3 {more}"
+    options = f"{form} --data {scenes} --augment --location-smoothing 4 --steps 6 --save-every 3"
     run(tiny, tmp_path / "straight", options)
     run_until_killed(monkeypatch, 5, tiny, tmp_path / "killed", options)
     run(tiny, tmp_path / "killed", options, "--resume")
@@ -283,7 +358,8 @@ def test_dry_run(tiny, scenes, tmp_path, capsys):
         ("--answers parallel --loss vocabulary", "--loss vocabulary is for --answers sequence"),
         ("--answers parallel --loss-mean example", "--loss-mean example is for texts"),
         ("--branches 7", "--branches 7 is for --answers parallel"),
-        ("--noise own", "--noise own is for --answers parallel"),
+        ("--noise own --tasks all", "needs --tasks closed-set and --loss allowed"),
+        ("--noise own --loss vocabulary", "needs --tasks closed-set and --loss allowed"),
         ("--answers parallel --noise-copies 0.1", "--noise made-up"),
         ("--location-smoothing -1", "must be at least 0"),
         ("--loss vocabulary --location-smoothing 2", "needs --loss allowed"),

@@ -6,6 +6,7 @@ A sample is a dict of tensors. Axes: S image side, T text positions.
     labels      int64 [T]       the token to be predicted after each text position; 0 before the answer
     weights     float32 [T]     of each position in the loss
     prefix_len  int64 []        length of the prompt; its last position predicts the answer's first token
+    uniform     float32 [G, 5]  where noise boxes become the model's own: the random numbers that draw them
 
 A closed-set answer that is taught in parallel is no text, but the fields of a targets.BranchTarget:
     objects [n, 5], branches [M, 5], branch_weights [M, 5], own_weights [K], uniform [K, 4]
@@ -45,6 +46,7 @@ def answer_sample(image: np.ndarray, prompt: Sequence[int], target: Target) -> d
         labels=torch.from_numpy(np.concatenate((np.zeros(unsupervised, np.int64), target.tokens))),
         weights=torch.from_numpy(np.concatenate((np.zeros(unsupervised, np.float32), target.weights))),
         prefix_len=torch.tensor(len(prompt)),
+        **({} if target.uniform is None else dict(uniform=torch.from_numpy(target.uniform))),
     )
 
 

@@ -34,10 +34,8 @@ class Noise:
     apart: bool = False  # MAX_NOISE_IOU holds between noise boxes as well
     skip_empty: bool = False  # leave out images without objects, whose whole answer is noise
     copies: float = 0.0  # share of noise boxes that are jittered copies of real ones, as in Pix2seq
-    # In parallel only, where noise does not fill up an answer: how many, and whether they are the model's
-    # own, drawn from its current weights (train/branches.py), or made up here.
-    boxes: int = 16
-    own: bool = False
+    boxes: int = 16  # how many, in parallel only; in sequence they fill up an answer
+    own: bool = False  # the model draws them from its current weights (train/branches.py)
 
     def __post_init__(self):
         if not 0 <= self.weight < float("inf"):
@@ -63,6 +61,7 @@ class Target:
     tokens: np.ndarray  # int64 [T], the labels
     inputs: np.ndarray  # int64 [T], what the network is fed: the labels, apart from disguised noise
     weights: np.ndarray  # float32 [T], of each label in the loss
+    uniform: np.ndarray | None = None  # float32 [G, 5] in [0, 1), if the noise boxes become the model's own
 
 
 def text_target(tokenizer: Tokenizer, suffix: str) -> Target:
@@ -157,6 +156,7 @@ def closed_set_target(
         tokens=np.append(groups, language.eos),
         inputs=np.append(inputs, language.eos),
         weights=np.append(weights, np.float32(1)),
+        uniform=rng.random(groups.shape, np.float32) if noise.own else None,
     )
 
 

@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="objects one after the other in an answer, or each in a branch of its own")  # fmt: skip
     add("--branches", type=positive, default=64, help="parallel: objects of a picture that are taught")
     add("--noise", choices=["own", "made-up"],
-        help="parallel: noise is drawn from the current weights, or made up (default: own)")  # fmt: skip
+        help="noise boxes: from the current weights, or made up (default: own in parallel)")  # fmt: skip
     add("--noise-boxes", type=not_negative, default=Noise.boxes, help="parallel: of a picture")
     add("--noise-copies", type=float, default=Noise.copies,
         help="share of made-up noise boxes that are jittered copies of real ones")  # fmt: skip
@@ -190,10 +190,15 @@ def check(args: argparse.Namespace, options: argparse.ArgumentParser) -> None:
     if args.location_smoothing and args.loss == "vocabulary":
         raise ValueError("--location-smoothing needs --loss allowed")
     if not parallel:
-        own = ["noise"] if args.noise == "own" else []
-        changed = (n for n in ("branches", "noise_boxes") if getattr(args, n) != options.get_default(n))
-        for name in (*own, *changed):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is for --answers parallel")
+        for name in ("branches", "noise_boxes"):
+            if getattr(args, name) != options.get_default(name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(args, name)} is for --answers parallel"
+                )
+        if args.noise == "own" and (args.tasks == "all" or args.loss == "vocabulary"):
+            raise ValueError(
+                "--noise own with --answers sequence needs --tasks closed-set and --loss allowed"
+            )
     if args.noise == "own" and args.noise_copies:
         raise ValueError("--noise-copies is for noise that is made up: add --noise made-up")
     if args.images and not args.data:
