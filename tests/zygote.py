@@ -131,6 +131,7 @@ def run(asking: socket.socket) -> None:
 
 if __name__ == "__main__":
     import pycocotools.coco  # noqa: F401
+    import torch._dynamo  # noqa: F401 (every optimizer imports it, in two seconds)
     import torch.distributed.fsdp  # noqa: F401
     import torch.distributed.run  # noqa: F401
 
