@@ -447,6 +447,33 @@ def test_coco_of_roboflow(photos):
         assert index.classes == tuple(CLASSES.values()) and len(index) == 3
 
 
+@pytest.mark.parametrize("pictures", ["{}", "images/{}", "images"])
+def test_coco_as_it_is_published(photos, pictures):
+    """annotations/ with other files in it, beside a folder of pictures for each part, or one for all."""
+    folder = photos / "coco"
+    for name in ("train2017", "val2017"):
+        file = label(folder / f"annotations/instances_{name}.json", (photos / "instances.json").read_text())
+        label(file.with_name(f"captions_{name}.json"), "{}")
+        shutil.copytree(photos / "images", folder / pictures.format(name), dirs_exist_ok=True)
+    for part, name in (("train", "train2017"), ("val", "val2017")):
+        found = find_data(folder, None, [part])
+        assert (found.form, found.part, found.path.stem) == ("COCO", part, f"instances_{name}")
+        assert found.images == folder / pictures.format(name)
+        assert len(read_coco_index(folder, None, part)) == 3
+    assert find_data(folder, photos / "images", ["val"]).images == photos / "images"
+
+
+def test_coco_of_cvat(photos):
+    """A single file, of no part."""
+    file = label(photos / "cvat/annotations/instances_default.json", (photos / "instances.json").read_text())
+    assert "neither default/ nor images/" in complaint(read, photos / "cvat")
+    shutil.copytree(photos / "images", photos / "cvat/images")
+    found = find_data(photos / "cvat", None, ["train"])
+    assert (found.path, found.part, found.images) == (file, None, photos / "cvat/images")
+    shutil.copy(file, file.with_name("instances_more.json"))
+    assert "2 files that could be meant" in complaint(read, photos / "cvat")
+
+
 def test_lines_of_roboflow(photos):
     """Files of lines named by part, with the pictures beside them."""
     for part in ("train", "valid"):

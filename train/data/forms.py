@@ -1,6 +1,7 @@
 """The forms that data sets come in, told by what is there.
 
     COCO        a file of JSON                        its pictures in images/ beside it, or beside it
+                annotations/instances_train2017.json  beside train2017/ or images/
     JSONL       a file of JSON lines                  the same
     YOLO        data.yaml, or images/ and labels/     yolo.py
     Pascal VOC  Annotations/*.xml, or beside pictures voc.py
@@ -28,9 +29,9 @@ from train.data.records import check_records, read_records
 
 PART_NAMES = dict(train=("train", "training"), val=("val", "valid", "validation"), test=("test", "testing"))
 KNOWN = (
-    "known are a COCO or JSONL file, YOLO (data.yaml, or images/ and labels/), Pascal VOC (Annotations/*.xml "
-    "or beside the pictures), LabelMe (*.json beside the pictures), a folder with one of these, or with "
-    "train/, valid/ and test/ of one"
+    "known are a COCO or JSONL file, COCO (annotations/instances_*.json beside the pictures), YOLO "
+    "(data.yaml, or images/ and labels/), Pascal VOC (Annotations/*.xml or beside the pictures), LabelMe "
+    "(*.json beside the pictures), a folder with one of these, or with train/, valid/ and test/ of one"
 )
 NO_DATA = "ids.json", "notes.json"  # what convert.py writes beside a set, and Label Studio beside YOLO labels
 HEAD_BYTES = 1 << 14  # that tell LabelMe's JSON from COCO's
@@ -108,12 +109,10 @@ def _in_folder(folder: Path, images: Path | None, parts: Sequence[str], part: st
     if json_files and _is_labelme(json_files[0]):
         return _labelme(folder, images, part)
     if json_files:
-        by_part = {key: file for file in json_files if (key := _part_of(file.name))}
-        if len(json_files) > 1 and len(by_part) == len(json_files):
-            part, file = _pick(by_part, parts, folder)
-        else:
-            file = _only(json_files, folder)
-        return _file(file, images, parts, part)
+        named, file = _file_of_part(json_files, parts, folder)
+        return _file(file, images, parts, named or part)
+    if json_files := sorted(folder.glob("annotations/instances_*.json")):
+        return _coco(folder, json_files, images, parts)
     folders = {key: sub for sub in inside if sub.is_dir() and (key := _part_of(sub.name, whole=True))}
     if folders:
         part, sub = _pick(folders, parts, folder)
@@ -123,6 +122,18 @@ def _in_folder(folder: Path, images: Path | None, parts: Sequence[str], part: st
         or _yolo(folder, images, parts, part)
         or _labelme(folder, images, part)  # in folders below
     )
+
+
+def _coco(folder: Path, files: list[Path], images: Path | None, parts: Sequence[str]) -> Found:
+    """COCO's own folder, or CVAT's: a file for each part in annotations/."""
+    part, file = _file_of_part(files, parts, folder / "annotations")
+    name = file.stem.removeprefix("instances_")
+    images = images or _sub(folder, f"images/{name}", name, "images")
+    if images is None:
+        raise ValueError(
+            f"{shown(file)}: neither {shown(name)}/ nor images/ in {shown(folder)}; give --images"
+        )
+    return _file(file, images, parts, part)
 
 
 def _labelme(folder: Path, images: Path | None, part: str | None) -> Found | None:
@@ -156,6 +167,14 @@ def _pick(there: dict, parts: Sequence[str], where: Path) -> tuple:
             return part, there[part]
     wanted = " or ".join(parts)
     raise ValueError(f"{shown(where)} has the parts {', '.join(there)}, and no {wanted}: name what to take")
+
+
+def _file_of_part(files: list[Path], parts: Sequence[str], folder: Path) -> tuple[str | None, Path]:
+    """Of several files, each of one part, that of the best part; or the only file."""
+    by_part = {key: file for file in files if (key := _part_of(file.name))}
+    if len(files) > 1 and len(by_part) == len(files):
+        return _pick(by_part, parts, folder)
+    return None, _only(files, folder)
 
 
 def _only(files: list[Path], folder: Path) -> Path:
