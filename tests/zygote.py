@@ -130,6 +130,8 @@ def run(asking: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import pycocotools.coco  # noqa: F401
     import torch._dynamo  # noqa: F401 (every optimizer imports it, in two seconds)
     import torch.distributed.fsdp  # noqa: F401
