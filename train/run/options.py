@@ -64,11 +64,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --augment: swap top and bottom too, for pictures without an up (cells)")  # fmt: skip
     tasks = ["closed-set", "all"]
     add("--tasks", choices=tasks, default=tasks[0], help="of practice scenes: all adds words and masks")
-    add("--first-scene", type=not_negative, default=0, help="number of the first practice scene")
+    add("--first-scene", type=not_negative, default=0, help="number of the first practice scene, its seed")
     add("--steps", type=positive, default=10_000, help="updates of the weights")
     add("--batch-size", type=positive, default=32, help="of all processes and micro-batches together")
     add("--accumulate", type=positive, default=1, help="micro-batches a step: less memory, the same result")
-    add("--seed", type=not_negative, default=0)
+    add("--seed", type=not_negative, default=0, help="of --data's order and noise, and of dropout")
 
     add = options.add_argument_group("which weights").add_argument
     add("--lora", action=switch, default=False, help="train an adapter instead of the weights")
