@@ -142,7 +142,7 @@ def score_distribution(axes, result: Evaluated) -> str:
     axes.set(xlabel="score", ylabel="boxes (logarithmic)", xlim=(0, 1), title="Scores, right and wrong")
     axes.set(ylim=(0.7, None), yscale="log")
     axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")  # powers of ten would need formulas
-    axes.legend(loc="upper center")
+    axes.legend(loc="upper center", frameon=True, framealpha=1, edgecolor="none")
     return (
         'Scores of right and of wrong boxes. F1 is best at the threshold; "found" below means from there up.'
     )
