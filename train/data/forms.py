@@ -109,10 +109,10 @@ def _in_folder(folder: Path, images: Path | None, parts: Sequence[str], part: st
     if json_files and _is_labelme(json_files[0]):
         return _labelme(folder, images, part)
     if json_files:
-        named, file = _file_of_part(json_files, parts, folder)
-        return _file(file, images, parts, named or part)
+        part, file = _file_of_part(json_files, parts, folder, part)
+        return _file(file, images, parts, part)
     if json_files := sorted(folder.glob("annotations/instances_*.json")):
-        return _coco(folder, json_files, images, parts)
+        return _coco(folder, json_files, images, parts, part)
     folders = {key: sub for sub in inside if sub.is_dir() and (key := _part_of(sub.name, whole=True))}
     if folders:
         part, sub = _pick(folders, parts, folder)
@@ -124,9 +124,11 @@ def _in_folder(folder: Path, images: Path | None, parts: Sequence[str], part: st
     )
 
 
-def _coco(folder: Path, files: list[Path], images: Path | None, parts: Sequence[str]) -> Found:
+def _coco(
+    folder: Path, files: list[Path], images: Path | None, parts: Sequence[str], part: str | None
+) -> Found:
     """COCO's own folder, or CVAT's: a file for each part in annotations/."""
-    part, file = _file_of_part(files, parts, folder / "annotations")
+    part, file = _file_of_part(files, parts, folder / "annotations", part)
     name = file.stem.removeprefix("instances_")
     images = images or _sub(folder, f"images/{name}", name, "images")
     if images is None:
@@ -169,12 +171,14 @@ def _pick(there: dict, parts: Sequence[str], where: Path) -> tuple:
     raise ValueError(f"{shown(where)} has the parts {', '.join(there)}, and no {wanted}: name what to take")
 
 
-def _file_of_part(files: list[Path], parts: Sequence[str], folder: Path) -> tuple[str | None, Path]:
-    """Of several files, each of one part, that of the best part; or the only file."""
+def _file_of_part(
+    files: list[Path], parts: Sequence[str], folder: Path, part: str | None
+) -> tuple[str | None, Path]:
+    """Of several files, each of one part, that of the best part; or the only file, which is of this part."""
     by_part = {key: file for file in files if (key := _part_of(file.name))}
     if len(files) > 1 and len(by_part) == len(files):
         return _pick(by_part, parts, folder)
-    return None, _only(files, folder)
+    return part, _only(files, folder)
 
 
 def _only(files: list[Path], folder: Path) -> Path:
