@@ -29,7 +29,7 @@ from train.run.program import add_seam_arguments, complain, positive
 
 # Options that have no effect in the other mode, and are refused there.
 OPEN_SET_ONLY = ("classes_per_call", "max_tokens", "top_k", "eos_offset")
-CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop", "branches")
+CLOSED_SET_ONLY = ("groups", "noise_feedback", "early_stop", "branches", "mirror")
 SEQUENCE_ONLY = ("groups", "noise_feedback", "early_stop", "temperature")
 
 STDOUT = Path("-")  # of --json: standard output
@@ -93,6 +93,7 @@ def add_detection_arguments(options: argparse.ArgumentParser, masks: bool = Fals
     add("--decode", choices=FORMS,
         help="one box after the other, or all in five steps (default: as it was taught)")  # fmt: skip
     add("--branches", type=positive, help="boxes decoded in parallel (default: as the checkpoint says)")
+    add("--mirror", action="store_true", help="read every mirror image, too: better boxes in twice the time")
     add("--groups", type=positive, help="boxes decoded for an image instead of the checkpoint's number")
     feedback = dict(action=argparse.BooleanOptionalAction, default=False)
     add("--noise-feedback", **feedback, help="feed the noise token back where it is likeliest")
@@ -240,7 +241,7 @@ def load_detector(args: argparse.Namespace, masks: bool = False) -> ClosedSetDet
         check_mode(args, form)
         options = sequence_options(args, sampling) if form == "sequence" else {}
         decoder = closed_set_decoder(model, form, args.branches, **options)
-        return ClosedSetDetector(decoder, selection)
+        return ClosedSetDetector(decoder, selection, args.mirror)
     prompter = Prompter(model, args.max_tokens or MAX_ANSWER_TOKENS, sampling, args.seed)
     names = class_names(args.classes, model.config)
     note_closed_set_only(model)

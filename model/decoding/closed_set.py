@@ -15,7 +15,7 @@ may be.
 Axes: B batch, G groups, I = 5 slots of a group, R allowed rows, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -151,6 +151,18 @@ class Answer:
     scores: Tensor
     noise: Tensor
     live: Tensor
+
+    def mirrored(self, loc0: int) -> "Answer":
+        """The answer about the mirror images of what was seen. loc0: the id of location 0."""
+        # The last bin stands for the image's edge.
+        y0, x0, y1, x1 = torch.where(self.locs == LOCS - 1, LOCS, self.locs).unbind(-1)
+        locs = torch.stack((y0, LOCS - x1, y1, LOCS - x0), dim=-1).clamp(max=LOCS - 1)
+        return replace(self, locs=locs, tokens=torch.cat((loc0 + locs, self.tokens[..., -1:]), dim=-1))
+
+    def __add__(self, other: "Answer") -> "Answer":
+        """The groups of both."""
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return Answer(*(torch.cat(pair, dim=1) for pair in pairs))
 
 
 @dataclass(frozen=True)
