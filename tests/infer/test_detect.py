@@ -276,6 +276,8 @@ def test_in_parallel(run_detect, here):
     in_parallel = tokens("--decode", "parallel")
     assert len(in_parallel) == 5 * BRANCHES and len(tokens("--decode", "parallel", "--branches", 7)) == 5 * 7
     assert tokens("--decode", "parallel", "--seed", 3) == in_parallel
+    mirrored = tokens("--decode", "parallel", "--mirror")
+    assert mirrored[: len(in_parallel)] == in_parallel and len(mirrored) == 2 * len(in_parallel)
     assert tokens("--decode", "sequence") == tokens() != in_parallel
 
 
@@ -289,6 +291,7 @@ def test_in_parallel(run_detect, here):
         ("--decode sequence --branches 4", "--branches is for --decode parallel"),
         ("--decode parallel --classes cat", "parallel is for closed-set detection, without --classes"),
         ("--branches 4 --classes cat", "--branches is for closed-set detection, without --classes"),
+        ("--mirror --classes cat", "--mirror is for closed-set detection, without --classes"),
     ],
 )
 def test_options_of_the_other_form(options, words, run_detect, here, monkeypatch):

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import ENVIRONMENT, ROOT, call
-from PIL import Image
+from PIL import Image, ImageOps
 
 from infer import detect
 from model import Detector
 from model.config import BRANCHES, COCO_CLASSES
 from model.decoding import detector as module
+from model.decoding.closed_set import Answer
 from model.decoding.detections import Detections, Selection
 from model.decoding.masks import tight_box
 from model.decoding.parallel import ParallelDecoder
@@ -52,6 +53,42 @@ def test_an_image_in_every_form(nano):
         several = nano([image, EXAMPLE, str(EXAMPLE)])
     assert isinstance(several, list) and all(alike(one, found) for one in several) and nano([]) == []
     assert (found.boxes >= 0).all() and (found.boxes <= [width, height, width, height]).all()
+
+
+def test_mirrored_answer():
+    """Edges of the image, which the last bin stands for, change sides; a sum has the groups of both."""
+    locs = torch.tensor([[[0, 100, 500, 300], [7, 0, 1023, 1023]], [[2, 3, 4, 1022], [5, 512, 6, 1023]]])
+    tokens = torch.cat((1000 + locs, torch.tensor([[[9], [8]], [[7], [6]]])), dim=-1)
+    rest = [torch.rand(2, 2) for _ in range(3)]
+    answer = Answer(tokens, locs, tokens[..., 4], *rest)
+    mirrored = answer.mirrored(loc0=1000)
+    other = [[[0, 724, 500, 924], [7, 0, 1023, 1023]], [[2, 2, 4, 1021], [5, 0, 6, 512]]]
+    assert mirrored.locs.tolist() == other and torch.equal(mirrored.tokens[..., :4], 1000 + mirrored.locs)
+    for name in ("labels", "scores", "noise", "live"):
+        assert torch.equal(getattr(mirrored, name), getattr(answer, name))
+    assert torch.equal(mirrored.tokens[..., 4], tokens[..., 4])
+    back = mirrored.mirrored(loc0=1000)
+    assert torch.equal(back.locs, locs) and torch.equal(back.tokens, tokens)
+    both = answer + mirrored
+    assert torch.equal(both.locs, torch.cat((locs, mirrored.locs), dim=1)) and both.scores.shape == (2, 4)
+
+
+@pytest.mark.parametrize("decode", ["sequence", "parallel"])
+def test_mirror(decode, nano):
+    """Of a picture and of its mirror image the same is found; the plain reading is among the candidates."""
+    detector = Detector(nano.model, Selection(0.3, 0.5), decode, mirror=True)
+    with Image.open(EXAMPLE) as image:
+        found, other = detector([image, ImageOps.mirror(image)])
+        width = image.width
+    y0, x0, y1, x1 = other.boxes.T[[1, 0, 3, 2]]
+    assert np.allclose(found.boxes, np.stack((width - x1, y0, width - x0, y1), axis=1), atol=0.5)
+    assert found.labels == other.labels and np.allclose(found.scores, other.scores, atol=1e-3)
+    assert set(SEEN) <= set(found.labels)
+    everything = Selection(0.0, 1.0)
+    plain = Detector(nano.model, everything, decode)(EXAMPLE)
+    both = Detector(nano.model, everything, decode, mirror=True)(EXAMPLE)
+    assert len(both) == 2 * len(plain)
+    assert {tuple(tokens) for tokens in plain.tokens.tolist()} < {tuple(t) for t in both.tokens.tolist()}
 
 
 def test_as_text_and_in_a_loop(nano):
