@@ -461,6 +461,9 @@ def test_coco_as_it_is_published(photos, pictures):
         assert found.images == folder / pictures.format(name)
         assert len(read_coco_index(folder, None, part)) == 3
     assert find_data(folder, photos / "images", ["val"]).images == photos / "images"
+    (folder / "annotations/instances_train2017.json").unlink()
+    assert find_data(folder, None, ["test", "val"]).part == "val"
+    assert "has the parts val, and no train" in complaint(read, folder)
 
 
 def test_coco_of_cvat(photos):

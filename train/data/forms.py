@@ -129,6 +129,8 @@ def _coco(
 ) -> Found:
     """COCO's own folder, or CVAT's: a file for each part in annotations/."""
     part, file = _file_of_part(files, parts, folder / "annotations", part)
+    if (own := _part_of(file.name)) and own != part:  # the only file, which may be of another part
+        part, file = _pick({own: file}, parts, folder / "annotations")
     name = file.stem.removeprefix("instances_")
     images = images or _sub(folder, f"images/{name}", name, "images")
     if images is None:

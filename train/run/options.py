@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=positive, default=10_000, help="updates of the weights")
     add("--batch-size", type=positive, default=32, help="of all processes and micro-batches together")
     add("--accumulate", type=positive, default=1, help="micro-batches a step: less memory, the same result")
-    add("--seed", type=not_negative, default=0, help="of --data's order and noise, and of dropout")
+    add("--seed", type=not_negative, default=0, help="of all that is random but practice scenes")
 
     add = options.add_argument_group("which weights").add_argument
     add("--lora", action=switch, default=False, help="train an adapter instead of the weights")
