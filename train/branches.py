@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import PaliGemma
-from model.decoding.closed_set import GROUP, ClosedSet
+from model.decoding.closed_set import GROUP, ClosedSet, edges
 from model.decoding.generate import draw
 from model.io.tokenizer import LOCS
 from train.data.samples import NOTHING
@@ -98,13 +98,10 @@ def own_noise(
 def _iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of every pair of boxes in bins: [B, K, 4], [B, N, 4] -> [B, K, N]."""
 
-    def edges(bins):  # the last bin stands for the image's edge
-        return torch.where(bins == LOCS - 1, LOCS, bins).float()
-
     def area(low, high):
         return (high - low).clamp(min=0).prod(-1)
 
-    a, b = edges(a)[:, :, None], edges(b)[:, None]
+    a, b = edges(a).float()[:, :, None], edges(b).float()[:, None]
     shared = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
     union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - shared
     return shared / union.clamp(min=1e-6)

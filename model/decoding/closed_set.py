@@ -133,6 +133,11 @@ class Head:
 # ---- the decode loop ---------------------------------------------------------------------------------------
 
 
+def edges(locs: Tensor) -> Tensor:
+    """Where locations lie, in bins: the last one stands for the image's edge."""
+    return torch.where(locs == LOCS - 1, LOCS, locs)
+
+
 @dataclass
 class Answer:
     """What was decoded; fewer than G groups if every image stopped early.
@@ -154,8 +159,7 @@ class Answer:
 
     def mirrored(self, loc0: int) -> "Answer":
         """The answer about the mirror images of what was seen. loc0: the id of location 0."""
-        # The last bin stands for the image's edge.
-        y0, x0, y1, x1 = torch.where(self.locs == LOCS - 1, LOCS, self.locs).unbind(-1)
+        y0, x0, y1, x1 = edges(self.locs).unbind(-1)
         locs = torch.stack((y0, LOCS - x1, y1, LOCS - x0), dim=-1).clamp(max=LOCS - 1)
         return replace(self, locs=locs, tokens=torch.cat((loc0 + locs, self.tokens[..., -1:]), dim=-1))
 
